@@ -1,0 +1,202 @@
+"""The fields that the LangChain and LlamaIndex adapters share, and the engine behind them.
+
+Both hosts build their components on pydantic, which they bring along; the core does not need it.
+"""
+
+import asyncio
+from typing import Any, Self
+
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SecretStr,
+    field_validator,
+    model_validator,
+)
+
+from bge_rerank_adapters.errors import SettingsError
+from bge_rerank_adapters.ranking import Scorer, check_score_threshold, check_top_k
+from bge_rerank_adapters.settings import EngineSettings, setting_names
+
+
+class AdapterSettings(BaseModel):
+    """Settings of an adapter, checked at once; the engine itself is loaded on first use.
+
+    `top_k` (or `top_n`) and `score_threshold` may be assigned later and are checked again. The
+    engine's own settings cannot: make another adapter, or use `model_copy(update=...)`.
+
+    Attributes:
+        model: A checkpoint: a folder, a hub name, or `"tiny"` for the bundled one.
+        top_k: How many results to return; `None` is all. `top_n` is the same thing.
+        score_threshold: Lowest score to keep, in [0, 1] and inclusive; applied before `top_k`.
+        reranker: A ready engine, or anything with the methods of `Scorer`, to use instead of
+            loading one; not together with engine settings.
+        device: See `EngineSettings`, as for all that follow.
+        dtype: Number format of the model.
+        max_length: Most tokens of a pair.
+        query_max_length: Most tokens of the query.
+        revision: Branch, tag or commit on the hub.
+        cache_dir: Folder of the hub's cache.
+        local_files_only: Never ask the hub.
+        token: Secret for the hub; in no repr, dump or pickle.
+        pack_tokens: Token budget of one forward pass.
+        max_queued_pairs: Most pairs that may wait in the engine.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+        validate_assignment=True,
+        validate_default=False,
+        arbitrary_types_allowed=True,
+        populate_by_name=True,
+        protected_namespaces=(),
+        # A rejected input is not echoed: it may hold the token.
+        hide_input_in_errors=True,
+    )
+
+    model: str | None = Field(default=EngineSettings.model, frozen=True)
+    top_k: int | None = Field(default=3, validation_alias=AliasChoices("top_k", "top_n"))
+    score_threshold: float | None = None
+    reranker: Any = Field(default=None, exclude=True, repr=False, frozen=True)
+    device: str | list[str] = Field(default=EngineSettings.device, frozen=True)
+    dtype: str = Field(default=EngineSettings.dtype, frozen=True)
+    max_length: int = Field(default=EngineSettings.max_length, frozen=True)
+    query_max_length: int | None = Field(default=EngineSettings.query_max_length, frozen=True)
+    revision: str | None = Field(default=EngineSettings.revision, frozen=True)
+    cache_dir: str | None = Field(default=EngineSettings.cache_dir, frozen=True)
+    local_files_only: bool = Field(default=EngineSettings.local_files_only, frozen=True)
+    token: SecretStr | None = Field(default=None, exclude=True, repr=False, frozen=True)
+    pack_tokens: int | str = Field(default=EngineSettings.pack_tokens, frozen=True)
+    max_queued_pairs: int = Field(default=EngineSettings.max_queued_pairs, frozen=True)
+
+    # The engine with the settings it was loaded for: after `model_copy(update=...)` they differ
+    # from the fields, and another engine is needed.
+    _loaded: tuple[EngineSettings, Scorer] | None = PrivateAttr(default=None)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fields_of_injected_engine(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or data.get("reranker") is None:
+            return data
+        reranker = data["reranker"]
+        if not isinstance(reranker, Scorer):
+            raise SettingsError(
+                f"reranker must have the methods rerank and arerank, got {type(reranker).__name__}."
+            )
+        given = [name for name in setting_names() if name in data]
+        if given:
+            raise SettingsError(
+                f"reranker= is a ready engine, so {', '.join(given)} cannot be set beside it; "
+                "give one or the other."
+            )
+        settings = getattr(reranker, "settings", None)
+        if isinstance(settings, EngineSettings):
+            return {**data, **settings.to_dict()}
+        return {**data, "model": None}
+
+    @field_validator("model", "cache_dir", mode="before")
+    @classmethod
+    def _path_as_text(cls, value: Any) -> Any:
+        return str(value) if hasattr(value, "__fspath__") else value
+
+    @field_validator("device", "dtype", mode="before")
+    @classmethod
+    def _torch_value_as_text(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [str(each) for each in value]
+        return str(value)
+
+    @field_validator("top_k", mode="before")
+    @classmethod
+    def _top_k(cls, value: Any) -> int | None:
+        return check_top_k(value)
+
+    @field_validator("score_threshold", mode="before")
+    @classmethod
+    def _score_threshold(cls, value: Any) -> float | None:
+        return check_score_threshold(value)
+
+    @model_validator(mode="after")
+    def _check_engine_settings(self) -> Self:
+        if self.reranker is None:
+            self._engine_settings()
+        return self
+
+    @property
+    def top_n(self) -> int | None:
+        """`top_k` under the name that users of the host type."""
+        return self.top_k
+
+    @top_n.setter
+    def top_n(self, value: int | None) -> None:
+        self.top_k = value
+
+    @property
+    def scorer(self) -> Scorer:
+        """The engine that scores: the one given, or one shared by all with equal settings.
+
+        Loads the model on first use.
+
+        Raises:
+            RerankError: The model cannot be loaded.
+        """
+        if self.reranker is not None:
+            return self.reranker
+        settings = self._engine_settings()
+        loaded = self._loaded
+        if loaded is None or loaded[0] != settings or getattr(loaded[1], "closed", False):
+            # Imported here so that an adapter can be made without loading torch.
+            from bge_rerank_adapters.sharing import shared_reranker
+
+            loaded = self._loaded = (settings, shared_reranker(settings))
+        return loaded[1]
+
+    async def ascorer(self) -> Scorer:
+        """Return `scorer`, loading the model without blocking the event loop."""
+        if self.reranker is not None:
+            return self.reranker
+        return await asyncio.to_thread(lambda: self.scorer)
+
+    def warm_up(self) -> Self:
+        """Load the model now and run it once, so that the first query does not wait for it."""
+        run = getattr(self.scorer, "warm_up", None)
+        if run is not None:
+            run()
+        return self
+
+    def close(self) -> None:
+        """Let go of the shared engine, which is freed with its last user; a later use loads again.
+
+        An engine that was given as `reranker=` stays open: it is its owner's to close.
+        """
+        self._loaded = None
+
+    def _engine_settings(self) -> EngineSettings:
+        if self.model is None:
+            raise SettingsError(
+                "There is no model: this adapter was made with reranker=, which its settings "
+                "cannot rebuild; give reranker= again, or model=."
+            )
+        values: dict[str, Any] = {name: getattr(self, name) for name in setting_names()}
+        if self.token is not None:
+            values["token"] = self.token.get_secret_value()
+        return EngineSettings(**values)
+
+    def __eq__(self, other: object) -> bool:
+        """Adapters are equal where their settings are, loaded or not, secrets aside."""
+        if type(other) is not type(self) or not isinstance(other, AdapterSettings):
+            return NotImplemented
+        return self.model_dump() == other.model_dump()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the settings: never weights, engines or secrets."""
+        return _unpickle_adapter, (type(self), self.model_dump())
+
+
+def _unpickle_adapter(kind: type[AdapterSettings], dumped: dict[str, Any]) -> AdapterSettings:
+    return kind(**{name: value for name, value in dumped.items() if name in kind.model_fields})

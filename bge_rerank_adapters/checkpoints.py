@@ -1,0 +1,45 @@
+"""The BGE rerankers that users know by name, and the one that comes with the package."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+DEFAULT_MODEL = "BAAI/bge-reranker-v2-m3"
+TINY = "tiny"
+TINY_FOLDER = Path(__file__).parent / "tiny"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What is known of a published checkpoint before it is loaded.
+
+    Attributes:
+        name: Its name on the hub.
+        family: How it is run: encoder, decoder, layerwise or lightweight.
+        parameters: Number of parameters, in millions.
+        max_tokens: Most tokens of a pair that its positions allow.
+        languages: What its model card says of languages.
+    """
+
+    name: str
+    family: str
+    parameters: int
+    max_tokens: int
+    languages: str
+
+
+# Sizes, positions and languages as the model cards and config files on the hub give them.
+CHECKPOINTS = {
+    checkpoint.name: checkpoint
+    for checkpoint in (
+        Checkpoint("BAAI/bge-reranker-base", "encoder", 278, 512, "Chinese and English"),
+        Checkpoint("BAAI/bge-reranker-large", "encoder", 560, 512, "Chinese and English"),
+        Checkpoint("BAAI/bge-reranker-v2-m3", "encoder", 568, 8192, "multilingual"),
+        Checkpoint("BAAI/bge-reranker-v2-gemma", "decoder", 2506, 8192, "multilingual"),
+        Checkpoint(
+            "BAAI/bge-reranker-v2-minicpm-layerwise", "layerwise", 2725, 4096, "multilingual"
+        ),
+        Checkpoint(
+            "BAAI/bge-reranker-v2.5-gemma2-lightweight", "lightweight", 9242, 8192, "multilingual"
+        ),
+    )
+}

@@ -1,0 +1,73 @@
+"""Every error that this package raises of its own.
+
+```text
+RerankError
+├── SettingsError (also ValueError)       a setting or an argument has a value that is not allowed
+├── InputTypeError (also TypeError)       a query, document or pair is not text
+├── CheckpointError                       a checkpoint cannot be used as it is
+│   ├── CheckpointNotFoundError (also FileNotFoundError)
+│   │                                     neither a folder, nor in the cache, nor on the hub
+│   └── UnsupportedCheckpointError        readable, but not a reranker that can be run here
+├── DeviceError                           the device asked for is not there
+├── ScoringError                          the model failed while it was scoring
+│   └── NonFiniteLogitError               the model gave NaN or infinity for a pair
+├── WorkerDiedError                       the scoring thread ended with pairs still waiting
+├── Overloaded                            too many pairs wait already; nothing of the call was queued
+├── RerankTimeoutError (also TimeoutError)  the call's timeout_s ran out
+└── ClosedError                           the engine has been closed
+```
+
+A missing optional package raises the built-in `ImportError`, with the pip command that mends it.
+"""
+
+
+class RerankError(Exception):
+    """Base of every error that this package raises of its own."""
+
+
+class SettingsError(RerankError, ValueError):
+    """A setting or an argument has a value that is not allowed."""
+
+
+class InputTypeError(RerankError, TypeError):
+    """A query, a document or a pair is not text."""
+
+
+class CheckpointError(RerankError):
+    """A checkpoint cannot be used as it is: files missing, damaged or contradictory."""
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """A checkpoint is neither a folder, nor in the local cache, nor to be had from the hub."""
+
+
+class UnsupportedCheckpointError(CheckpointError):
+    """A checkpoint is readable, but it is not a reranker that this package can run."""
+
+
+class DeviceError(RerankError):
+    """The device asked for is not present, or cannot run the dtype asked for."""
+
+
+class ScoringError(RerankError):
+    """The model failed while it was scoring; the cause is chained."""
+
+
+class NonFiniteLogitError(ScoringError):
+    """The model gave NaN or infinity for a pair, so the pair has no score."""
+
+
+class WorkerDiedError(RerankError):
+    """The scoring thread ended while pairs were waiting; the cause is chained."""
+
+
+class Overloaded(RerankError):  # noqa: N818 - the name is part of the public contract
+    """More pairs wait than `max_queued_pairs` allows; nothing of this call was queued."""
+
+
+class RerankTimeoutError(RerankError, TimeoutError):
+    """The call's `timeout_s` ran out; its unscored pairs were dropped from the queue."""
+
+
+class ClosedError(RerankError):
+    """The engine has been closed and can score no more."""

@@ -1,0 +1,188 @@
+"""Logits to ranked documents: order, threshold and top_k, in pure Python."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from bge_rerank_adapters.errors import InputTypeError, SettingsError
+
+
+@dataclass(frozen=True, slots=True)
+class RankedDocument:
+    """One document of a ranking.
+
+    Attributes:
+        index: Position of the document in the input list, counted from 0.
+        score: `sigmoid(logit)`, in [0, 1].
+        text: The document as it was given.
+        logit: The model's raw output for the pair, unbounded; what rankings are ordered by.
+            `None` only where a remote server tells scores alone.
+        truncated: Whether the end of the document was cut off to fit the model.
+    """
+
+    index: int
+    score: float
+    text: str
+    logit: float | None
+    truncated: bool = False
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """What an adapter needs of a scoring engine; `Reranker` is one."""
+
+    def rerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        top_k: int | None = None,
+        score_threshold: float | None = None,
+    ) -> list[RankedDocument]:
+        """Return the documents ranked by how well they answer the query, best first."""
+        ...
+
+    async def arerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        top_k: int | None = None,
+        score_threshold: float | None = None,
+    ) -> list[RankedDocument]:
+        """Return what `rerank` returns, without blocking the event loop."""
+        ...
+
+
+def sigmoid(logit: float) -> float:
+    """Return the logistic function of a logit, in [0, 1], without overflow for any float."""
+    if logit >= 0:
+        return 1.0 / (1.0 + math.exp(-logit))
+    power = math.exp(logit)
+    return power / (1.0 + power)
+
+
+def check_top_k(top_k: object, *, name: str = "top_k") -> int | None:
+    """Return `top_k` as an `int` of at least 1, or `None` for all documents.
+
+    Raises:
+        SettingsError: It is neither `None` nor a whole number of at least 1.
+    """
+    if top_k is None:
+        return None
+    if isinstance(top_k, bool) or not hasattr(top_k, "__index__"):
+        raise SettingsError(f"{name} must be a whole number or None, got {top_k!r}.")
+    number = int(top_k.__index__())
+    if number < 1:
+        raise SettingsError(f"{name} must be at least 1, got {number}; None returns all documents.")
+    return number
+
+
+def check_score_threshold(threshold: object, *, name: str = "score_threshold") -> float | None:
+    """Return the threshold as a `float` in [0, 1], or `None` for no threshold.
+
+    Raises:
+        SettingsError: It is neither `None` nor a number in [0, 1].
+    """
+    if threshold is None:
+        return None
+    if isinstance(threshold, bool) or not hasattr(threshold, "__float__"):
+        raise SettingsError(f"{name} must be a number from 0 to 1 or None, got {threshold!r}.")
+    number = float(threshold.__float__())
+    if not 0.0 <= number <= 1.0:
+        raise SettingsError(
+            f"{name} must be from 0 to 1, got {number}; it is compared with the score, "
+            "sigmoid(logit), not with the logit."
+        )
+    return number
+
+
+def check_query(query: object) -> str:
+    """Return the query, which must be a `str`; an empty one is allowed.
+
+    Raises:
+        InputTypeError: It is anything else.
+    """
+    if not isinstance(query, str):
+        raise InputTypeError(f"The query must be a str, got {_kind(query)}.")
+    return query
+
+
+def check_documents(documents: object) -> list[str]:
+    """Return the documents as a new list of `str`; an empty list is allowed.
+
+    Raises:
+        InputTypeError: They are one string instead of a list of them, cannot be iterated over, or
+            hold something other than a `str`, whose position the message names.
+    """
+    if isinstance(documents, str | bytes) or not isinstance(documents, Iterable):
+        raise InputTypeError(
+            f"documents must be a list of str, got {_kind(documents)}; "
+            "wrap a single document in a list."
+        )
+    texts = list(documents)
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise InputTypeError(f"documents[{index}] must be a str, got {_kind(text)}.")
+    return texts
+
+
+def check_pairs(pairs: object) -> list[tuple[str, str]]:
+    """Return (query, document) pairs as a new list of tuples; an empty list is allowed.
+
+    Raises:
+        InputTypeError: The pairs are not a list, or one of them is not two `str`.
+    """
+    if isinstance(pairs, str | bytes) or not isinstance(pairs, Iterable):
+        raise InputTypeError(
+            f"pairs must be a list of (query, document) tuples, got {_kind(pairs)}."
+        )
+    checked: list[tuple[str, str]] = []
+    for index, pair in enumerate(pairs):
+        if isinstance(pair, str | bytes) or not isinstance(pair, Sequence) or len(pair) != 2:
+            raise InputTypeError(
+                f"pairs[{index}] must be a (query, document) tuple, got {_kind(pair)}."
+            )
+        for name, text in zip(("query", "document"), pair, strict=True):
+            if not isinstance(text, str):
+                raise InputTypeError(f"The {name} of pairs[{index}] must be a str, got {_kind(text)}.")
+        checked.append((pair[0], pair[1]))
+    return checked
+
+
+def rank(
+    documents: Sequence[str],
+    logits: Sequence[float],
+    *,
+    truncated: Sequence[bool],
+    top_k: int | None = None,
+    score_threshold: float | None = None,
+) -> list[RankedDocument]:
+    """Return the documents best first; threshold and `top_k` must have been checked.
+
+    Args:
+        documents: The n texts, in input order.
+        logits: Their n logits, finite.
+        truncated: For each, whether it was cut.
+        top_k: How many to return at most; `None` is all.
+        score_threshold: Lowest score to keep, inclusive; applied before `top_k`.
+
+    Returns:
+        Highest logit first, equal logits in input order; `[]` for no documents.
+    """
+    ranked: list[RankedDocument] = []
+    for index in sorted(range(len(logits)), key=lambda position: -logits[position]):
+        score = sigmoid(logits[index])
+        if len(ranked) == top_k or (score_threshold is not None and score < score_threshold):
+            break
+        ranked.append(
+            RankedDocument(index, score, documents[index], logits[index], truncated[index])
+        )
+    return ranked
+
+
+def _kind(value: Any) -> str:
+    """Name a value's type, and its text where that is short."""
+    shown = repr(value)
+    return type(value).__name__ if len(shown) > 40 else f"{type(value).__name__} ({shown})"

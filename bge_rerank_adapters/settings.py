@@ -1,0 +1,169 @@
+"""The settings of a scoring engine: every default and every check of them, in one place.
+
+Nothing here imports torch, so an adapter can refuse a bad setting before anything is loaded.
+"""
+
+import os
+import re
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from bge_rerank_adapters.checkpoints import DEFAULT_MODEL
+from bge_rerank_adapters.errors import SettingsError
+
+DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu", "npu", "hpu", "mtia")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+_DEVICE = re.compile(rf"auto|({'|'.join(DEVICE_TYPES)})(:\d+)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """All that decides what an engine computes, and where; equal settings may share one engine.
+
+    Attributes:
+        model: A checkpoint: a folder, a hub name, or `"tiny"` for the bundled one.
+        device: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`, `"xpu"`, ...; a tuple of them
+            runs one copy of the model on each.
+        dtype: `"auto"`, `"float32"`, `"bfloat16"` or `"float16"`.
+        max_length: Most tokens of a pair, special tokens included; at most the model's positions.
+        query_max_length: Most tokens of the query; `None` is three quarters of `max_length`.
+        revision: Branch, tag or commit of a checkpoint on the hub.
+        cache_dir: Folder of the hub's cache; `None` is the hub library's own.
+        local_files_only: Never ask the hub, use folders and the cache alone.
+        token: Secret for a private or gated checkpoint; in no repr, comparison aside.
+        pack_tokens: Token budget of one forward pass; `"auto"` fits it to the device.
+        max_queued_pairs: Most pairs that may wait; past it a call raises `Overloaded`.
+    """
+
+    model: str = DEFAULT_MODEL
+    device: str | tuple[str, ...] = "auto"
+    dtype: str = "auto"
+    max_length: int = 512
+    query_max_length: int | None = None
+    revision: str | None = None
+    cache_dir: str | None = None
+    local_files_only: bool = False
+    token: str | None = field(default=None, repr=False)
+    pack_tokens: int | str = "auto"
+    max_queued_pairs: int = 100_000
+
+    def __post_init__(self) -> None:
+        """Check and normalise every setting."""
+        for name, check in _CHECKS.items():
+            object.__setattr__(self, name, check(name, getattr(self, name)))
+        if self.query_max_length is not None and self.query_max_length >= self.max_length:
+            raise SettingsError(
+                f"query_max_length ({self.query_max_length}) leaves no room for a document within "
+                f"max_length ({self.max_length}); make it smaller, or max_length larger."
+            )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the settings without the token, which is a secret."""
+        return _unpickle_settings, (self.to_dict(),)
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The devices, one or more, as a tuple."""
+        return (self.device,) if isinstance(self.device, str) else self.device
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as plain values for JSON, without the token."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "token"}
+        if isinstance(self.device, tuple):
+            plain["device"] = list(self.device)
+        return plain
+
+    def without_token(self) -> "EngineSettings":
+        """Return the same settings with the secret left out."""
+        return replace(self, token=None)
+
+
+def _unpickle_settings(plain: dict[str, Any]) -> EngineSettings:
+    return EngineSettings(**plain)
+
+
+def _text(name: str, value: object) -> str:
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if not isinstance(value, str) or not value.strip():
+        raise SettingsError(f"{name} must be a non-empty str or a path, got {value!r}.")
+    return value
+
+
+def _optional_text(name: str, value: object) -> str | None:
+    return None if value is None else _text(name, value)
+
+
+def _secret(name: str, value: object) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise SettingsError(f"{name} must be a str or None, got a {type(value).__name__}.")
+    return value
+
+
+def _device(name: str, value: object) -> str | tuple[str, ...]:
+    if isinstance(value, list | tuple):
+        devices = tuple(_one_device(name, each) for each in value)
+        if not devices:
+            raise SettingsError(f'{name} must name at least one device, got {value!r}.')
+        return devices[0] if len(devices) == 1 else devices
+    return _one_device(name, value)
+
+
+def _one_device(name: str, value: object) -> str:
+    text = str(value)
+    if not _DEVICE.fullmatch(text):
+        raise SettingsError(
+            f'{name} {text!r} is not known; use "auto", or one of {", ".join(DEVICE_TYPES)}, '
+            'with an index if need be ("cuda:1"), or a list of these.'
+        )
+    return text
+
+
+def _dtype(name: str, value: object) -> str:
+    text = str(value).removeprefix("torch.")
+    if text == "int8":
+        raise SettingsError(f"{name} 'int8' is not supported yet; use one of {', '.join(DTYPES)}.")
+    if text not in DTYPES:
+        raise SettingsError(f"{name} {text!r} is not known; use one of {', '.join(DTYPES)}.")
+    return text
+
+
+def _count(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise SettingsError(f"{name} must be a whole number of at least 1, got {value!r}.")
+    return int(value)
+
+
+def _optional_count(name: str, value: object) -> int | None:
+    return None if value is None else _count(name, value)
+
+
+def _auto_or_count(name: str, value: object) -> int | str:
+    return value if value == "auto" and isinstance(value, str) else _count(name, value)
+
+
+def _flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise SettingsError(f"{name} must be True or False, got {value!r}.")
+    return value
+
+
+_CHECKS = {
+    "model": _text,
+    "device": _device,
+    "dtype": _dtype,
+    "max_length": _count,
+    "query_max_length": _optional_count,
+    "revision": _optional_text,
+    "cache_dir": _optional_text,
+    "local_files_only": _flag,
+    "token": _secret,
+    "pack_tokens": _auto_or_count,
+    "max_queued_pairs": _count,
+}
+
+
+def setting_names() -> tuple[str, ...]:
+    """Return the names of all engine settings, in order."""
+    return tuple(each.name for each in fields(EngineSettings))

@@ -1,0 +1,239 @@
+"""Texts to token ids, by FlagEmbedding's truncation rule, with every text read once."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Encoding, Tokenizer
+
+from bge_rerank_adapters.errors import CheckpointError, SettingsError
+
+TokenIds = npt.NDArray[np.int64]
+
+# Bounds the memory that the tokenizer's own records take for a call with very many documents.
+_TEXTS_PER_BATCH = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPair:
+    """A query and a document as one row of token ids.
+
+    Attributes:
+        ids: int64, shape (tokens,), special tokens included.
+        document_start: Where the document's own tokens begin; token type 1 starts there in models
+            that have two types.
+        truncated: Whether the document was cut to fit.
+        index: Position of the first pair with these texts in the caller's list.
+    """
+
+    ids: TokenIds
+    document_start: int
+    truncated: bool
+    index: int
+
+    def __len__(self) -> int:
+        """Return the number of tokens."""
+        return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedPairs:
+    """The distinct pairs of a call, and which of them each pair of the caller's is.
+
+    Attributes:
+        distinct: m tokenised pairs, m <= n.
+        positions: For each of the caller's n pairs, its position in `distinct`.
+    """
+
+    distinct: list[TokenPair]
+    positions: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Template:
+    """The special tokens around a pair: `before` query `between` document `after`."""
+
+    before: TokenIds
+    between: TokenIds
+    after: TokenIds
+
+    @property
+    def tokens(self) -> int:
+        return len(self.before) + len(self.between) + len(self.after)
+
+
+class PairTokenizer:
+    """Turns pairs of texts into token ids; safe to use from many threads at once.
+
+    The rule is that of FlagEmbedding 1.4 (`inference/reranker/encoder_only/base.py`): the query is
+    cut to `query_max_length` tokens, then the document so that pair and special tokens fit
+    `max_length`. FlagEmbedding on transformers 5 turns the ids back into text and tokenises that
+    again (`utils/tokenizer_compat.py`), which can move a truncated pair, or one with a character
+    that the tokenizer does not know, by some tokens; on transformers 4 it follows the rule.
+
+    A lone surrogate, which is not valid text, is read as U+FFFD.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, max_length: int, query_max_length: int | None = None
+    ) -> None:
+        """Take over a tokenizer, which must not be changed afterwards.
+
+        Args:
+            tokenizer: It must put special tokens around a pair.
+            max_length: Most tokens of a pair, special tokens included.
+            query_max_length: Most tokens of a query; `None` is three quarters of `max_length`.
+
+        Raises:
+            SettingsError: The lengths leave no room for a document.
+            CheckpointError: The tokenizer has no template for pairs.
+        """
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        self._template = _read_template(tokenizer)
+        self.max_length = max_length
+        self.query_max_length = (
+            max_length * 3 // 4 if query_max_length is None else query_max_length
+        )
+        if max_length - self._template.tokens - self.query_max_length < 1:
+            raise SettingsError(
+                f"max_length {max_length} leaves no room for a document beside a query of "
+                f"query_max_length {self.query_max_length} and {self._template.tokens} special "
+                "tokens; make max_length larger or query_max_length smaller."
+            )
+        # Set once and never again: changing it while another thread encodes is what raises
+        # "Already borrowed" elsewhere. Longer texts need not cross over into Python.
+        tokenizer.enable_truncation(max_length)
+        self._tokenizer = tokenizer
+
+    def tokenize(self, pairs: Sequence[tuple[str, str]]) -> TokenizedPairs:
+        """Return the token ids of (query, document) pairs; each distinct text is read once.
+
+        Args:
+            pairs: n pairs; may be empty.
+
+        Returns:
+            The distinct pairs, and the position among them of each of the n.
+        """
+        distinct: dict[tuple[str, str], int] = {}
+        first: list[int] = []
+        positions: list[int] = []
+        for index, pair in enumerate(pairs):
+            position = distinct.setdefault(pair, len(distinct))
+            if position == len(first):
+                first.append(index)
+            positions.append(position)
+        queries = self._encode(dict.fromkeys(query for query, _ in distinct))
+        documents = self._encode(dict.fromkeys(document for _, document in distinct))
+        return TokenizedPairs(
+            [
+                self._join(queries[query], documents[document], index)
+                for (query, document), index in zip(distinct, first, strict=True)
+            ],
+            positions,
+        )
+
+    def _join(self, query: TokenIds, document: TokenIds, index: int) -> TokenPair:
+        template = self._template
+        query = query[: self.query_max_length]
+        room = self.max_length - template.tokens - len(query)
+        ids = np.concatenate(
+            (template.before, query, template.between, document[:room], template.after)
+        )
+        start = len(template.before) + len(query) + len(template.between)
+        return TokenPair(ids, start, truncated=len(document) > room, index=index)
+
+    def _encode(self, texts: dict[str, Any]) -> dict[str, TokenIds]:
+        """Return each text's ids, without special tokens, cut to `max_length`."""
+        encoded: dict[str, TokenIds] = {}
+        remaining = list(texts)
+        for start in range(0, len(remaining), _TEXTS_PER_BATCH):
+            batch = remaining[start : start + _TEXTS_PER_BATCH]
+            for text, encoding in zip(batch, self._encode_batch(batch), strict=True):
+                encoded[text] = np.asarray(encoding.ids, dtype=np.int64)
+        return encoded
+
+    def _encode_batch(self, texts: list[str]) -> list[Encoding]:
+        try:
+            return self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except (TypeError, UnicodeEncodeError):
+            valid = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts]
+            return self._tokenizer.encode_batch_fast(valid, add_special_tokens=False)
+
+
+def load_tokenizer(
+    folder: Path, *, max_length: int, query_max_length: int | None = None
+) -> PairTokenizer:
+    """Return the tokenizer of a checkpoint's folder.
+
+    Args:
+        folder: Holds `tokenizer.json`, or the files of a slow tokenizer that transformers converts.
+        max_length: Most tokens of a pair, special tokens included.
+        query_max_length: Most tokens of a query; `None` is three quarters of `max_length`.
+
+    Raises:
+        CheckpointError: There is no tokenizer in the folder, or it cannot be read.
+        SettingsError: The lengths leave no room for a document.
+    """
+    tokenizer = _read_tokenizer(folder)
+    try:
+        return PairTokenizer(tokenizer, max_length=max_length, query_max_length=query_max_length)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder / 'tokenizer.json'}: {error}") from error
+
+
+def _read_tokenizer(folder: Path) -> Tokenizer:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return _convert_slow_tokenizer(folder)
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception for a file it cannot read
+        raise CheckpointError(f"{path} is not a readable tokenizer: {error}.") from error
+
+
+def _convert_slow_tokenizer(folder: Path) -> Tokenizer:
+    slow = [name for name in ("sentencepiece.bpe.model", "vocab.txt", "vocab.json") if (folder / name).is_file()]
+    if not slow:
+        raise CheckpointError(
+            f"{folder} has no tokenizer: neither tokenizer.json nor a vocabulary "
+            "(sentencepiece.bpe.model, vocab.txt or vocab.json). Copy the checkpoint's tokenizer "
+            "files into the folder."
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        converted = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, use_fast=True)
+        # A copy, since transformers keeps changing its own.
+        return Tokenizer.from_str(converted.backend_tokenizer.to_str())
+    except Exception as error:  # whatever transformers makes of damaged files
+        raise CheckpointError(
+            f"The tokenizer in {folder} ({', '.join(slow)}) cannot be converted to a fast one: "
+            f"{error}"
+        ) from error
+
+
+def _read_template(tokenizer: Tokenizer) -> _Template:
+    """Find the special tokens around a pair by asking for the pair of "a" and "b"."""
+    query = tokenizer.encode("a", add_special_tokens=False)
+    document = tokenizer.encode("b", add_special_tokens=False)
+    pair = tokenizer.post_process(query, document, add_special_tokens=True)
+    ids = np.asarray(pair.ids, dtype=np.int64)
+    owners = pair.sequence_ids
+    if None not in owners or 0 not in owners or 1 not in owners:
+        raise CheckpointError(
+            "the tokenizer puts no special tokens around a pair of texts, so it cannot tell where "
+            "the query ends; a reranker's tokenizer has a post-processor for pairs."
+        )
+    last = len(owners) - owners[::-1].index
+    return _Template(ids, ids, ids) if last is None else _split(ids, owners)
+
+
+def _split(ids: TokenIds, owners: list[int | None]) -> _Template:
+    query_start, query_end = owners.index(0), len(owners) - owners[::-1].index(0)
+    document_start, document_end = owners.index(1), len(owners) - owners[::-1].index(1)
+    return _Template(ids[:query_start], ids[query_end:document_start], ids[document_end:])
