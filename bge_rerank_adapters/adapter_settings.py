@@ -4,7 +4,8 @@ Both hosts build their components on pydantic, which they bring along; the core 
 """
 
 import asyncio
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import Any, Self, cast
 
 from pydantic import (
     AliasChoices,
@@ -61,7 +62,7 @@ class AdapterSettings(BaseModel):
     top_k: int | None = Field(default=3, validation_alias=AliasChoices("top_k", "top_n"))
     score_threshold: float | None = None
     reranker: Any = Field(default=None, exclude=True, repr=False, frozen=True)
-    device: str | list[str] = Field(default=EngineSettings.device, frozen=True)
+    device: str | list[str] = Field(default=cast(str, EngineSettings.device), frozen=True)
     dtype: str = Field(default=EngineSettings.dtype, frozen=True)
     max_length: int = Field(default=EngineSettings.max_length, frozen=True)
     query_max_length: int | None = Field(default=EngineSettings.query_max_length, frozen=True)
@@ -75,27 +76,6 @@ class AdapterSettings(BaseModel):
     # The engine with the settings it was loaded for: after `model_copy(update=...)` they differ
     # from the fields, and another engine is needed.
     _loaded: tuple[EngineSettings, Scorer] | None = PrivateAttr(default=None)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fields_of_injected_engine(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or data.get("reranker") is None:
-            return data
-        reranker = data["reranker"]
-        if not isinstance(reranker, Scorer):
-            raise SettingsError(
-                f"reranker must have the methods rerank and arerank, got {type(reranker).__name__}."
-            )
-        given = [name for name in setting_names() if name in data]
-        if given:
-            raise SettingsError(
-                f"reranker= is a ready engine, so {', '.join(given)} cannot be set beside it; "
-                "give one or the other."
-            )
-        settings = getattr(reranker, "settings", None)
-        if isinstance(settings, EngineSettings):
-            return {**data, **settings.to_dict()}
-        return {**data, "model": None}
 
     @field_validator("model", "cache_dir", mode="before")
     @classmethod
@@ -119,11 +99,36 @@ class AdapterSettings(BaseModel):
     def _score_threshold(cls, value: Any) -> float | None:
         return check_score_threshold(value)
 
+    @field_validator("reranker")
+    @classmethod
+    def _reranker(cls, value: Any) -> Any:
+        if value is not None and not isinstance(value, Scorer):
+            raise SettingsError(
+                f"reranker must have the methods rerank and arerank, got {type(value).__name__}."
+            )
+        return value
+
     @model_validator(mode="after")
     def _check_engine_settings(self) -> Self:
         if self.reranker is None:
             self._engine_settings()
+        else:
+            self._show_settings_of_injected_engine()
         return self
+
+    def _show_settings_of_injected_engine(self) -> None:
+        # Also runs at every assignment, when the fields are filled already: what tells the user's
+        # settings from those shown here is the set of fields that were given.
+        given = [name for name in setting_names() if name in self.model_fields_set]
+        if given:
+            raise SettingsError(
+                f"reranker= is a ready engine, so {', '.join(given)} cannot be set beside it; "
+                "give one or the other."
+            )
+        settings = getattr(self.reranker, "settings", None)
+        self.__dict__.update(
+            settings.to_dict() if isinstance(settings, EngineSettings) else {"model": None}
+        )
 
     @property
     def top_n(self) -> int | None:
@@ -144,7 +149,7 @@ class AdapterSettings(BaseModel):
             RerankError: The model cannot be loaded.
         """
         if self.reranker is not None:
-            return self.reranker
+            return cast(Scorer, self.reranker)
         settings = self._engine_settings()
         loaded = self._loaded
         if loaded is None or loaded[0] != settings or getattr(loaded[1], "closed", False):
@@ -157,7 +162,7 @@ class AdapterSettings(BaseModel):
     async def ascorer(self) -> Scorer:
         """Return `scorer`, loading the model without blocking the event loop."""
         if self.reranker is not None:
-            return self.reranker
+            return cast(Scorer, self.reranker)
         return await asyncio.to_thread(lambda: self.scorer)
 
     def warm_up(self) -> Self:
@@ -174,6 +179,31 @@ class AdapterSettings(BaseModel):
         """
         self._loaded = None
 
+    def model_copy(
+        self,
+        *,
+        update: Mapping[str, Any] | None = None,
+        deep: bool = False,  # noqa: ARG002 - settings are plain values, always copied
+    ) -> Self:
+        """Return an adapter with `update` applied, which is checked as a constructor's settings.
+
+        The engine is shared with the copy where the settings still fit it, and never copied.
+        """
+        given = dict(update or {})
+        if "top_n" in given and "top_k" not in given:
+            given["top_k"] = given.pop("top_n")
+        values = {name: getattr(self, name) for name in type(self).model_fields} | given
+        if values["reranker"] is not None:
+            for name in set(setting_names()) - given.keys():
+                del values[name]
+        copied = type(self)(**values)
+        copied._loaded = self._loaded  # noqa: SLF001 - its own class
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        """Copy the settings; an engine holds threads and weights, and is shared instead."""
+        return self.model_copy()
+
     def _engine_settings(self) -> EngineSettings:
         if self.model is None:
             raise SettingsError(
@@ -184,6 +214,15 @@ class AdapterSettings(BaseModel):
         if self.token is not None:
             values["token"] = self.token.get_secret_value()
         return EngineSettings(**values)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; refuse the engine's settings, without pydantic's echo of a token."""
+        if name == "reranker" or name in setting_names():
+            raise SettingsError(
+                f"{name} is fixed once the adapter is made; make another adapter, or one with "
+                f"model_copy(update={{{name!r}: ...}})."
+            )
+        super().__setattr__(name, value)
 
     def __eq__(self, other: object) -> bool:
         """Adapters are equal where their settings are, loaded or not, secrets aside."""

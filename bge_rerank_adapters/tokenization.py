@@ -16,6 +16,7 @@ TokenIds = npt.NDArray[np.int64]
 
 # Bounds the memory that the tokenizer's own records take for a call with very many documents.
 _TEXTS_PER_BATCH = 1024
+_SLOW_VOCABULARIES = ("sentencepiece.bpe.model", "vocab.txt", "vocab.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +162,13 @@ class PairTokenizer:
         try:
             return self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         except (TypeError, UnicodeEncodeError):
-            valid = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts]
+            valid = [_without_surrogates(text) for text in texts]
             return self._tokenizer.encode_batch_fast(valid, add_special_tokens=False)
+
+
+def _without_surrogates(text: str) -> str:
+    """Return the text with U+FFFD for each lone surrogate, and pairs of them joined."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def load_tokenizer(
@@ -197,11 +203,11 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
 
 
 def _convert_slow_tokenizer(folder: Path) -> Tokenizer:
-    slow = [name for name in ("sentencepiece.bpe.model", "vocab.txt", "vocab.json") if (folder / name).is_file()]
+    slow = [name for name in _SLOW_VOCABULARIES if (folder / name).is_file()]
     if not slow:
         raise CheckpointError(
             f"{folder} has no tokenizer: neither tokenizer.json nor a vocabulary "
-            "(sentencepiece.bpe.model, vocab.txt or vocab.json). Copy the checkpoint's tokenizer "
+            f"({', '.join(_SLOW_VOCABULARIES)}). Copy the checkpoint's tokenizer "
             "files into the folder."
         )
     from transformers import AutoTokenizer
@@ -218,22 +224,15 @@ def _convert_slow_tokenizer(folder: Path) -> Tokenizer:
 
 
 def _read_template(tokenizer: Tokenizer) -> _Template:
-    """Find the special tokens around a pair by asking for the pair of "a" and "b"."""
-    query = tokenizer.encode("a", add_special_tokens=False)
-    document = tokenizer.encode("b", add_special_tokens=False)
-    pair = tokenizer.post_process(query, document, add_special_tokens=True)
-    ids = np.asarray(pair.ids, dtype=np.int64)
-    owners = pair.sequence_ids
-    if None not in owners or 0 not in owners or 1 not in owners:
+    """Find the special tokens around a pair by tokenising the pair of "a" and "b"."""
+    pair = tokenizer.encode("a", "b", add_special_tokens=True)
+    ids, owners = np.asarray(pair.ids, dtype=np.int64), pair.sequence_ids
+    if not {None, 0, 1} <= set(owners):
         raise CheckpointError(
-            "the tokenizer puts no special tokens around a pair of texts, so it cannot tell where "
-            "the query ends; a reranker's tokenizer has a post-processor for pairs."
+            "the tokenizer puts no special tokens around a pair of texts, so the model could not "
+            "tell where the query ends; a reranker's tokenizer has a post-processor for pairs."
         )
-    last = len(owners) - owners[::-1].index
-    return _Template(ids, ids, ids) if last is None else _split(ids, owners)
-
-
-def _split(ids: TokenIds, owners: list[int | None]) -> _Template:
-    query_start, query_end = owners.index(0), len(owners) - owners[::-1].index(0)
-    document_start, document_end = owners.index(1), len(owners) - owners[::-1].index(1)
+    query_start, document_start = owners.index(0), owners.index(1)
+    query_end = len(owners) - owners[::-1].index(0)
+    document_end = len(owners) - owners[::-1].index(1)
     return _Template(ids[:query_start], ids[query_end:document_start], ids[document_end:])

@@ -1,0 +1,228 @@
+"""Reranking inside LangChain: a document compressor, a retriever and a runnable.
+
+```python
+from langchain_classic.retrievers import ContextualCompressionRetriever
+
+from bge_rerank_adapters.langchain import BGEDocumentCompressor
+
+compressor = BGEDocumentCompressor(model="BAAI/bge-reranker-v2-m3", top_k=3)
+retriever = ContextualCompressionRetriever(
+    base_compressor=compressor, base_retriever=first_stage
+)
+retriever = compressor.wrap(first_stage)  # the same, on langchain-core alone
+```
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+try:
+    from langchain_core.callbacks import (
+        AsyncCallbackManagerForRetrieverRun,
+        CallbackManagerForRetrieverRun,
+        Callbacks,
+    )
+    from langchain_core.documents import BaseDocumentCompressor, Document
+    from langchain_core.retrievers import BaseRetriever, RetrieverLike
+    from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda
+    from langchain_core.runnables.config import (
+        ensure_config,
+        get_async_callback_manager_for_config,
+        get_callback_manager_for_config,
+    )
+except ImportError as error:
+    raise ImportError(
+        "bge_rerank_adapters.langchain needs langchain-core; "
+        'run: pip install "bge-rerank-adapters[langchain]"'
+    ) from error
+
+from pydantic import ConfigDict, Field
+
+from bge_rerank_adapters.adapter_settings import AdapterSettings
+from bge_rerank_adapters.errors import InputTypeError
+from bge_rerank_adapters.ranking import RankedDocument, check_documents, check_query
+
+
+class BGEDocumentCompressor(AdapterSettings, BaseDocumentCompressor):
+    """Keeps the documents that answer the query best, as LangChain's document compressor.
+
+    Takes the settings of `AdapterSettings`; the model is loaded on first use. A call is traced as
+    a run of the class's name, with the query, the number of documents and the scores.
+
+    Attributes:
+        metadata_fields: Names of metadata whose values go before the text that is scored, each on
+            a line of its own, in this order; those a document lacks (or has as `None`) are left
+            out. What is returned keeps its text as it was.
+    """
+
+    metadata_fields: list[str] = Field(default_factory=list)
+
+    def compress_documents(
+        self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
+    ) -> list[Document]:
+        """Return copies of the best documents, best first, with their scores in the metadata.
+
+        Args:
+            documents: What the first stage found; neither they nor their metadata are changed.
+            query: What they should answer.
+            callbacks: Who hears of the run; `None` is those of the run that this happens in.
+
+        Returns:
+            At most `top_k` documents with ids and metadata kept, to which are added
+            `relevance_score` (float, in [0, 1]), `retrieval_index` (int, the place in `documents`)
+            and, where its end was cut off, `relevance_truncated` (True). `[]` for no documents.
+
+        Raises:
+            InputTypeError: The query is no `str`, or one of the documents no `Document` with text.
+            RerankError: The model could not be loaded, or failed.
+        """
+        query, found = check_query(query), _checked_documents(documents)
+        texts = self._texts(found)
+        manager = get_callback_manager_for_config(_config(callbacks))
+        run = manager.on_chain_start(None, _inputs(query, found), name=type(self).__name__)
+        try:
+            ranked = self.scorer.rerank(query, texts, **self._limits()) if texts else []
+        except BaseException as error:
+            run.on_chain_error(error)
+            raise
+        run.on_chain_end(_outputs(ranked))
+        return _reranked(found, ranked)
+
+    async def acompress_documents(
+        self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
+    ) -> list[Document]:
+        """Return what `compress_documents` returns, without blocking the event loop."""
+        query, found = check_query(query), _checked_documents(documents)
+        texts = self._texts(found)
+        manager = get_async_callback_manager_for_config(_config(callbacks))
+        run = await manager.on_chain_start(None, _inputs(query, found), name=type(self).__name__)
+        try:
+            ranked = (
+                await (await self.ascorer()).arerank(query, texts, **self._limits())
+                if texts
+                else []
+            )
+        except BaseException as error:
+            await run.on_chain_error(error)
+            raise
+        await run.on_chain_end(_outputs(ranked))
+        return _reranked(found, ranked)
+
+    def wrap(self, retriever: RetrieverLike) -> "RerankingRetriever":
+        """Return a retriever that fetches with `retriever` and keeps the best of what it found."""
+        return RerankingRetriever(base_retriever=retriever, compressor=self)
+
+    def as_runnable(self) -> Runnable[dict[str, Any], list[Document]]:
+        """Return a runnable from `{"query": str, "documents": [Document, ...]}` to the best.
+
+        Raises:
+            InputTypeError: On use, where the input lacks one of the two keys.
+        """
+
+        def rerank(inputs: dict[str, Any]) -> list[Document]:
+            return self.compress_documents(*_documents_and_query(inputs))
+
+        async def arerank(inputs: dict[str, Any]) -> list[Document]:
+            return await self.acompress_documents(*_documents_and_query(inputs))
+
+        return RunnableLambda(rerank, arerank, name=f"{type(self).__name__}.as_runnable")
+
+    def _limits(self) -> dict[str, Any]:
+        return {"top_k": self.top_k, "score_threshold": self.score_threshold}
+
+    def _texts(self, found: Sequence[Document]) -> list[str]:
+        texts = check_documents([document.page_content for document in found])
+        return [
+            "\n".join([*self._metadata_lines(document), text])
+            for document, text in zip(found, texts, strict=True)
+        ]
+
+    def _metadata_lines(self, document: Document) -> list[str]:
+        values = (document.metadata.get(name) for name in self.metadata_fields)
+        return [str(value) for value in values if value is not None]
+
+
+class RerankingRetriever(BaseRetriever):
+    """A retriever whose documents are those of another one, reranked and cut to the best.
+
+    Attributes:
+        base_retriever: The first stage, which should find more than `compressor.top_k`.
+        compressor: What reranks and cuts.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+
+    base_retriever: RetrieverLike
+    compressor: BGEDocumentCompressor
+
+    def _get_relevant_documents(
+        self, query: str, *, run_manager: CallbackManagerForRetrieverRun, **kwargs: Any
+    ) -> list[Document]:
+        config = RunnableConfig(callbacks=run_manager.get_child())
+        found = self.base_retriever.invoke(query, config, **kwargs)
+        return self.compressor.compress_documents(found, query, run_manager.get_child())
+
+    async def _aget_relevant_documents(
+        self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, **kwargs: Any
+    ) -> list[Document]:
+        config = RunnableConfig(callbacks=run_manager.get_child())
+        found = await self.base_retriever.ainvoke(query, config, **kwargs)
+        return await self.compressor.acompress_documents(found, query, run_manager.get_child())
+
+
+def _config(callbacks: Callbacks | None) -> RunnableConfig:
+    """Return the config of the run that this happens in, with `callbacks` instead if given."""
+    return ensure_config(None if callbacks is None else RunnableConfig(callbacks=callbacks))
+
+
+def _checked_documents(documents: object) -> list[Document]:
+    # A Document is itself iterable, over its fields.
+    if isinstance(documents, str | bytes | Document) or not isinstance(documents, Iterable):
+        raise InputTypeError(
+            f"documents must be a list of Document, got {type(documents).__name__}; "
+            "wrap a single document in a list."
+        )
+    found = list(documents)
+    for index, document in enumerate(found):
+        if not isinstance(document, Document):
+            raise InputTypeError(
+                f"documents[{index}] must be a langchain_core Document, "
+                f"got {type(document).__name__}; make it one with Document(page_content=...)."
+            )
+    return found
+
+
+def _documents_and_query(inputs: object) -> tuple[Any, Any]:
+    if not isinstance(inputs, dict) or not {"query", "documents"} <= inputs.keys():
+        got = sorted(map(str, inputs)) if isinstance(inputs, dict) else type(inputs).__name__
+        raise InputTypeError(
+            'The input must be a dict with the keys "query" and "documents", '
+            f"got {got}; put a step in front that makes it one."
+        )
+    return inputs["documents"], inputs["query"]
+
+
+def _inputs(query: str, found: Sequence[Document]) -> dict[str, Any]:
+    return {"query": query, "document_count": len(found)}
+
+
+def _outputs(ranked: Sequence[RankedDocument]) -> dict[str, Any]:
+    return {
+        "scores": [float(each.score) for each in ranked],
+        "indexes": [int(each.index) for each in ranked],
+    }
+
+
+def _reranked(found: Sequence[Document], ranked: Iterable[RankedDocument]) -> list[Document]:
+    return [_with_score(found[each.index], each) for each in ranked]
+
+
+def _with_score(document: Document, ranked: RankedDocument) -> Document:
+    copied = document.model_copy(deep=True)
+    copied.metadata["relevance_score"] = float(ranked.score)
+    copied.metadata["retrieval_index"] = int(ranked.index)
+    # An earlier reranking of the same document may have left its own mark.
+    copied.metadata.pop("relevance_truncated", None)
+    if ranked.truncated:
+        copied.metadata["relevance_truncated"] = True
+    return copied
