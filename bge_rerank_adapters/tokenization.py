@@ -1,6 +1,5 @@
 """Texts to token ids, by FlagEmbedding's truncation rule, with every text read once."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +109,11 @@ class PairTokenizer:
         # "Already borrowed" elsewhere. Longer texts need not cross over into Python.
         tokenizer.enable_truncation(max_length)
         self._tokenizer = tokenizer
+
+    @property
+    def vocabulary(self) -> int:
+        """One more than the highest id that a text can get."""
+        return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
     def tokenize(self, pairs: Sequence[tuple[str, str]]) -> TokenizedPairs:
         """Return the token ids of (query, document) pairs; each distinct text is read once.

@@ -29,7 +29,6 @@ from tokenizers import (
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
-    PretrainedConfig,
     PreTrainedModel,
     RobertaConfig,
     RobertaForSequenceClassification,
@@ -278,7 +277,7 @@ def _word_piece_tokenizer() -> Tokenizer:
     normalizer = normalizers.BertNormalizer(lowercase=True)
     pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     vocabulary = _word_piece_vocabulary(normalizer, pre_tokenizer)
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=_BERT_SPECIALS[1]))
     tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizer
     tokenizer.decoder = decoders.WordPiece(prefix="##")

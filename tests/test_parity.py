@@ -185,7 +185,7 @@ def test_logits_of_one_query_equal_flagembedding(reranker, flag_reranker, pairs)
 
 
 def test_float16_weights_run_in_float32(tmp_path, pairs):
-    """transformers 5 loads weights in the dtype of the file, which here is not the one asked for."""
+    """transformers 5 loads weights in the dtype of the file unless told otherwise."""
     folder = build_xlm_roberta(tmp_path, dtype=torch.float16)
     with open_reranker(folder) as reranker:
         ours = pair_logits(reranker, pairs[:100])
@@ -249,11 +249,18 @@ def test_difficult_pairs_have_the_rules_logits(name, folder):
 
 
 def test_cut_documents_are_marked(name, folder):
-    for query, document, max_length, ids, _ in read_reference(name)[:16]:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    marks = set()
+    for max_length, cases in by_max_length(read_reference(name)).items():
         with open_reranker(folder, max_length=max_length) as reranker:
-            [result] = reranker.rerank(query, [document])
-        whole = len(document) < 60
-        assert result.truncated is (len(ids) == max_length and not whole)
+            for query, document, _, ids, _ in cases:
+                [result] = reranker.rerank(query, [document])
+                kept = len(tokenizer.tokenize(query)[: max_length * 3 // 4])
+                whole = len(tokenizer(query, document)["input_ids"])
+                tokens = whole - len(tokenizer.tokenize(query)) + kept
+                assert result.truncated is (tokens > len(ids))
+                marks.add(result.truncated)
+    assert marks == {True, False}
 
 
 @pytest.mark.skipif(transformers.__version__ < "5", reason="FlagEmbedding keeps the rule there")
@@ -263,7 +270,7 @@ def test_flagembedding_leaves_the_rule_on_transformers_5(name, folder, flag_rera
     The difference is whole tenths of a logit, on a pair that ours and FlagEmbedding on
     transformers 4 agree on.
     """
-    query, document, max_length, ids, logit = max(
+    query, document, max_length, _, logit = max(
         (case for case in read_reference(name) if case[2] <= 128),
         key=lambda case: abs(flag_score(flag_reranker, case) - case[-1]),
     )

@@ -1,0 +1,194 @@
+"""Reranking inside LlamaIndex: a node postprocessor for query engines, chat engines and workflows.
+
+```python
+from bge_rerank_adapters.llama_index import BGENodePostprocessor
+
+postprocessor = BGENodePostprocessor(model="BAAI/bge-reranker-v2-m3", top_k=3)
+engine = index.as_query_engine(similarity_top_k=20, node_postprocessors=[postprocessor])
+```
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+try:
+    from llama_index.core.callbacks import CBEventType, EventPayload
+    from llama_index.core.instrumentation import get_dispatcher
+    from llama_index.core.instrumentation.events.exception import ExceptionEvent
+    from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
+    from llama_index.core.postprocessor.types import BaseNodePostprocessor
+    from llama_index.core.schema import (
+        BaseNode,
+        IndexNode,
+        MetadataMode,
+        NodeWithScore,
+        QueryBundle,
+    )
+except ImportError as error:
+    raise ImportError(
+        "bge_rerank_adapters.llama_index needs llama-index-core; "
+        'run: pip install "bge-rerank-adapters[llama-index]"'
+    ) from error
+
+from pydantic import PlainSerializer, model_validator
+
+from bge_rerank_adapters.adapter_settings import AdapterSettings
+from bge_rerank_adapters.errors import InputTypeError, SettingsError
+from bge_rerank_adapters.ranking import RankedDocument, check_query
+
+ADDED_KEYS = ("relevance_score", "retrieval_index", "retrieval_score", "relevance_truncated")
+"""The metadata that a reranking adds to a node, for its reader and not for any model."""
+
+_dispatcher = get_dispatcher(__name__)
+
+
+class BGENodePostprocessor(AdapterSettings, BaseNodePostprocessor):
+    """Keeps the nodes that answer the query best, as LlamaIndex's node postprocessor.
+
+    Takes the settings of `AdapterSettings`, and `callback_manager`; the model is loaded on first
+    use. What comes back are copies with ids and relationships kept: `score` is the relevance
+    score, in [0, 1], and the metadata gains `relevance_score` (the same), `retrieval_index` (int,
+    the place among the nodes that came in), `retrieval_score` (float, the score that the node came
+    with, if any) and, where the end of its text was cut off, `relevance_truncated` (True). None
+    of these reaches an embedding, a prompt or the text that is scored.
+
+    Every reranking is told to LlamaIndex's instrumentation (`ReRankStartEvent`, `ReRankEndEvent`)
+    and its callbacks (`RERANKING`), in pairs, for no nodes too. When it fails the callback still
+    ends, and an `ExceptionEvent` stands in for the end event.
+
+    Attributes:
+        metadata_mode: Which metadata goes before a node's text when it is scored; by default what
+            LlamaIndex puts there for an embedding.
+    """
+
+    metadata_mode: Annotated[
+        MetadataMode, PlainSerializer(lambda mode: mode.value, return_type=str)
+    ] = MetadataMode.EMBED
+
+    @classmethod
+    def class_name(cls) -> str:
+        """Return the name that LlamaIndex writes into dumps."""
+        return "BGENodePostprocessor"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_class_name(cls, data: Any) -> Any:
+        # LlamaIndex writes it into every dump, and a dump builds an equal adapter.
+        if isinstance(data, dict) and data.get("class_name") == cls.class_name():
+            return {name: value for name, value in data.items() if name != "class_name"}
+        return data
+
+    def _postprocess_nodes(
+        self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
+    ) -> list[NodeWithScore]:
+        """Return copies of the best nodes, best first; LlamaIndex makes each call a span.
+
+        Raises:
+            SettingsError: There is no query.
+            InputTypeError: The query is no `str`, or one of the nodes no `NodeWithScore`.
+            RerankError: The model could not be loaded, or failed.
+        """
+        query, found = _checked_query(query_bundle), _checked_nodes(nodes)
+        with self._reported(query, found) as best:
+            if found:
+                ranked = self.scorer.rerank(query.query_str, self._texts(found), **self._limits())
+                best.extend(_with_score(found[each.index], each) for each in ranked)
+        return best
+
+    # The base class asks for the sync method alone, so only that one is made a span by itself.
+    @_dispatcher.span
+    async def _apostprocess_nodes(
+        self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
+    ) -> list[NodeWithScore]:
+        """Return what `_postprocess_nodes` returns, without blocking the event loop."""
+        query, found = _checked_query(query_bundle), _checked_nodes(nodes)
+        with self._reported(query, found) as best:
+            if found:
+                scorer, texts = await self.ascorer(), self._texts(found)
+                ranked = await scorer.arerank(query.query_str, texts, **self._limits())
+                best.extend(_with_score(found[each.index], each) for each in ranked)
+        return best
+
+    def _limits(self) -> dict[str, Any]:
+        return {"top_k": self.top_k, "score_threshold": self.score_threshold}
+
+    def _texts(self, found: Sequence[NodeWithScore]) -> list[str]:
+        return [_without_added_keys(each.node).get_content(self.metadata_mode) for each in found]
+
+    @contextmanager
+    def _reported(
+        self, query: QueryBundle, found: list[NodeWithScore]
+    ) -> Iterator[list[NodeWithScore]]:
+        """Tell LlamaIndex of the reranking done inside; its results go into the list yielded."""
+        best: list[NodeWithScore] = []
+        name = self.model or type(self.reranker).__name__
+        top_n = len(found) if self.top_k is None else self.top_k
+        payload = {
+            EventPayload.NODES: found,
+            EventPayload.MODEL_NAME: name,
+            EventPayload.QUERY_STR: query.query_str,
+            EventPayload.TOP_K: top_n,
+        }
+        _dispatcher.event(ReRankStartEvent(query=query, nodes=found, top_n=top_n, model_name=name))
+        try:
+            with self.callback_manager.event(CBEventType.RERANKING, payload=payload) as run:
+                yield best
+                run.on_end(payload={EventPayload.NODES: best})
+        except BaseException as failure:
+            _dispatcher.event(ExceptionEvent(exception=failure))
+            raise
+        _dispatcher.event(ReRankEndEvent(nodes=best))
+
+
+def _checked_query(query_bundle: QueryBundle | None) -> QueryBundle:
+    if query_bundle is None:
+        raise SettingsError(
+            "A reranking needs a query, got None; give query_str= or query_bundle=."
+        )
+    check_query(query_bundle.query_str)
+    return query_bundle
+
+
+def _checked_nodes(nodes: Sequence[NodeWithScore]) -> list[NodeWithScore]:
+    found = list(nodes)
+    for index, each in enumerate(found):
+        if not isinstance(each, NodeWithScore):
+            raise InputTypeError(
+                f"nodes[{index}] must be a llama_index NodeWithScore, got {type(each).__name__}; "
+                "wrap a node with NodeWithScore(node=...)."
+            )
+    return found
+
+
+def _without_added_keys(node: BaseNode) -> BaseNode:
+    """Return the node as it was before an earlier reranking, for reading its text alone."""
+    if node.metadata.keys().isdisjoint(ADDED_KEYS):
+        return node
+    kept = {key: value for key, value in node.metadata.items() if key not in ADDED_KEYS}
+    return node.model_copy(update={"metadata": kept})
+
+
+def _with_score(found: NodeWithScore, ranked: RankedDocument) -> NodeWithScore:
+    copied = _deep_copy(found)
+    metadata = _without_added_keys(copied.node).metadata
+    metadata |= {"relevance_score": float(ranked.score), "retrieval_index": int(ranked.index)}
+    if found.score is not None:
+        metadata["retrieval_score"] = float(found.score)
+    if ranked.truncated:
+        metadata["relevance_truncated"] = True
+    copied.node.metadata = metadata
+    for hidden in (
+        copied.node.excluded_embed_metadata_keys,
+        copied.node.excluded_llm_metadata_keys,
+    ):
+        hidden.extend(key for key in ADDED_KEYS if key not in hidden)
+    copied.score = float(ranked.score)
+    return copied
+
+
+def _deep_copy(found: NodeWithScore) -> NodeWithScore:
+    # An IndexNode may point at a whole retriever or query engine: a reference, not to be copied.
+    shared = found.node.obj if isinstance(found.node, IndexNode) else None
+    return copy.deepcopy(found, {id(shared): shared})

@@ -1,0 +1,1 @@
+"""The models: the only part of the package that imports torch."""

@@ -1,0 +1,389 @@
+"""XLM-RoBERTa, RoBERTa and BERT cross-encoders, run on packs without any padding.
+
+The tokens of all pairs of a pack stand in one row; only attention looks at where a pair begins
+and ends. Architecture: `modeling_xlm_roberta.py` and `modeling_bert.py` of transformers 4 and 5,
+whose numbers this gives to float32 rounding.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from bge_rerank_adapters.errors import CheckpointError, UnsupportedCheckpointError
+from bge_rerank_adapters.models.weights import Weights, open_weights
+from bge_rerank_adapters.tokenization import TokenPair
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": functional.gelu,
+    "gelu_new": partial(functional.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(functional.gelu, approximate="tanh"),
+    "relu": functional.relu,
+    "silu": functional.silu,
+    "swish": functional.silu,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderConfig:
+    """What of `config.json` decides how an encoder is computed.
+
+    Attributes:
+        prefix: What the names of the encoder's tensors begin with.
+        layers: Number of layers.
+        hidden: Width of a token's vector.
+        heads: Number of attention heads.
+        intermediate: Width inside a feed-forward block.
+        vocabulary: Number of rows of the word embeddings.
+        positions: Number of rows of the position embeddings.
+        types: Number of rows of the token type embeddings.
+        epsilon: Of every layer norm.
+        activation: Name of the feed-forward block's activation.
+        pad_id: Id of the padding token; RoBERTa counts positions from the one after it.
+        counts_from_pad: Whether it does so; BERT counts from 0.
+    """
+
+    prefix: str
+    layers: int
+    hidden: int
+    heads: int
+    intermediate: int
+    vocabulary: int
+    positions: int
+    types: int
+    epsilon: float
+    activation: str
+    pad_id: int
+    counts_from_pad: bool
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens of a pair that the positions allow."""
+        return self.positions - self.pad_id - 1 if self.counts_from_pad else self.positions
+
+
+# Model type to the prefix of its tensors, and whether positions count from the pad id.
+_ARCHITECTURES = {
+    "xlm-roberta": ("roberta", True),
+    "roberta": ("roberta", True),
+    "camembert": ("roberta", True),
+    "bert": ("bert", False),
+}
+
+
+def is_encoder(config: dict[str, Any]) -> bool:
+    """Return whether `config.json` is one of an encoder that can be run here."""
+    return config.get("model_type") in _ARCHITECTURES
+
+
+def parse_config(config: dict[str, Any], *, folder: Path) -> EncoderConfig:
+    """Return the parts of `config.json` that matter.
+
+    Raises:
+        CheckpointError: An entry is missing or of the wrong type.
+        UnsupportedCheckpointError: The activation or the kind of positions is not known.
+    """
+    prefix, counts_from_pad = _ARCHITECTURES[config["model_type"]]
+    try:
+        parsed = EncoderConfig(
+            prefix=prefix,
+            layers=int(config["num_hidden_layers"]),
+            hidden=int(config["hidden_size"]),
+            heads=int(config["num_attention_heads"]),
+            intermediate=int(config["intermediate_size"]),
+            vocabulary=int(config["vocab_size"]),
+            positions=int(config["max_position_embeddings"]),
+            types=int(config["type_vocab_size"]),
+            epsilon=float(config.get("layer_norm_eps", 1e-12)),
+            activation=str(config.get("hidden_act", "gelu")),
+            pad_id=int(config.get("pad_token_id", 1 if counts_from_pad else 0)),
+            counts_from_pad=counts_from_pad,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: missing or unusable: {error}.") from error
+    if parsed.activation not in ACTIVATIONS:
+        raise UnsupportedCheckpointError(
+            f"{folder / 'config.json'}: hidden_act {parsed.activation!r} is not known; "
+            f"supported are {', '.join(ACTIVATIONS)}."
+        )
+    if config.get("position_embedding_type", "absolute") != "absolute":
+        raise UnsupportedCheckpointError(
+            f"{folder / 'config.json'}: position_embedding_type must be 'absolute', "
+            f"got {config['position_embedding_type']!r}."
+        )
+    return parsed
+
+
+@dataclass(frozen=True, slots=True)
+class _Linear:
+    weight: Tensor
+    bias: Tensor
+
+    def __call__(self, states: Tensor) -> Tensor:
+        return functional.linear(states, self.weight, self.bias)
+
+
+@dataclass(frozen=True, slots=True)
+class _Norm:
+    weight: Tensor
+    bias: Tensor
+    epsilon: float
+
+    def __call__(self, states: Tensor) -> Tensor:
+        return functional.layer_norm(
+            states, self.weight.shape, self.weight, self.bias, self.epsilon
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """One layer; `query_key_value` stacks the three projections into one of shape (3h, h)."""
+
+    query_key_value: _Linear
+    attention_output: _Linear
+    attention_norm: _Norm
+    up: _Linear
+    down: _Linear
+    output_norm: _Norm
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Neighbouring pairs of equal length in a pack: rows `start` to `start + pairs * tokens`."""
+
+    start: int
+    pairs: int
+    tokens: int
+
+
+class EncoderModel:
+    """A cross-encoder on one device.
+
+    Attributes:
+        config: What the checkpoint's `config.json` says.
+        device: Where it runs.
+        dtype: Of weights and activations; the head and the logits are float32 always.
+    """
+
+    def __init__(
+        self, config: dict[str, Any], folder: Path, *, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """Load the weights.
+
+        Args:
+            config: The checkpoint's `config.json`.
+            folder: Holds its safetensors.
+            device: Where to run.
+            dtype: A floating-point dtype.
+
+        Raises:
+            CheckpointError: Tensors are missing, damaged or of the wrong shape.
+            UnsupportedCheckpointError: The model gives several labels instead of one logit.
+        """
+        self.config = parse_config(config, folder=folder)
+        self.device, self.dtype = device, dtype
+        self._activation = ACTIVATIONS[self.config.activation]
+        with open_weights(folder) as weights:
+            _check_one_label(weights, self.config)
+            self._load(_Reader(weights, self.config, device, dtype))
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens of a pair."""
+        return self.config.max_tokens
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids that have an embedding."""
+        return self.config.vocabulary
+
+    @torch.inference_mode()
+    def logits(self, pairs: Sequence[TokenPair]) -> list[float]:
+        """Return the logit of each pair of a pack.
+
+        Args:
+            pairs: n >= 1 pairs of at most `max_tokens` tokens; best in order of length, since
+                neighbours of equal length share one attention call.
+
+        Returns:
+            n floats, which are NaN or infinite where the model gives that.
+        """
+        lengths = [len(pair) for pair in pairs]
+        groups = _equal_lengths(lengths)
+        states = self._embed(pairs)
+        for layer in self._layers[:-1]:
+            states = self._full_layer(layer, states, groups)
+        first = np.concatenate(([0], np.cumsum(lengths)[:-1]))
+        states = self._last_layer(
+            self._layers[-1], states, groups, torch.from_numpy(first).to(self.device)
+        )
+        logits: list[float] = self._head(states.float()).squeeze(-1).tolist()
+        return logits
+
+    def _load(self, read: "_Reader") -> None:
+        config = self.config
+        rows = {"word": config.vocabulary, "position": config.positions, "token_type": config.types}
+        self._words, self._positions, self._types = (
+            read.tensor(f"{config.prefix}.embeddings.{name}_embeddings.weight", (n, config.hidden))
+            for name, n in rows.items()
+        )
+        self._embedding_norm = read.norm(f"{config.prefix}.embeddings.LayerNorm")
+        self._layers = [read.layer(index) for index in range(config.layers)]
+        self._head = read.head()
+
+    def _embed(self, pairs: Sequence[TokenPair]) -> Tensor:
+        """Return the embeddings of all tokens in a row, shape (tokens, hidden)."""
+        ids = np.concatenate([pair.ids for pair in pairs])
+        positions = np.concatenate([self._position_ids(pair) for pair in pairs])
+        states = functional.embedding(torch.from_numpy(ids).to(self.device), self._words)
+        states = states + functional.embedding(
+            torch.from_numpy(positions).to(self.device), self._positions
+        )
+        if self.config.types > 1 and not self.config.counts_from_pad:
+            types = np.concatenate([_token_types(pair) for pair in pairs])
+            states = states + functional.embedding(
+                torch.from_numpy(types).to(self.device), self._types
+            )
+        else:
+            states = states + self._types[0]
+        return self._embedding_norm(states)
+
+    def _position_ids(self, pair: TokenPair) -> np.ndarray[Any, np.dtype[np.int64]]:
+        if not self.config.counts_from_pad:
+            return np.arange(len(pair), dtype=np.int64)
+        # A literal "<pad>" in a text is read as the padding token: it keeps the padding position
+        # and the count goes on after it, as create_position_ids_from_input_ids does.
+        real = pair.ids != self.config.pad_id
+        return np.cumsum(real, dtype=np.int64) * real + self.config.pad_id
+
+    def _full_layer(self, layer: _Layer, states: Tensor, groups: Sequence[_Group]) -> Tensor:
+        query, key, value = layer.query_key_value(states).chunk(3, dim=-1)
+        attended = torch.empty_like(states)
+        for group in groups:
+            rows = slice(group.start, group.start + group.pairs * group.tokens)
+            attended[rows] = self._attend(query[rows], key[rows], value[rows], group.pairs)
+        return self._feed_forward(layer, states, attended)
+
+    def _last_layer(
+        self, layer: _Layer, states: Tensor, groups: Sequence[_Group], first: Tensor
+    ) -> Tensor:
+        """Return the states of the first token of each pair alone: the head reads no other."""
+        hidden = self.config.hidden
+        weight, bias = layer.query_key_value.weight, layer.query_key_value.bias
+        states_first = states[first]
+        query = functional.linear(states_first, weight[:hidden], bias[:hidden])
+        key, value = functional.linear(states, weight[hidden:], bias[hidden:]).chunk(2, dim=-1)
+        attended = torch.empty_like(query)
+        begin = 0
+        for group in groups:
+            rows = slice(group.start, group.start + group.pairs * group.tokens)
+            pairs = slice(begin, begin + group.pairs)
+            attended[pairs] = self._attend(query[pairs], key[rows], value[rows], group.pairs)
+            begin += group.pairs
+        return self._feed_forward(layer, states_first, attended)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, pairs: int) -> Tensor:
+        """Return each pair's attention; rows of all pairs stand below each other."""
+        split = (
+            each.reshape(pairs, -1, self.config.heads, self.config.hidden // self.config.heads)
+            for each in (query, key, value)
+        )
+        out = functional.scaled_dot_product_attention(*(each.transpose(1, 2) for each in split))
+        return out.transpose(1, 2).reshape(-1, self.config.hidden)
+
+    def _feed_forward(self, layer: _Layer, states: Tensor, attended: Tensor) -> Tensor:
+        states = layer.attention_norm(layer.attention_output(attended) + states)
+        return layer.output_norm(layer.down(self._activation(layer.up(states))) + states)
+
+
+def _equal_lengths(lengths: Sequence[int]) -> list[_Group]:
+    groups: list[_Group] = []
+    start = 0
+    for tokens, run in groupby(lengths):
+        pairs = len(list(run))
+        groups.append(_Group(start, pairs, tokens))
+        start += pairs * tokens
+    return groups
+
+
+def _token_types(pair: TokenPair) -> np.ndarray[Any, np.dtype[np.int64]]:
+    return (np.arange(len(pair)) >= pair.document_start).astype(np.int64)
+
+
+def _check_one_label(weights: Weights, config: EncoderConfig) -> None:
+    name = "classifier.out_proj.weight" if config.counts_from_pad else "classifier.weight"
+    labels = weights.shape(name)[0]
+    if labels != 1:
+        raise UnsupportedCheckpointError(
+            f"{weights.folder} is a classifier of {labels} labels; a reranker has one, whose logit "
+            "says how relevant a document is."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """Reads the parts of an encoder from its tensors."""
+
+    weights: Weights
+    config: EncoderConfig
+    device: torch.device
+    dtype: torch.dtype
+
+    def tensor(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None
+    ) -> Tensor:
+        stored = self.weights.tensor(name, shape)
+        # Copied even where nothing changes: a view of the file would die with it.
+        return stored.to(self.device, dtype or self.dtype, copy=True)
+
+    def linear(
+        self, name: str, outputs: int, inputs: int, dtype: torch.dtype | None = None
+    ) -> _Linear:
+        return _Linear(
+            self.tensor(f"{name}.weight", (outputs, inputs), dtype),
+            self.tensor(f"{name}.bias", (outputs,), dtype),
+        )
+
+    def norm(self, name: str) -> _Norm:
+        shape = (self.config.hidden,)
+        return _Norm(
+            self.tensor(f"{name}.weight", shape),
+            self.tensor(f"{name}.bias", shape),
+            self.config.epsilon,
+        )
+
+    def layer(self, index: int) -> _Layer:
+        name = f"{self.config.prefix}.encoder.layer.{index}"
+        hidden, wide = self.config.hidden, self.config.intermediate
+        projections = [
+            self.linear(f"{name}.attention.self.{part}", hidden, hidden)
+            for part in ("query", "key", "value")
+        ]
+        return _Layer(
+            query_key_value=_Linear(
+                torch.cat([each.weight for each in projections]),
+                torch.cat([each.bias for each in projections]),
+            ),
+            attention_output=self.linear(f"{name}.attention.output.dense", hidden, hidden),
+            attention_norm=self.norm(f"{name}.attention.output.LayerNorm"),
+            up=self.linear(f"{name}.intermediate.dense", wide, hidden),
+            down=self.linear(f"{name}.output.dense", hidden, wide),
+            output_norm=self.norm(f"{name}.output.LayerNorm"),
+        )
+
+    def head(self) -> Callable[[Tensor], Tensor]:
+        """Return the classification head, from the first token's states to (pairs, 1)."""
+        hidden = self.config.hidden
+        roberta = self.config.counts_from_pad
+        dense_name = "classifier.dense" if roberta else f"{self.config.prefix}.pooler.dense"
+        out_name = "classifier.out_proj" if roberta else "classifier"
+        dense = self.linear(dense_name, hidden, hidden, torch.float32)
+        out = self.linear(out_name, 1, hidden, torch.float32)
+        return lambda states: out(torch.tanh(dense(states)))

@@ -1,0 +1,128 @@
+"""Reads a checkpoint's config and its safetensors files, and says what is wrong with them."""
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from bge_rerank_adapters.errors import CheckpointError
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+# Names that checkpoints of 2019 and older give to the two vectors of a layer norm.
+_OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the checkpoint's `config.json`.
+
+    Raises:
+        CheckpointError: It is not there, or not JSON.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} has no config.json, so it is not a checkpoint's folder; give the folder "
+            "that holds config.json, tokenizer.json and model.safetensors."
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, got a {type(config).__name__}.")
+    return config
+
+
+class Weights:
+    """The tensors of a checkpoint's safetensors files, read one by one as they are asked for."""
+
+    def __init__(self, folder: Path, tensors: dict[str, Any]) -> None:
+        """Take the open file of every tensor name."""
+        self.folder = folder
+        self._files = tensors
+
+    def names(self) -> set[str]:
+        """Return the names of all tensors."""
+        return set(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape without reading it."""
+        name = self._stored_name(name)
+        return tuple(self._files[name].get_slice(name).get_shape())
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return a tensor, in the dtype in which it is stored.
+
+        Raises:
+            CheckpointError: It is missing, or has another shape than the config says.
+        """
+        name = self._stored_name(name)
+        if (stored := self.shape(name)) != shape:
+            raise CheckpointError(
+                f"{self.folder}: the tensor {name} has shape {stored}, but config.json asks for "
+                f"{shape}; config and weights are not of one checkpoint."
+            )
+        tensor: torch.Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+    def _stored_name(self, name: str) -> str:
+        if name in self._files:
+            return name
+        for new, old in _OLD_NAMES.items():
+            if name.endswith(new) and (older := name.removesuffix(new) + old) in self._files:
+                return older
+        raise CheckpointError(
+            f"{self.folder}: the weights lack the tensor {name}, which a reranker of this "
+            "architecture has; the files may be incomplete, or of a model without a "
+            "classification head."
+        )
+
+
+@contextmanager
+def open_weights(folder: Path) -> Iterator[Weights]:
+    """Open a checkpoint's safetensors, one file or several with an index.
+
+    Raises:
+        CheckpointError: There are none, or one is damaged or missing.
+    """
+    with ExitStack() as stack:
+        tensors: dict[str, Any] = {}
+        for path in _weight_files(folder):
+            try:
+                file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(
+                    f"{path} is damaged or incomplete ({error}); copy or download it again."
+                ) from error
+            tensors.update(dict.fromkeys(file.keys(), file))
+        yield Weights(folder, tensors)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / _SINGLE).is_file():
+        return [folder / _SINGLE]
+    if (folder / _INDEX).is_file():
+        return _sharded_files(folder)
+    pickled = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+    if pickled:
+        raise CheckpointError(
+            f"{folder} has its weights as {pickled[0]} only, a pickle, which can run any code when "
+            f"it is read; convert it to {_SINGLE}, for instance with "
+            "AutoModelForSequenceClassification.from_pretrained(...).save_pretrained(...)."
+        )
+    raise CheckpointError(f"{folder} has no weights: neither {_SINGLE} nor {_INDEX} is there.")
+
+
+def _sharded_files(folder: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads((folder / _INDEX).read_text("utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{folder / _INDEX} is damaged: {error!r}.") from error
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{folder} lacks {', '.join(missing)}, which {_INDEX} names.")
+    return [folder / name for name in names]
