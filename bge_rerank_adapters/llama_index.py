@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 try:
     from llama_index.core.callbacks import CBEventType, EventPayload
-    from llama_index.core.instrumentation import get_dispatcher
+    from llama_index.core.instrumentation import get_dispatcher  # type: ignore[attr-defined]
     from llama_index.core.instrumentation.events.exception import ExceptionEvent
     from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
     from llama_index.core.postprocessor.types import BaseNodePostprocessor
@@ -125,7 +125,7 @@ class BGENodePostprocessor(AdapterSettings, BaseNodePostprocessor):
         best: list[NodeWithScore] = []
         name = self.model or type(self.reranker).__name__
         top_n = len(found) if self.top_k is None else self.top_k
-        payload = {
+        payload: dict[str, Any] = {
             EventPayload.NODES: found,
             EventPayload.MODEL_NAME: name,
             EventPayload.QUERY_STR: query.query_str,
