@@ -1,0 +1,201 @@
+"""Reranking in Milvus code: a drop-in for `pymilvus.model.reranker.BGERerankFunction`.
+
+```python
+from bge_rerank_adapters.milvus import BGERerankFunction
+
+bge_rf = BGERerankFunction(model_name="BAAI/bge-reranker-v2-m3", device="cpu")
+results = bge_rf(query="Who wrote Faust?", documents=["Goethe did.", "It rains."], top_k=3)
+```
+
+Constructor, call and results follow milvus-model 0.2.12 (`reranker/bgereranker.py`). Neither it nor
+pymilvus is imported, and nothing is installed at run time.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from bge_rerank_adapters.errors import SettingsError
+from bge_rerank_adapters.ranking import RankedDocument, check_documents, check_query, check_top_k
+from bge_rerank_adapters.settings import EngineSettings
+
+_QUERY_MAX_LENGTH = 256
+_MODEL_CLASSES = (None, "encoder-only-base")
+
+
+@dataclass(slots=True, repr=False)
+class RerankResult:
+    """One document of a ranking, as pymilvus gives it.
+
+    Attributes:
+        text: The document as it was given.
+        score: Its score in [0, 1]; with `normalize=False` its logit.
+        index: Its position in the input list, counted from 0.
+    """
+
+    text: str
+    score: float
+    index: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return text, score and index, ready for JSON."""
+        return asdict(self)
+
+    def __repr__(self) -> str:
+        """Return the form in which pymilvus prints it."""
+        return f"RerankResult(text={self.text!r}, score={self.score}, index={self.index})"
+
+
+class BGERerankFunction:
+    """Ranks documents with a BGE reranker, called as pymilvus' function of the same name."""
+
+    def __init__(
+        self,
+        model_name: str = EngineSettings.model,
+        use_fp16: bool = True,
+        batch_size: int = 32,
+        normalize: bool = True,
+        device: str | int | Sequence[str | int] | None = None,
+        query_max_length: int | None = _QUERY_MAX_LENGTH,
+        max_length: int = EngineSettings.max_length,
+        devices: str | int | Sequence[str | int] | None = None,
+        *,
+        cache_dir: str | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        local_files_only: bool = False,
+        dtype: str | None = None,
+        trust_remote_code: bool = False,
+        model_class: str | None = None,
+        query_instruction_for_rerank: str | None = None,
+        query_instruction_format: str = "{}{}",
+        passage_instruction_for_rerank: str | None = None,
+        passage_instruction_format: str = "{}{}",
+    ) -> None:
+        """Load the model, or share the one that is loaded with equal settings.
+
+        Args:
+            model_name: A folder, a name on the hub, or `"tiny"` for the bundled checkpoint.
+            use_fp16: The fastest half or full precision that the device runs natively; `False` is
+                float32.
+            batch_size: Accepted and not needed: packs are built by tokens.
+            normalize: Whether `.score` is in [0, 1]; `False` gives the logit.
+            device: One device or a list; a number is a CUDA device; `None` chooses one.
+            query_max_length: Most tokens of the query.
+            max_length: Most tokens of a pair.
+            devices: Overrides `device`.
+            cache_dir: Folder of the hub's cache.
+            revision: Branch, tag or commit on the hub.
+            token: Secret for the hub.
+            local_files_only: Never ask the hub.
+            dtype: Overrides `use_fp16`.
+            trust_remote_code: Must be False.
+            model_class: FlagEmbedding's name of the family; `None` or `"encoder-only-base"`.
+            query_instruction_for_rerank: Put before the query, in `query_instruction_format`.
+            query_instruction_format: With two places: the instruction's and the query's.
+            passage_instruction_for_rerank: The same for documents.
+            passage_instruction_format: The same for documents.
+
+        Raises:
+            SettingsError: A setting has a value that is not allowed.
+            CheckpointError: The checkpoint cannot be found or used.
+            DeviceError: The device is not there.
+        """
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise SettingsError(f"batch_size must be at least 1, got {batch_size!r}.")
+        if trust_remote_code:
+            raise SettingsError("trust_remote_code must be False: no code of a checkpoint is run.")
+        if model_class not in _MODEL_CLASSES:
+            raise SettingsError(
+                f"model_class {model_class!r} is not supported yet; "
+                f"use one of {', '.join(map(repr, _MODEL_CLASSES))}."
+            )
+        if query_max_length == _QUERY_MAX_LENGTH and max_length <= _QUERY_MAX_LENGTH:
+            # The default was made for a max_length of 512; one who asks for less means the pair.
+            query_max_length = None
+        self.model_name, self.batch_size, self.normalize = model_name, batch_size, normalize
+        self._query_format = _Instruction(query_instruction_for_rerank, query_instruction_format)
+        self._passage_format = _Instruction(
+            passage_instruction_for_rerank, passage_instruction_format
+        )
+        settings = EngineSettings(
+            model=model_name,
+            device=_devices(device if devices is None else devices),
+            dtype=dtype or ("auto" if use_fp16 else "float32"),
+            max_length=max_length,
+            query_max_length=query_max_length,
+            cache_dir=cache_dir,
+            revision=revision,
+            token=token,
+            local_files_only=local_files_only,
+        )
+        # Imported here, so that a wrong setting is told before torch is loaded.
+        from bge_rerank_adapters.sharing import shared_reranker
+
+        self.reranker = shared_reranker(settings)
+        self.device = self.reranker.device
+
+    def __call__(
+        self, query: str, documents: Sequence[str], top_k: int | None = 5
+    ) -> list[RerankResult]:
+        """Return the best documents, best first.
+
+        Args:
+            query: The question.
+            documents: n texts; may be empty.
+            top_k: Most results; a falsy one (0 or `None`) gives all.
+
+        Returns:
+            At most `top_k` results; `[]` for no documents.
+
+        Raises:
+            InputTypeError: The query or a document is not a `str`.
+            SettingsError: `top_k` is negative or not a whole number.
+            RerankError: The model failed.
+        """
+        texts = check_documents(documents)
+        ranked = self.reranker.rerank(
+            self._query_format.apply(check_query(query)),
+            [self._passage_format.apply(text) for text in texts],
+            top_k=check_top_k(top_k or None),
+        )
+        return [RerankResult(texts[each.index], self._score(each), each.index) for each in ranked]
+
+    def _score(self, ranked: RankedDocument) -> float:
+        if self.normalize or ranked.logit is None:
+            return ranked.score
+        return ranked.logit
+
+
+@dataclass(frozen=True, slots=True)
+class _Instruction:
+    """An instruction before a text, in FlagEmbedding's way (`abc/inference/AbsReranker.py`)."""
+
+    instruction: str | None
+    template: str
+
+    def __post_init__(self) -> None:
+        try:
+            self.template.format("", "")
+        except (IndexError, KeyError, ValueError, AttributeError) as error:
+            raise SettingsError(
+                f"An instruction format needs two places, like '{{}}{{}}', got {self.template!r}."
+            ) from error
+
+    def apply(self, text: str) -> str:
+        if self.instruction is None:
+            return text
+        return self.template.format(self.instruction, text)
+
+
+def _devices(value: str | int | Sequence[str | int] | None) -> str | tuple[str, ...]:
+    if value is None:
+        return "auto"
+    if isinstance(value, str | int):
+        return _one_device(value)
+    return tuple(_one_device(each) for each in value)
+
+
+def _one_device(value: str | int) -> str:
+    text = str(value)
+    return f"cuda:{text}" if text.isdecimal() else text

@@ -1,0 +1,115 @@
+"""Compares an installed model's scores with the published ones."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from bge_rerank_adapters.engine import Reranker
+from bge_rerank_adapters.errors import CheckpointNotFoundError
+from bge_rerank_adapters.published import PUBLISHED_SCORES, PublishedScores
+from bge_rerank_adapters.ranking import sigmoid
+
+# How far a logit may move in half precision, beside what the source's own rounding allows.
+# Estimated from the significant bits of the formats at logits up to 10; to be replaced by what is
+# measured on the real weights.
+HALF_TOLERANCE = {"float32": 0.0, "float16": 0.05, "bfloat16": 0.3}
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One published figure beside the one computed here.
+
+    Attributes:
+        source: Where the figure was published.
+        kind: `"score"` or `"logit"`.
+        query: The pair's query.
+        document: The pair's document.
+        expected: The published figure.
+        got: The one computed here.
+        tolerance: How far they may be apart.
+    """
+
+    source: str
+    kind: str
+    query: str
+    document: str
+    expected: float
+    got: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the two are close enough."""
+        return abs(self.got - self.expected) <= self.tolerance
+
+
+def compare(reranker: Reranker, published: Iterable[PublishedScores]) -> list[Comparison]:
+    """Return every published figure beside the engine's own.
+
+    Raises:
+        RerankError: The engine fails.
+    """
+    compared: list[Comparison] = []
+    for entry in published:
+        for index, expected in entry.expected.items():
+            query, document = entry.pairs[index]
+            logit = reranker.logits(query, [document])[0]
+            got = sigmoid(logit) if entry.kind == "score" else logit
+            tolerance = entry.tolerance + HALF_TOLERANCE[reranker.dtype]
+            compared.append(
+                Comparison(entry.source, entry.kind, query, document, expected, got, tolerance)
+            )
+    return compared
+
+
+def published_for(model: str) -> list[PublishedScores]:
+    """Return what was published for a checkpoint: a hub name, or a folder named like one."""
+    return [
+        entry
+        for entry in PUBLISHED_SCORES
+        if model == entry.model or Path(model).name == entry.model.partition("/")[2]
+    ]
+
+
+def run(console: Console, *, model: str, device: str, dtype: str) -> bool:
+    """Print a table of published and computed figures; return whether all agree.
+
+    Where nothing was published for the model, or its weights are not to be had, it says so and
+    returns False.
+    """
+    published = published_for(model)
+    if not published:
+        known = ", ".join(sorted({entry.model for entry in PUBLISHED_SCORES}))
+        console.print(f"No scores were published for {model!r}; there are some for {known}.")
+        return False
+    try:
+        reranker = Reranker(model, device=device, dtype=dtype)
+    except CheckpointNotFoundError as error:
+        console.print(f"Nothing was compared, for want of the weights: {error}", highlight=False)
+        return False
+    with reranker:
+        compared = compare(reranker, published)
+        console.print(_table(compared, title=f"{model}, {reranker.device}, {reranker.dtype}"))
+    return all(each.passed for each in compared)
+
+
+def _table(compared: list[Comparison], *, title: str) -> Table:
+    table = Table("source", "query", "document", "kind", "published", "here", "", title=title)
+    for each in compared:
+        table.add_row(
+            each.source,
+            _short(each.query),
+            _short(each.document),
+            each.kind,
+            f"{each.expected:.4f}",
+            f"{each.got:.4f}",
+            "[green]pass[/green]" if each.passed else "[red]FAIL[/red]",
+        )
+    return table
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:39]}…"
