@@ -1,0 +1,38 @@
+"""The demo's collection, and a first stage that looks words up in it."""
+
+import json
+import math
+import re
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+_COLLECTION = Path(__file__).parent / "collection.jsonl"
+# BM25's usual parameters (Robertson and Zaragoza, 2009).
+_K1, _B = 1.2, 0.75
+
+
+@cache
+def collection() -> dict[str, str]:
+    """Return the sentences of the collection by id; its README names source and licence."""
+    rows = map(json.loads, _COLLECTION.read_text(encoding="utf-8").splitlines())
+    return {row["id"]: row["text"] for row in rows}
+
+
+def search(query: str, *, top_k: int) -> list[tuple[str, float]]:
+    """Return ids and BM25 scores of the best sentences, best first."""
+    counts = {name: Counter(_words(text)) for name, text in collection().items()}
+    average = sum(map(Counter.total, counts.values())) / len(counts)
+    scores: Counter[str] = Counter()
+    for word in set(_words(query)):
+        having = [name for name, words in counts.items() if word in words]
+        rarity = math.log(1 + (len(counts) - len(having) + 0.5) / (len(having) + 0.5))
+        for name in having:
+            count = counts[name][word]
+            length = _K1 * (1 - _B + _B * counts[name].total() / average)
+            scores[name] += rarity * count * (_K1 + 1) / (count + length)
+    return scores.most_common(top_k)
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
