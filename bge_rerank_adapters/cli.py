@@ -7,7 +7,6 @@ from rich.console import Console
 
 from bge_rerank_adapters.checkpoints import DEFAULT_MODEL, TINY
 from bge_rerank_adapters.errors import RerankError
-from bge_rerank_adapters.settings import EngineSettings
 
 app = typer.Typer(
     help="Score how well documents answer a query with BAAI's BGE rerankers.",
@@ -27,7 +26,7 @@ def _commands() -> None:
 
 
 @app.command()
-def demo(model: Model = TINY, device: Device = EngineSettings.device) -> None:
+def demo(model: Model = TINY, device: Device = "auto") -> None:
     """Rerank real documents: the engine, a LangChain chain, a LlamaIndex query engine."""
     from bge_rerank_adapters.demo import run
 
@@ -37,7 +36,7 @@ def demo(model: Model = TINY, device: Device = EngineSettings.device) -> None:
 @app.command()
 def verify(
     model: Model = DEFAULT_MODEL,
-    device: Device = EngineSettings.device,
+    device: Device = "auto",
     dtype: Dtype = "float32",
 ) -> None:
     """Compare this installation's scores with those that authors published."""

@@ -1,6 +1,7 @@
 """`Reranker`: the scoring engine under all adapters."""
 
 import asyncio
+import inspect
 import time
 import weakref
 from collections import deque
@@ -138,7 +139,7 @@ class Reranker:
     def from_settings(cls, settings: EngineSettings) -> Self:
         """Return a new engine with these settings, its weights loaded; errors as in `Reranker`."""
         engine = cls.__new__(cls)
-        engine._load(settings)
+        engine._load(settings)  # noqa: SLF001 - its own class
         return engine
 
     def _load(self, settings: EngineSettings) -> None:
@@ -421,7 +422,7 @@ async def _step_result(
 
 
 def _close_when_idle(call: Call[Any]) -> None:
-    if not call.gi_running:
+    if inspect.getgeneratorstate(call) != inspect.GEN_RUNNING:
         call.close()
 
 
@@ -429,16 +430,16 @@ def _run(call: Call[T], timeout_s: float | None = None) -> T:
     """Run a call in this thread."""
     limit = _check_timeout(timeout_s)
     deadline = None if limit is None else time.monotonic() + limit
+    finished, value = _advance(call, None)
     try:
-        finished, value = _advance(call, None)
         while not finished:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             finished, value = _advance(call, value.result(left))
-        return value  # type: ignore[no-any-return]
     except FutureTimeoutError as error:
         raise _timed_out(timeout_s) from error
     finally:
         call.close()
+    return value  # type: ignore[no-any-return]
 
 
 def _begin(call: Call[Any]) -> "Future[list[float]] | None":

@@ -13,7 +13,7 @@ RerankError
 │   └── NonFiniteLogitError               the model gave NaN or infinity for a pair
 ├── WorkerDiedError                       the scoring thread ended with pairs still waiting
 ├── Overloaded                            too many pairs wait already; nothing of the call was queued
-├── RerankTimeoutError (also TimeoutError)  the call's timeout_s ran out
+├── RerankTimeoutError (also TimeoutError) the call's timeout_s ran out
 └── ClosedError                           the engine has been closed
 ```
 

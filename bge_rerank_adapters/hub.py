@@ -78,7 +78,7 @@ def _download(settings: EngineSettings) -> Path:
         )
     except HFValidationError as error:
         raise CheckpointNotFoundError(
-            f"model {settings.model!r} is neither a folder nor a valid name on the hub: {_WAYS_OUT}."
+            f"model {settings.model!r} is neither a folder nor a valid hub name: {_WAYS_OUT}."
         ) from error
     except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointNotFoundError(

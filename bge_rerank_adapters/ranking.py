@@ -146,7 +146,9 @@ def check_pairs(pairs: object) -> list[tuple[str, str]]:
             )
         for name, text in zip(("query", "document"), pair, strict=True):
             if not isinstance(text, str):
-                raise InputTypeError(f"The {name} of pairs[{index}] must be a str, got {_kind(text)}.")
+                raise InputTypeError(
+                    f"The {name} of pairs[{index}] must be a str, got {_kind(text)}."
+                )
         checked.append((pair[0], pair[1]))
     return checked
 

@@ -105,7 +105,7 @@ def _device(name: str, value: object) -> str | tuple[str, ...]:
     if isinstance(value, list | tuple):
         devices = tuple(_one_device(name, each) for each in value)
         if not devices:
-            raise SettingsError(f'{name} must name at least one device, got {value!r}.')
+            raise SettingsError(f"{name} must name at least one device, got {value!r}.")
         return devices[0] if len(devices) == 1 else devices
     return _one_device(name, value)
 

@@ -46,7 +46,7 @@ def shared_reranker(settings: EngineSettings) -> Reranker:
 
 def _forget_after_fork() -> None:
     # Threads do not come along into a forked process, and locks may be held there for ever.
-    global _registry  # noqa: PLW0603
+    global _registry
     _registry = _Registry()
 
 

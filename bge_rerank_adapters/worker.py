@@ -6,8 +6,8 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from typing import Any
+from concurrent.futures import InvalidStateError
+from contextlib import suppress
 
 from bge_rerank_adapters.errors import (
     ClosedError,
@@ -32,9 +32,7 @@ class ScoringCore:
     `ClosedError` or `WorkerDiedError`. No job waits for a thread that is gone.
     """
 
-    def __init__(
-        self, models: Sequence[Model], *, pack_tokens: int, max_queued_pairs: int
-    ) -> None:
+    def __init__(self, models: Sequence[Model], *, pack_tokens: int, max_queued_pairs: int) -> None:
         """Take over the models, one for each device."""
         self._models = list(models)
         self._pack_tokens = pack_tokens
@@ -179,7 +177,7 @@ class ScoringCore:
         job.missing -= 1
         if not job.missing:
             logits = [each for each in job.logits if each is not None]
-            _resolve(job.future, lambda: job.future.set_result(logits))
+            _resolve(lambda: job.future.set_result(logits))
 
     def _fail_pack(self, pack: Pack[TokenPair], error: Exception) -> None:
         tokens = sum(len(job.pairs[position]) for job, position in pack)
@@ -212,20 +210,14 @@ class ScoringCore:
 
 
 def _fail(job: TokenJob, error: Exception) -> None:
-    _resolve(job.future, lambda: job.future.set_exception(error))
+    _resolve(lambda: job.future.set_exception(error))
 
 
-def _resolve(future: "Future[Any]", resolve: Callable[[], None]) -> None:
+def _resolve(resolve: Callable[[], None]) -> None:
     """Resolve a future unless its caller has cancelled it or another pack has failed it."""
-    if future.done():
-        return
-    try:
+    # Asking `done()` first would not do: it may be cancelled between the two.
+    with suppress(InvalidStateError):
         resolve()
-    except Exception:  # noqa: BLE001
-        # Cancelled or failed in between, which is what concurrent.futures raises for; anything
-        # else is a defect that must be heard of.
-        if not future.done():
-            raise
 
 
 _live_cores: "weakref.WeakSet[ScoringCore]" = weakref.WeakSet()

@@ -51,7 +51,8 @@ def _engine_part(console: Console, reranker: Scorer) -> None:
     ranked = reranker.rerank(query, documents)
     console.print(
         _table(
-            "After: reranked", [(f"{each.score:.3f}", str(each.index), each.text) for each in ranked]
+            "After: reranked",
+            [(f"{each.score:.3f}", str(each.index), each.text) for each in ranked],
         )
     )
 

@@ -23,15 +23,15 @@ def search(query: str, *, top_k: int) -> list[tuple[str, float]]:
     """Return ids and BM25 scores of the best sentences, best first."""
     counts = {name: Counter(_words(text)) for name, text in collection().items()}
     average = sum(map(Counter.total, counts.values())) / len(counts)
-    scores: Counter[str] = Counter()
+    scores: dict[str, float] = {}
     for word in set(_words(query)):
         having = [name for name, words in counts.items() if word in words]
         rarity = math.log(1 + (len(counts) - len(having) + 0.5) / (len(having) + 0.5))
         for name in having:
             count = counts[name][word]
             length = _K1 * (1 - _B + _B * counts[name].total() / average)
-            scores[name] += rarity * count * (_K1 + 1) / (count + length)
-    return scores.most_common(top_k)
+            scores[name] = scores.get(name, 0.0) + rarity * count * (_K1 + 1) / (count + length)
+    return sorted(scores.items(), key=lambda found: -found[1])[:top_k]
 
 
 def _words(text: str) -> list[str]:

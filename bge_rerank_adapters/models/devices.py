@@ -63,8 +63,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 def release_memory(device: torch.device) -> None:
     """Give cached blocks back to the device."""
     module = getattr(torch, device.type, None)
-    if device.type != "cpu" and hasattr(module, "empty_cache"):
-        module.empty_cache()
+    empty_cache = getattr(module, "empty_cache", None)
+    if device.type != "cpu" and empty_cache is not None:
+        empty_cache()
 
 
 def _accelerator() -> str | None:
@@ -86,10 +87,9 @@ def _device_count(kind: str) -> int:
 @cache
 def _fastest_dtype(kind: str, index: int | None) -> torch.dtype:
     device = torch.device(kind, index) if index is not None else torch.device(kind)
-    if kind == "cpu":
-        halves = [torch.bfloat16, torch.float16]
-    else:
-        halves = [torch.float16, torch.bfloat16]
+    halves = [torch.bfloat16, torch.float16]
+    if kind != "cpu":
+        halves.reverse()
     limit = _seconds(device, torch.float32) / _WORTHWHILE_SPEEDUP
     timed = [(seconds, half) for half in halves if (seconds := _seconds(device, half)) < limit]
     if not timed:

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from bge_rerank_adapters.errors import CheckpointError, UnsupportedCheckpointError
 from bge_rerank_adapters.models.weights import Weights, open_weights
-from bge_rerank_adapters.tokenization import TokenPair
+from bge_rerank_adapters.tokenization import TokenIds, TokenPair
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": functional.gelu,
@@ -255,13 +255,14 @@ class EncoderModel:
             states = states + self._types[0]
         return self._embedding_norm(states)
 
-    def _position_ids(self, pair: TokenPair) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def _position_ids(self, pair: TokenPair) -> TokenIds:
         if not self.config.counts_from_pad:
             return np.arange(len(pair), dtype=np.int64)
         # A literal "<pad>" in a text is read as the padding token: it keeps the padding position
         # and the count goes on after it, as create_position_ids_from_input_ids does.
         real = pair.ids != self.config.pad_id
-        return np.cumsum(real, dtype=np.int64) * real + self.config.pad_id
+        positions: TokenIds = np.cumsum(real, dtype=np.int64) * real + self.config.pad_id
+        return positions
 
     def _full_layer(self, layer: _Layer, states: Tensor, groups: Sequence[_Group]) -> Tensor:
         query, key, value = layer.query_key_value(states).chunk(3, dim=-1)
@@ -291,11 +292,12 @@ class EncoderModel:
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, pairs: int) -> Tensor:
         """Return each pair's attention; rows of all pairs stand below each other."""
-        split = (
-            each.reshape(pairs, -1, self.config.heads, self.config.hidden // self.config.heads)
-            for each in (query, key, value)
-        )
-        out = functional.scaled_dot_product_attention(*(each.transpose(1, 2) for each in split))
+
+        def split(rows: Tensor) -> Tensor:
+            return rows.reshape(pairs, -1, heads, self.config.hidden // heads).transpose(1, 2)
+
+        heads = self.config.heads
+        out = functional.scaled_dot_product_attention(split(query), split(key), split(value))
         return out.transpose(1, 2).reshape(-1, self.config.hidden)
 
     def _feed_forward(self, layer: _Layer, states: Tensor, attended: Tensor) -> Tensor:
@@ -313,7 +315,7 @@ def _equal_lengths(lengths: Sequence[int]) -> list[_Group]:
     return groups
 
 
-def _token_types(pair: TokenPair) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _token_types(pair: TokenPair) -> TokenIds:
     return (np.arange(len(pair)) >= pair.document_start).astype(np.int64)
 
 
@@ -336,9 +338,7 @@ class _Reader:
     device: torch.device
     dtype: torch.dtype
 
-    def tensor(
-        self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None
-    ) -> Tensor:
+    def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         stored = self.weights.tensor(name, shape)
         # Copied even where nothing changes: a view of the file would die with it.
         return stored.to(self.device, dtype or self.dtype, copy=True)
