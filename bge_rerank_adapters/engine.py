@@ -1,14 +1,13 @@
 """`Reranker`: the scoring engine under all adapters."""
 
 import asyncio
-import inspect
 import time
 import weakref
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Self, TypeVar
@@ -273,7 +272,8 @@ class Reranker:
             progress: Whether to show a bar on standard error.
 
         Raises:
-            RerankError: As `rerank`; the message names the request.
+            InputTypeError: A request is not a query and documents; the message names which.
+            RerankError: As `rerank`, but never `Overloaded`.
         """
         limits = _check_limits(top_k, score_threshold)
         return _run(self._rerank_many(_check_requests(requests), limits, progress=progress))
@@ -422,7 +422,8 @@ async def _step_result(
 
 
 def _close_when_idle(call: Call[Any]) -> None:
-    if inspect.getgeneratorstate(call) != inspect.GEN_RUNNING:
+    # A call that another thread runs at this moment raises ValueError, and is closed after that.
+    with suppress(ValueError):
         call.close()
 
 

@@ -12,8 +12,8 @@ RerankError
 ├── ScoringError                          the model failed while it was scoring
 │   └── NonFiniteLogitError               the model gave NaN or infinity for a pair
 ├── WorkerDiedError                       the scoring thread ended with pairs still waiting
-├── Overloaded                            too many pairs wait already; nothing of the call was queued
-├── RerankTimeoutError (also TimeoutError) the call's timeout_s ran out
+├── Overloaded                            too many pairs wait; nothing of the call was queued
+├── RerankTimeoutError (also TimeoutError) a call's timeout_s ran out
 └── ClosedError                           the engine has been closed
 ```
 
