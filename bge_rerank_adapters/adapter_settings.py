@@ -148,22 +148,34 @@ class AdapterSettings(BaseModel):
         Raises:
             RerankError: The model cannot be loaded.
         """
-        if self.reranker is not None:
-            return cast(Scorer, self.reranker)
-        settings = self._engine_settings()
-        loaded = self._loaded
-        if loaded is None or loaded[0] != settings or getattr(loaded[1], "closed", False):
-            # Imported here so that an adapter can be made without loading torch.
-            from bge_rerank_adapters.sharing import shared_reranker
+        ready = self._ready_scorer()
+        if ready is not None:
+            return ready
+        # Imported here so that an adapter can be made without loading torch.
+        from bge_rerank_adapters.sharing import shared_reranker
 
-            loaded = self._loaded = (settings, shared_reranker(settings))
-        return loaded[1]
+        settings = self._engine_settings()
+        engine = shared_reranker(settings)
+        self._loaded = (settings, engine)
+        return engine
 
     async def ascorer(self) -> Scorer:
         """Return `scorer`, loading the model without blocking the event loop."""
+        ready = self._ready_scorer()
+        if ready is not None:
+            return ready
+        return await asyncio.to_thread(lambda: self.scorer)
+
+    def _ready_scorer(self) -> Scorer | None:
+        """Return the engine if there is one that fits the settings and is not closed."""
         if self.reranker is not None:
             return cast(Scorer, self.reranker)
-        return await asyncio.to_thread(lambda: self.scorer)
+        if self._loaded is None:
+            return None
+        settings, engine = self._loaded
+        if settings != self._engine_settings() or getattr(engine, "closed", False):
+            return None
+        return engine
 
     def warm_up(self) -> Self:
         """Load the model now and run it once, so that the first query does not wait for it."""

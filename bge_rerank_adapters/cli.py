@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from bge_rerank_adapters.checkpoints import DEFAULT_MODEL, TINY
 from bge_rerank_adapters.errors import RerankError
@@ -51,5 +52,6 @@ def main() -> None:
     try:
         app()
     except RerankError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        told = f"[red]error:[/red] {escape(str(error))}"
+        Console(stderr=True).print(told, highlight=False, soft_wrap=True)
         raise SystemExit(1) from error

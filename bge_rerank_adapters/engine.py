@@ -121,7 +121,7 @@ class Reranker:
         self._load(
             EngineSettings(
                 model=model,
-                device=device if isinstance(device, str) else tuple(device),
+                device=tuple(device) if isinstance(device, list) else device,  # type: ignore[arg-type]
                 dtype=dtype,
                 max_length=max_length,
                 query_max_length=query_max_length,

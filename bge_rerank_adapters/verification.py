@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from bge_rerank_adapters.engine import Reranker
@@ -83,12 +84,14 @@ def run(console: Console, *, model: str, device: str, dtype: str) -> bool:
     published = published_for(model)
     if not published:
         known = ", ".join(sorted({entry.model for entry in PUBLISHED_SCORES}))
-        console.print(f"No scores were published for {model!r}; there are some for {known}.")
+        told = f"No scores were published for {model!r}; there are some for {known}."
+        console.print(escape(told))
         return False
     try:
         reranker = Reranker(model, device=device, dtype=dtype)
     except CheckpointNotFoundError as error:
-        console.print(f"Nothing was compared, for want of the weights: {error}", highlight=False)
+        told = f"Nothing was compared, for want of the weights: {error}"
+        console.print(escape(told), highlight=False)
         return False
     with reranker:
         compared = compare(reranker, published)
@@ -97,12 +100,12 @@ def run(console: Console, *, model: str, device: str, dtype: str) -> bool:
 
 
 def _table(compared: list[Comparison], *, title: str) -> Table:
-    table = Table("source", "query", "document", "kind", "published", "here", "", title=title)
+    table = Table("source", "query", "document", "kind", "published", "here", "", title=escape(title))
     for each in compared:
         table.add_row(
-            each.source,
-            _short(each.query),
-            _short(each.document),
+            escape(each.source),
+            escape(_short(each.query)),
+            escape(_short(each.document)),
             each.kind,
             f"{each.expected:.4f}",
             f"{each.got:.4f}",

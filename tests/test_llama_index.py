@@ -1,4 +1,4 @@
-"""The LlamaIndex adapter, driven through LlamaIndex's own query engines, chat engines and events."""
+"""The LlamaIndex adapter, driven through LlamaIndex's own query and chat engines and events."""
 
 import asyncio
 import copy
@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 
-import numpy
+import numpy as np
 import pytest
 from llama_index.core import VectorStoreIndex
 from llama_index.core.base.base_retriever import BaseRetriever
@@ -103,7 +103,11 @@ class Broken:
 class Stuck(Broken):
     """A scorer that never answers; its sync door would fail."""
 
+    def __init__(self):
+        self.asked = asyncio.Event()
+
     async def arerank(self, query, documents, *, top_k=None, score_threshold=None):
+        self.asked.set()
         await asyncio.Event().wait()
 
 
@@ -333,7 +337,7 @@ async def test_inputs_stay_untouched_even_when_the_result_is_changed(door, every
     assert [each.to_dict() for each in found] == before
 
 
-@pytest.mark.parametrize("score", [None, 0.5, 1, numpy.float32(0.5)])
+@pytest.mark.parametrize("score", [None, 0.5, 1, np.float32(0.5)])
 def test_everything_is_plain_json(score, everything):
     found = nodes()
     for each in found:
@@ -573,10 +577,10 @@ async def test_model_that_cannot_be_loaded_is_told(door, events, callbacks):
 
 
 async def test_cancelled_call_ends_too(events, callbacks):
-    engine = engine_over(nodes(), BGENodePostprocessor(reranker=Stuck()), callbacks=callbacks)
+    stuck = Stuck()
+    engine = engine_over(nodes(), BGENodePostprocessor(reranker=stuck), callbacks=callbacks)
     asking = asyncio.create_task(engine.aquery(QUERY))
-    while not callbacks.starts:
-        await asyncio.sleep(0.001)
+    await asyncio.wait_for(stuck.asked.wait(), 10)
     asking.cancel()
     with pytest.raises(asyncio.CancelledError):
         await asking
@@ -636,8 +640,7 @@ async def test_loading_leaves_the_event_loop_free(monkeypatch, reranker):
     monkeypatch.setattr(sharing, "shared_reranker", slow_load)
     postprocessor = BGENodePostprocessor(model="tiny", top_k=1)
     asking = asyncio.create_task(postprocessor.apostprocess_nodes(nodes(), query_str=QUERY))
-    while not loading.is_set():
-        await asyncio.sleep(0.001)
+    assert await asyncio.to_thread(loading.wait, 10)
     released.set()
     assert ids(await asking) == ["n1"]
     assert in_time == [True]
@@ -809,7 +812,7 @@ def test_token_is_told_to_nobody():
     assert secret not in str(refused.value)
 
 
-# ---------------------------------------------------------------- imports
+# ---------------------------------------------------------------- what an import brings
 
 
 def test_import_brings_no_torch():

@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from checkpoints import (
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from bge_rerank_adapters import Reranker
+from bge_rerank_adapters.ranking import sigmoid
+from bge_rerank_adapters.tokenization import load_tokenizer
+from tests.checkpoints import (
     CHECKPOINTS,
     build_xlm_roberta,
     difficult_pairs,
@@ -16,11 +21,6 @@ from checkpoints import (
     read_queries,
     read_sentences,
 )
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-from bge_rerank_adapters import Reranker
-from bge_rerank_adapters.ranking import sigmoid
-from bge_rerank_adapters.tokenization import load_tokenizer
 
 Pair = tuple[str, str]
 
@@ -28,13 +28,14 @@ REFERENCE = Path(__file__).parent / "reference"
 PARITY = 1e-4
 COMPANY = 1e-5
 PACKS = (
-    pytest.param(64, "reversed", 4, id="64-reversed"),
-    pytest.param(512, "as-is", 1, id="512-as-is"),
-    pytest.param(512, "shuffled", 1, id="512-shuffled"),
-    pytest.param(4096, "reversed", 1, id="4096-reversed"),
-    pytest.param(4096, "shuffled", 1, id="4096-shuffled"),
-    pytest.param("auto", "as-is", 1, id="auto-as-is"),
-    pytest.param("auto", "shuffled", 1, id="auto-shuffled"),
+    pytest.param(64, "reversed", id="64-reversed"),
+    pytest.param(64, "shuffled", id="64-shuffled"),
+    pytest.param(512, "as-is", id="512-as-is"),
+    pytest.param(512, "shuffled", id="512-shuffled"),
+    pytest.param(4096, "reversed", id="4096-reversed"),
+    pytest.param(4096, "shuffled", id="4096-shuffled"),
+    pytest.param("auto", "as-is", id="auto-as-is"),
+    pytest.param("auto", "shuffled", id="auto-shuffled"),
 )
 
 
@@ -47,6 +48,15 @@ def real_pairs() -> list[Pair]:
         others = (texts[(number * 7 + step) % len(texts)] for step in (0, 211, 409))
         pairs += [(query, document) for document in (sentences[answers[identity]], *others)]
     return list(dict.fromkeys(pairs))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models this small run slower on several threads, and far slower beside other programs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -78,10 +88,7 @@ def plain_logits(folder, pairs) -> list[float]:
 
 @pytest.fixture(scope="session")
 def flag_reranker(folder):
-    flag_embedding = pytest.importorskip("FlagEmbedding")
-    reference = flag_embedding.FlagReranker(str(folder), use_fp16=False, devices="cpu")
-    assert reference.model.dtype == torch.float32
-    return reference
+    return open_flag_reranker(folder)
 
 
 @pytest.fixture(scope="session")
@@ -91,6 +98,13 @@ def flag_logits(flag_reranker, pairs) -> list[float]:
 
 def open_reranker(folder: Path, **settings) -> Reranker:
     return Reranker(str(folder), device="cpu", dtype="float32", **settings)
+
+
+def open_flag_reranker(folder: Path):
+    flag_embedding = pytest.importorskip("FlagEmbedding")
+    reference = flag_embedding.FlagReranker(str(folder), use_fp16=False, devices="cpu")
+    assert reference.model.dtype == torch.float32
+    return reference
 
 
 def transformers_logits(folder: Path, pairs: list[Pair], *, batch: int = 8) -> list[float]:
@@ -160,11 +174,11 @@ def test_logits_differ_enough_to_compare(plain_logits):
 # Real pairs
 
 
-@pytest.mark.parametrize(("pack_tokens", "order", "every"), PACKS)
+@pytest.mark.parametrize(("pack_tokens", "order"), PACKS)
 def test_pairs_in_any_pack_and_order_equal_both_references(
-    folder, pairs, plain_logits, flag_logits, pack_tokens, order, every
+    folder, pairs, plain_logits, flag_logits, pack_tokens, order
 ):
-    positions = in_order(len(pairs), order)[::every]
+    positions = in_order(len(pairs), order)
     with open_reranker(folder, pack_tokens=pack_tokens) as reranker:
         ours = pair_logits(reranker, [pairs[position] for position in positions])
     assert worst(ours, [flag_logits[position] for position in positions]) <= PARITY
@@ -264,20 +278,25 @@ def test_cut_documents_are_marked(name, folder):
 
 
 @pytest.mark.skipif(transformers.__version__ < "5", reason="FlagEmbedding keeps the rule there")
-def test_flagembedding_leaves_the_rule_on_transformers_5(name, folder, flag_reranker):
-    """It turns ids into text and tokenises that: a piece cut in two, or an unknown one, changes.
+@pytest.mark.parametrize("unknown", [True, False], ids=["unknown-character", "cut"])
+def test_flagembedding_leaves_the_rule_on_transformers_5(tmp_path, unknown):
+    """It turns ids into text and tokenises that: an unknown piece, or one cut in two, changes.
 
-    The difference is whole tenths of a logit, on a pair that ours and FlagEmbedding on
-    transformers 4 agree on.
+    Shown is the pair that it moves farthest, which ours scores as transformers 4 had it.
     """
-    query, document, max_length, _, logit = max(
-        (case for case in read_reference(name) if case[2] <= 128),
-        key=lambda case: abs(flag_score(flag_reranker, case) - case[-1]),
+    name = "xlm-roberta-8194"
+    folder = CHECKPOINTS[name][0](tmp_path)
+    flag_reranker = open_flag_reranker(folder)
+    unknown_id = AutoTokenizer.from_pretrained(folder).unk_token_id
+    cases = [case for case in read_reference(name) if (unknown_id in case[3]) is unknown]
+    theirs = [flag_score(flag_reranker, case) for case in cases]
+    (query, document, max_length, _, logit), moved = max(
+        zip(cases, theirs, strict=True), key=lambda both: abs(both[0][-1] - both[1])
     )
     with open_reranker(folder, max_length=max_length) as reranker:
         [ours] = reranker.logits(query, [document])
+    assert abs(moved - logit) > 0.1
     assert abs(ours - logit) <= PARITY
-    assert abs(flag_score(flag_reranker, (query, document, max_length)) - logit) > 0.1
 
 
 def flag_score(flag_reranker, case) -> float:

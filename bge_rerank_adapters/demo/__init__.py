@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from bge_rerank_adapters.demo.first_stage import collection, search
@@ -27,7 +28,7 @@ def run(console: Console, *, model: str, device: str) -> None:
         RerankError: The model cannot be loaded, or failed.
     """
     with Reranker(model, device=device) as reranker:
-        console.print(f"{reranker!r}\n", highlight=False)
+        console.print(f"{escape(repr(reranker))}\n", highlight=False)
         _engine_part(console, reranker)
         console.rule("The same in LangChain and LlamaIndex")
         console.print(f"\n{len(collection())} sentences of XQuAD-R. Question: {QUESTION}\n")
@@ -105,5 +106,5 @@ def _skip(console: Console, host: str, extra: str) -> None:
 def _table(title: str, rows: Iterable[Row]) -> Table:
     table = Table("rank", "score", "index", "text", title=title, title_justify="left")
     for rank, (score, index, text) in enumerate(rows, start=1):
-        table.add_row(str(rank), score, index, text)
+        table.add_row(str(rank), score, index, escape(text))
     return table

@@ -23,18 +23,19 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device(_accelerator() or "cpu")
-    device = torch.device(name)
-    if device.type == "cpu":
+    # Not read by torch, which fails on a kind that needs a plug-in ("npu") where that is absent.
+    kind, _, number = name.partition(":")
+    if kind == "cpu":
         return torch.device("cpu")
-    count = _device_count(device.type)
-    if (device.index or 0) >= count:
+    index, count = int(number or 0), _device_count(kind)
+    if index >= count:
         found = f"{count} found" if count else "none found"
         raise DeviceError(
-            f"device {name!r} is not available on this machine ({found} of kind {device.type}); "
+            f"device {name!r} is not available on this machine ({found} of kind {kind}); "
             'use "cpu" or "auto", or install a torch built for it.'
         )
     # With its index, so that "cuda" does not follow a later change of the current device.
-    return device if device.type == "mps" else torch.device(device.type, device.index or 0)
+    return torch.device(name) if kind == "mps" else torch.device(kind, index)
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -1,0 +1,165 @@
+"""From a checkpoint's name to its folder, without a network."""
+
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+from bge_rerank_adapters import Reranker
+from bge_rerank_adapters.checkpoints import CHECKPOINTS, DEFAULT_MODEL, TINY_FOLDER
+from bge_rerank_adapters.errors import CheckpointNotFoundError, UnsupportedCheckpointError
+from bge_rerank_adapters.hub import find_folder
+from bge_rerank_adapters.settings import EngineSettings
+
+SECRET = "hf_do-not-tell"
+# What the hub's HTTP library raises, whichever that is, is an `HTTPError` beside this one.
+HTTP_ERROR = HfHubHTTPError.__bases__[0]
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """The calls of the hub's downloader; set `.error` to have it fail."""
+
+    class Hub:
+        calls: list = []
+        error: Exception | None = None
+
+        def __call__(self, name, **kwargs):
+            self.calls.append((name, kwargs))
+            if self.error:
+                raise self.error
+            return str(tmp_path)
+
+    fake = Hub()
+    fake.calls = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fake)
+    return fake
+
+
+def test_tiny_is_the_bundled_one_even_beside_a_folder_of_that_name(tmp_path, monkeypatch, hub):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    assert find_folder(EngineSettings(model="tiny")) == TINY_FOLDER
+    assert find_folder(EngineSettings(model="./tiny")).resolve() == (tmp_path / "tiny").resolve()
+    assert hub.calls == []
+
+
+def test_home_and_path_objects(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "model").mkdir()
+    assert find_folder(EngineSettings(model="~/model")) == tmp_path / "model"
+    assert find_folder(EngineSettings(model=tmp_path / "model")) == tmp_path / "model"
+
+
+@pytest.mark.parametrize("model", ["./gone", "/gone/where", "~/gone-folder", "a/b/c", "..", "c:\\m"])
+def test_a_missing_path_is_not_looked_for_on_the_hub(model, hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if model == "..":
+        assert find_folder(EngineSettings(model=model)) == Path("..")
+        return
+    with pytest.raises(CheckpointNotFoundError, match="does not exist; give the folder that holds"):
+        find_folder(EngineSettings(model=model))
+    assert hub.calls == []
+
+
+def test_a_file_is_not_a_folder(tmp_path, hub):
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    with pytest.raises(FileNotFoundError, match="is a file, not a folder"):
+        find_folder(EngineSettings(model=file))
+
+
+@pytest.mark.parametrize("known", CHECKPOINTS.values(), ids=lambda each: each.name)
+def test_published_decoders_are_refused_before_any_download(known, hub):
+    settings = EngineSettings(model=known.name)
+    if known.family == "encoder":
+        find_folder(settings)
+        assert len(hub.calls) == 1
+        return
+    message = f"{known.family} family, which is not supported yet; use one of BAAI/bge-reranker-base"
+    with pytest.raises(UnsupportedCheckpointError, match=message):
+        find_folder(settings)
+    assert hub.calls == []
+
+
+def test_settings_reach_the_hub(hub, tmp_path):
+    settings = EngineSettings(
+        revision="v1", cache_dir=tmp_path / "cache", token=SECRET, local_files_only=True
+    )
+    assert find_folder(settings) == tmp_path
+    [(name, kwargs)] = hub.calls
+    patterns = kwargs.pop("allow_patterns")
+    assert name == DEFAULT_MODEL
+    assert kwargs == {
+        "revision": "v1",
+        "cache_dir": str(tmp_path / "cache"),
+        "token": SECRET,
+        "local_files_only": True,
+    }
+    wanted = {"config.json", "tokenizer.json", "model.safetensors", "model-00001-of-2.safetensors"}
+    assert all(any(fnmatch(file, each) for each in patterns) for file in wanted)
+    pickles = {"pytorch_model.bin", "model.pt", "model.pkl", "modeling.py", "model.onnx"}
+    assert not any(fnmatch(file, each) for file in pickles for each in patterns)
+
+
+def told(hub, error: Exception | None, **settings) -> str:
+    hub.error = error
+    with pytest.raises(CheckpointNotFoundError) as caught:
+        find_folder(EngineSettings(token=SECRET, **settings))
+    text = str(caught.value)
+    assert text.endswith(".")
+    assert not {"\n", SECRET} & {text, *text} and SECRET not in text  # noqa: PT018
+    assert ". " not in text, "one sentence"
+    for way_out in ("local folder", "local_files_only=True with a cache_dir", '"tiny"'):
+        assert way_out in text
+    assert caught.value.__cause__ is not None
+    return text
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        LocalEntryNotFoundError("long\nstory. And more."),
+        ConnectionError("down"),
+        OSError("cut"),
+        HTTP_ERROR("proxy"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_without_a_connection_the_ways_out_are_named_in_one_sentence(hub, error):
+    text = told(hub, error)
+    assert text.startswith(f"model '{DEFAULT_MODEL}' could not be had from the hub (")
+
+
+def test_the_cache_alone_is_named_as_such(hub):
+    text = told(hub, LocalEntryNotFoundError("no"), local_files_only=True)
+    assert "is not in the local cache, and local_files_only forbids" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "message"),
+    [
+        ("GatedRepoError", 403, "is gated on the hub; ask for access and give token="),
+        ("RevisionNotFoundError", 404, "has no revision 'v9' on the hub"),
+        ("RepositoryNotFoundError", 401, "is not on the hub, or is private and needs token="),
+        ("HfHubHTTPError", 503, r"HTTP 503"),
+    ],
+)
+def test_refusals_of_the_hub_are_told_apart(hub, name, status, message):
+    from huggingface_hub import errors
+
+    error = getattr(errors, name).__new__(getattr(errors, name))
+    error.response = type("Response", (), {"status_code": status})()
+    assert message in told(hub, error, revision="v9")
+
+
+def test_a_name_that_the_hub_would_not_take(monkeypatch):
+    with pytest.raises(CheckpointNotFoundError, match="is neither a folder nor a valid"):
+        find_folder(EngineSettings(model="not a name!", local_files_only=True))
+
+
+def test_an_empty_cache_is_told_by_the_real_library(tmp_path):
+    with pytest.raises(CheckpointNotFoundError, match="is not in the local cache"):
+        Reranker(local_files_only=True, cache_dir=tmp_path, device="cpu")

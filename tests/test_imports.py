@@ -1,0 +1,190 @@
+"""What imports what: the layers, the weight of an import, the public names."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bge_rerank_adapters
+from bge_rerank_adapters import errors
+
+PACKAGE = Path(bge_rerank_adapters.__file__).parent
+NAME = PACKAGE.name
+# A module may import those of lower numbers, and its own folder's.
+LAYERS = {
+    "errors": 0,
+    **dict.fromkeys(("checkpoints", "ranking", "packing", "published", "progress"), 1),
+    "settings": 2,
+    **dict.fromkeys(("tokenization", "hub"), 3),
+    "models": 4,
+    "worker": 5,
+    "engine": 6,
+    "sharing": 7,
+    "adapter_settings": 8,
+    **dict.fromkeys(("langchain", "llama_index", "milvus", "verification"), 9),
+    "demo": 10,
+    "cli": 11,
+    "__main__": 12,
+    "__init__": 13,
+}
+HOSTS = {
+    "langchain": ("langchain_core", "langchain"),
+    "llama_index": ("llama_index", "llama-index"),
+}
+HEAVY = (
+    *("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "numpy"),
+    *("langchain_core", "langchain_classic", "llama_index", "pymilvus", "milvus_model"),
+    *("FlagEmbedding", "pydantic", "typer", "rich"),
+)
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def run_python(code: str, *, blocked: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter, in which some packages cannot be imported."""
+    block = f"""
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Block())
+"""
+    return subprocess.run(
+        [sys.executable, "-c", block + code],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=240,
+        check=False,
+        cwd=PACKAGE.parent,
+    )
+
+
+def imported(path: Path, *, nested: bool = True) -> set[str]:
+    """Return the full names of the modules that a file imports, inside functions too."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = set()
+    for node in ast.walk(tree) if nested else tree.body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: imports are absolute"
+            names.add(node.module)
+            if node.module == NAME:
+                names |= {f"{NAME}.{alias.name}" for alias in node.names}
+    return names
+
+
+def part(path: Path) -> str:
+    """Return the layer that a file belongs to."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def test_every_module_has_its_layer():
+    assert {part(path) for path in FILES} == set(LAYERS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_downwards(path):
+    own = part(path)
+    inner = {name.split(".")[1] for name in imported(path) if name.startswith(f"{NAME}.")}
+    upwards = {name for name in inner if LAYERS[name] >= LAYERS[own] and name != own}
+    assert upwards == set()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_torch_is_imported_in_models_alone(path):
+    torch = {name for name in imported(path) if name.partition(".")[0] == "torch"}
+    assert not torch or part(path) == "models"
+
+
+def test_the_search_for_imports_sees_those_within_functions():
+    """The two tests above would pass on anything if it did not."""
+    assert f"{NAME}.sharing" in imported(PACKAGE / "milvus.py")
+    assert f"{NAME}.sharing" not in imported(PACKAGE / "milvus.py", nested=False)
+    assert "torch" in imported(PACKAGE / "models" / "encoder.py")
+
+
+def loaded_after(code: str, names: tuple[str, ...]) -> list[str]:
+    done = run_python(f"{code}\nprint(*[name for name in {names!r} if name in sys.modules])")
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    assert loaded_after(f"import {NAME}", HEAVY) == []
+    assert loaded_after(f"from {NAME} import Reranker", ("torch",)) == ["torch"]
+
+
+@pytest.mark.parametrize("module", ["milvus", "cli", "settings", "hub"])
+def test_light_modules_load_no_torch(module):
+    assert loaded_after(f"import {NAME}.{module}", ("torch", "transformers", "numpy")) == []
+
+
+@pytest.mark.parametrize("module", ["langchain", "llama_index"])
+def test_an_adapters_setting_is_refused_before_the_engine_is_loaded(module):
+    name = {"langchain": "BGEDocumentCompressor", "llama_index": "BGENodePostprocessor"}[module]
+    pytest.importorskip(HOSTS[module][0])
+    code = f"""
+from {NAME}.{module} import {name}
+try:
+    {name}(model="tiny", top_k=0)
+except ValueError:
+    pass
+else:
+    raise SystemExit("not refused")
+"""
+    assert loaded_after(code, (f"{NAME}.engine",)) == []
+
+
+@pytest.mark.parametrize("module", HOSTS)
+def test_an_adapter_without_its_host_names_its_extra(module):
+    host, extra = HOSTS[module]
+    done = run_python(f"import {NAME}.{module}", blocked=(host,))
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"ImportError: {NAME}.{module} needs ")
+    assert last.endswith(f'run: pip install "bge-rerank-adapters[{extra}]"')
+
+
+def test_the_engine_needs_no_host():
+    code = f"""
+from {NAME} import Reranker
+with Reranker("tiny", device="cpu", dtype="float32") as reranker:
+    print(reranker.rerank("Who wrote Faust?", ["It rains.", "Goethe wrote Faust."])[0].index)
+"""
+    hosts = ("langchain_core", "langchain_classic", "llama_index", "pymilvus", "pydantic")
+    done = run_python(code, blocked=hosts)
+    assert (done.stdout.strip(), done.returncode) == ("1", 0), done.stderr
+
+
+def test_all_names_every_exported_name():
+    public = {name for name in vars(bge_rerank_adapters) if not name.startswith("_")}
+    modules = {path.stem for path in PACKAGE.iterdir()} | {"annotations"}
+    helpers = {"TYPE_CHECKING", "Any"}
+    exported = (public - modules - helpers) | {"Reranker", "__version__"}
+    assert sorted(exported) == sorted(bge_rerank_adapters.__all__)
+    assert dir(bge_rerank_adapters) == sorted(bge_rerank_adapters.__all__)
+    for name in bge_rerank_adapters.__all__:
+        assert getattr(bge_rerank_adapters, name) is not None
+
+
+def test_all_names_every_error_and_the_tree_draws_it():
+    classes = {
+        name: each
+        for name, each in vars(errors).items()
+        if isinstance(each, type) and each.__module__ == errors.__name__
+    }
+    assert set(classes) <= set(bge_rerank_adapters.__all__)
+    assert all(issubclass(each, errors.RerankError) for each in classes.values())
+    assert all(name in errors.__doc__ for name in classes)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="has no attribute 'Rerankr'"):
+        bge_rerank_adapters.Rerankr  # noqa: B018
+    with pytest.raises(ImportError):
+        importlib.import_module(f"{NAME}.nothing")

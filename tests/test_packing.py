@@ -1,0 +1,136 @@
+"""Which pairs share a pack: budgets, order and fairness."""
+
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bge_rerank_adapters.packing import Job, PackQueue
+
+
+def job(*lengths: int) -> Job[str]:
+    return Job(["x" * length for length in lengths])
+
+
+def queue_of(*jobs: Job[str]) -> PackQueue[str]:
+    queue: PackQueue[str] = PackQueue()
+    for each in jobs:
+        queue.put(each)
+    return queue
+
+
+def packs(queue: PackQueue[str], budget: int) -> list[list[tuple[Job[str], int]]]:
+    taken = []
+    while pack := queue.take(budget):
+        taken.append(pack)
+        assert len(taken) < 10_000
+    return taken
+
+
+def lengths(pack) -> list[int]:
+    return [len(each.pairs[position]) for each, position in pack]
+
+
+def test_longest_pairs_go_first_and_packs_keep_to_the_budget():
+    taken = packs(queue_of(job(3, 9, 1, 7, 5)), 12)
+    assert [lengths(pack) for pack in taken] == [[9], [7, 5], [3, 1]]
+
+
+def test_a_pair_longer_than_the_budget_goes_alone():
+    assert [lengths(pack) for pack in packs(queue_of(job(50, 2, 60, 1)), 10)] == [[60], [50], [2, 1]]
+
+
+def test_an_empty_queue_gives_an_empty_pack():
+    queue = PackQueue[str]()
+    assert queue.take(10) == []
+    assert len(queue) == 0
+
+
+def test_the_queue_counts_the_pairs_that_wait():
+    queue = queue_of(job(4, 4, 4), job(2))
+    assert len(queue) == 4
+    taken = len(queue.take(8))
+    assert len(queue) == 4 - taken
+    packs(queue, 8)
+    assert len(queue) == 0
+
+
+def test_a_small_call_overtakes_the_rest_of_a_large_one():
+    large, small = job(*[10] * 1000), job(*[10] * 5)
+    queue = queue_of(large)
+    for _ in range(20):
+        queue.take(100)
+    queue.put(small)
+    for _ in range(3):
+        queue.take(100)
+    assert small.waiting == []
+    assert len(large.waiting) > 700, "and the large one went on meanwhile"
+    assert len(large.waiting) < 800
+
+
+def test_two_calls_share_evenly_by_tokens():
+    one, other = job(*[40] * 100), job(*[10] * 400)
+    queue = queue_of(one, other)
+    for _ in range(20):
+        queue.take(200)
+        assert abs(one.served - other.served) <= 80
+    assert one.served + other.served > 20 * 150
+
+
+def test_a_stream_of_small_calls_does_not_starve_a_large_one():
+    large = job(*[10] * 100)
+    queue = queue_of(large)
+    for _ in range(60):
+        queue.put(job(10, 10))
+        queue.take(40)
+    assert len(large.waiting) < 60
+
+
+def test_dropping_forgets_what_waits_and_is_harmless_twice():
+    one, other = job(5, 5, 5), job(4, 4)
+    queue = queue_of(one, other)
+    queue.drop(one)
+    queue.drop(one)
+    assert (one.waiting, len(queue)) == ([], 2)
+    assert [lengths(pack) for pack in packs(queue, 100)] == [[4, 4]]
+    queue.drop(other)
+    assert len(queue) == 0
+
+
+def test_draining_returns_every_job_that_waits():
+    one, other, done = job(5), job(4), job(9)
+    queue = queue_of(done)
+    queue.take(9)
+    queue.put(one)
+    queue.put(other)
+    assert queue.drain() == [one, other]
+    assert (len(queue), queue.take(10), queue.drain()) == (0, [], [])
+
+
+some_lengths = st.lists(st.integers(1, 60), min_size=1, max_size=40)
+
+
+@given(st.lists(some_lengths, min_size=1, max_size=6), st.integers(1, 100), st.integers(0, 5))
+def test_every_pair_is_taken_once_within_the_budget(calls, budget, before):
+    jobs = [job(*each) for each in calls]
+    queue = queue_of(*jobs[:before])
+    first = queue.take(budget)
+    for each in jobs[before:]:
+        queue.put(each)
+    taken = [pack for pack in [first, *packs(queue, budget)] if pack]
+    assert all(sum(lengths(pack)) <= budget or len(pack) == 1 for pack in taken)
+    number = {id(each): index for index, each in enumerate(jobs)}
+    seen = Counter((number[id(each)], position) for pack in taken for each, position in pack)
+    assert seen == Counter((n, position) for n, each in enumerate(calls) for position in range(len(each)))
+    for each in jobs:
+        order = [len(each.pairs[p]) for pack in taken for owner, p in pack if owner is each]
+        assert all(a >= b for a, b in pairwise(order)), "longest first within a call"
+        assert each.served >= sum(map(len, each.pairs))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_job_knows_what_is_missing(count):
+    made = job(*range(1, count + 1))
+    assert (made.logits, made.missing) == ([None] * count, count)

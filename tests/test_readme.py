@@ -1,0 +1,21 @@
+"""Every Python example of the README runs, on the bundled checkpoint."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parent.parent / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), flags=re.DOTALL)
+
+
+def test_readme_shows_engine_and_every_host():
+    assert len(BLOCKS) == 4
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=["engine", "langchain", "llama_index", "milvus"])
+def test_example_runs_and_puts_goethe_first(block, capsys):
+    exec(block.replace("BAAI/bge-reranker-v2-m3", "tiny"), {"__name__": "example"})  # noqa: S102
+    shown = capsys.readouterr().out
+    assert "Goethe wrote Faust." in shown
+    assert "It rains" not in shown.split("Goethe")[0]

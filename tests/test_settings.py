@@ -1,0 +1,125 @@
+"""Every check of the engine's settings, and what may leave them."""
+
+import copy
+import json
+import pickle
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+
+import pytest
+
+from bge_rerank_adapters.errors import SettingsError
+from bge_rerank_adapters.settings import EngineSettings, setting_names
+
+SECRET = "hf_do-not-tell"
+
+
+def test_defaults():
+    settings = EngineSettings()
+    assert settings.model == "BAAI/bge-reranker-v2-m3"
+    assert (settings.device, settings.dtype) == ("auto", "auto")
+    assert (settings.max_length, settings.query_max_length) == (512, None)
+    assert (settings.pack_tokens, settings.local_files_only) == ("auto", False)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("model", "", "model must be a non-empty str or a path"),
+        ("model", "  ", "model must be a non-empty"),
+        ("model", None, "model must be a non-empty"),
+        ("model", b"tiny", "model must be a non-empty"),
+        ("device", "gpu", "device 'gpu' is not known; use \"auto\", or one of cpu, cuda"),
+        ("device", "cuda:", "is not known"),
+        ("device", "cuda:x", "is not known"),
+        ("device", "cuda:1 ", "is not known"),
+        ("device", None, "device 'None' is not known"),
+        ("device", [], "device must name at least one device"),
+        ("device", ["cpu", "gpu"], "device 'gpu' is not known"),
+        ("dtype", "float8", "dtype 'float8' is not known; use one of auto, float32"),
+        ("dtype", "int8", "dtype 'int8' is not supported yet"),
+        ("dtype", None, "dtype 'None' is not known"),
+        ("max_length", 0, "max_length must be a whole number of at least 1, got 0"),
+        ("max_length", 512.0, "max_length must be a whole number"),
+        ("max_length", True, "max_length must be a whole number"),
+        ("query_max_length", 0, "query_max_length must be a whole number"),
+        ("query_max_length", "9", "query_max_length must be a whole number"),
+        ("query_max_length", 512, r"query_max_length \(512\) leaves no room for a document"),
+        ("revision", "", "revision must be a non-empty"),
+        ("revision", 7, "revision must be a non-empty"),
+        ("cache_dir", "", "cache_dir must be a non-empty"),
+        ("local_files_only", 1, "local_files_only must be True or False"),
+        ("local_files_only", "no", "local_files_only must be True or False"),
+        ("token", 5, "token must be a str or None, got a int"),
+        ("token", True, "token must be a str or None"),
+        ("pack_tokens", 0, "pack_tokens must be a whole number"),
+        ("pack_tokens", "much", "pack_tokens must be a whole number"),
+        ("max_queued_pairs", -1, "max_queued_pairs must be a whole number"),
+    ],
+)
+def test_a_bad_value_is_refused_by_name(name, value, message):
+    with pytest.raises(SettingsError, match=message):
+        EngineSettings(**{name: value})
+
+
+def test_every_setting_is_checked():
+    tested = {mark.args[1][0][0] for mark in test_a_bad_value_is_refused_by_name.pytestmark}
+    names = {row[0] for mark in test_a_bad_value_is_refused_by_name.pytestmark for row in mark.args[1]}
+    assert tested <= names == set(setting_names())
+
+
+@pytest.mark.parametrize(
+    ("given", "kept", "devices"),
+    [
+        ("cuda:1", "cuda:1", ("cuda:1",)),
+        (["cuda:0", "cuda:1"], ("cuda:0", "cuda:1"), ("cuda:0", "cuda:1")),
+        (["cpu"], "cpu", ("cpu",)),
+        (("mps",), "mps", ("mps",)),
+    ],
+)
+def test_devices(given, kept, devices):
+    settings = EngineSettings(device=given)
+    assert settings.device == kept
+    assert settings.devices == devices
+    assert json.loads(json.dumps(settings.to_dict()))["device"] in (kept, list(kept))
+
+
+def test_values_are_normalised():
+    settings = EngineSettings(model=Path("some") / "where", dtype="torch.float16", cache_dir=Path("c"))
+    assert (settings.model, settings.dtype, settings.cache_dir) == (
+        str(Path("some") / "where"),
+        "float16",
+        "c",
+    )
+
+
+def test_equal_settings_are_equal_keys():
+    assert len({EngineSettings(device=["cpu"]), EngineSettings(device="cpu")}) == 1
+    assert EngineSettings(max_length=256) != EngineSettings()
+    assert EngineSettings(token="a") != EngineSettings(token="b")  # noqa: S106
+
+
+def test_settings_cannot_be_changed():
+    with pytest.raises(FrozenInstanceError):
+        EngineSettings().dtype = "float16"
+
+
+def test_the_token_leaves_only_by_its_own_name():
+    settings = EngineSettings(token=SECRET, device=["cpu", "cuda:0"])
+    assert settings.token == SECRET
+    assert SECRET not in repr(settings) + str(settings) + json.dumps(settings.to_dict())
+    assert SECRET.encode() not in pickle.dumps(settings)
+    assert "token" not in settings.to_dict()
+    assert settings.without_token().token is None
+    with pytest.raises(SettingsError) as caught:
+        EngineSettings(token=[SECRET])
+    assert SECRET not in str(caught.value)
+
+
+def test_what_is_carried_builds_equal_settings():
+    settings = EngineSettings(model="tiny", device=["cpu", "cuda:0"], max_length=64, token=SECRET)
+    rest = settings.without_token()
+    assert pickle.loads(pickle.dumps(settings)) == rest  # noqa: S301
+    assert EngineSettings(**json.loads(json.dumps(settings.to_dict()))) == rest
+    assert copy.deepcopy(rest) == rest
+    assert set(settings.to_dict()) == set(setting_names()) - {"token"}

@@ -1,0 +1,429 @@
+"""The scoring threads with models that fail on purpose: no caller hangs, none hears of others'."""
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future
+
+import numpy as np
+import pytest
+import torch
+
+from bge_rerank_adapters import (
+    ClosedError,
+    NonFiniteLogitError,
+    Overloaded,
+    ScoringError,
+    WorkerDiedError,
+)
+from bge_rerank_adapters.tokenization import TokenPair
+from bge_rerank_adapters.worker import ScoringCore
+
+TOKENS = 4
+ONE_PAIR = TOKENS
+MANY_PAIRS = 1000 * TOKENS
+# Long enough for a machine that is busy with other things; nothing here takes as long.
+WAIT_S = 60
+BAD = 666
+
+Fault = Callable[[list[int]], None]
+
+
+def pairs(*ids: int) -> list[TokenPair]:
+    """Return pairs that `FakeModel` gives their own id as a logit; `index` is the position."""
+    return [
+        TokenPair(np.full(TOKENS, each, dtype=np.int64), 1, truncated=False, index=position)
+        for position, each in enumerate(ids)
+    ]
+
+
+class FakeModel:
+    """Gives each pair its id as its logit, after what `fault` does; can be held up."""
+
+    device = torch.device("cpu")
+    dtype = torch.float32
+
+    def __init__(self, fault: Fault = lambda _: None, logits: dict[int, float] | None = None):
+        self.fault = fault
+        self.odd_logits = logits or {}
+        self.packs: list[list[int]] = []
+        self.scored: list[int] = []
+        self.threads: set[int | None] = set()
+        self.entered = threading.Event()
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def logits(self, pack: Sequence[TokenPair]) -> list[float]:
+        ids = [int(pair.ids[0]) for pair in pack]
+        self.packs.append(ids)
+        self.threads.add(threading.current_thread().native_id)
+        self.entered.set()
+        assert self.gate.wait(WAIT_S)
+        self.fault(ids)
+        self.scored += ids
+        return [self.odd_logits.get(each, float(each)) for each in ids]
+
+    def hold(self) -> None:
+        """Let the next pack begin and wait in the model until `gate` is set."""
+        self.entered.clear()
+        self.gate.clear()
+
+
+class Cores:
+    """Makes cores and closes them at the end of the test."""
+
+    def __init__(self) -> None:
+        self.made: list[tuple[ScoringCore, list[FakeModel]]] = []
+
+    def __call__(
+        self, *models: FakeModel, pack_tokens: int = MANY_PAIRS, max_queued_pairs: int = 100_000
+    ) -> ScoringCore:
+        core = ScoringCore(models, pack_tokens=pack_tokens, max_queued_pairs=max_queued_pairs)
+        self.made.append((core, list(models)))
+        return core
+
+
+@pytest.fixture
+def make_core() -> Iterator[Cores]:
+    cores = Cores()
+    yield cores
+    for core, models in cores.made:
+        for model in models:
+            model.gate.set()
+        core.close()
+
+
+def failure(future: Future[list[float]]) -> BaseException:
+    error = future.exception(WAIT_S)
+    assert error is not None, f"expected an error, got {future.result()}"
+    return error
+
+
+def hold_up(core: ScoringCore, model: FakeModel, *ids: int) -> Future[list[float]]:
+    """Submit a job and return once the model is busy with its first pack."""
+    model.hold()
+    future = core.submit(pairs(*(ids or (1,)))).future
+    assert model.entered.wait(WAIT_S)
+    return future
+
+
+def fail_on_bad(error: BaseException) -> Fault:
+    def fault(ids: list[int]) -> None:
+        if BAD in ids:
+            raise error
+
+    return fault
+
+
+# Scoring
+
+
+def test_logits_come_back_in_the_order_of_the_pairs_whatever_order_they_run_in(make_core):
+    model = FakeModel()
+    core = make_core(model, pack_tokens=3 * TOKENS)
+    longer_first = [
+        TokenPair(np.full(tokens, each, dtype=np.int64), 1, truncated=False, index=each)
+        for each, tokens in enumerate([1, 9, 3, 12, 2, 7])
+    ]
+    assert core.submit(longer_first).future.result(WAIT_S) == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    assert model.scored != sorted(model.scored)
+    assert len(model.packs) > 1
+
+
+def test_two_devices_run_at_the_same_time(make_core):
+    # Neither pack gets past the barrier before the other device has begun its own.
+    barrier = threading.Barrier(2)
+    models = [FakeModel(lambda _: barrier.wait(WAIT_S) and None) for _ in range(2)]
+    core = make_core(*models, pack_tokens=ONE_PAIR)
+    assert core.submit(pairs(5, 6, 7, 8)).future.result(WAIT_S) == [5.0, 6.0, 7.0, 8.0]
+    assert sorted(models[0].scored + models[1].scored) == [5, 6, 7, 8]
+    assert len(models[0].scored) == 2
+
+
+def test_a_small_job_overtakes_the_rest_of_a_big_one(make_core):
+    model = FakeModel()
+    core = make_core(model, pack_tokens=ONE_PAIR)
+    big = hold_up(core, model, *range(1000))
+    small = core.submit(pairs(2001, 2002, 2003)).future
+    done_after: list[int] = []
+    small.add_done_callback(lambda _: done_after.append(len(model.scored)))
+    model.gate.set()
+    assert small.result(WAIT_S) == [2001.0, 2002.0, 2003.0]
+    assert done_after[0] <= 20
+    assert len(big.result(WAIT_S)) == 1000
+
+
+# Out of memory
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+    ids=["torch", "python", "cpu allocator"],
+)
+def test_out_of_memory_once_splits_the_pack_and_scores_every_pair_once(make_core, error):
+    failures = [error]
+
+    def fault(ids: list[int]) -> None:
+        if failures:
+            raise failures.pop()
+
+    model = FakeModel(fault)
+    ids = list(range(10, 19))
+    assert make_core(model).submit(pairs(*ids)).future.result(WAIT_S) == [float(i) for i in ids]
+    assert [len(pack) for pack in model.packs] == [9, 4, 5]
+    assert sorted(model.scored) == ids
+
+
+def test_a_pack_is_halved_until_it_fits_even_if_that_is_a_single_pair(make_core):
+    def fault(ids: list[int]) -> None:
+        if len(ids) > 1:
+            raise torch.OutOfMemoryError
+
+    model = FakeModel(fault)
+    assert make_core(model).submit(pairs(*range(8))).future.result(WAIT_S) == list(range(8))
+    assert sorted(model.scored) == list(range(8))
+
+
+def test_a_pair_that_does_not_fit_alone_fails_with_its_cause_and_the_next_job_runs(make_core):
+    cause = torch.OutOfMemoryError("no room")
+    core = make_core(FakeModel(fail_on_bad(cause)))
+    error = failure(core.submit(pairs(1, BAD, 3)).future)
+    assert isinstance(error, ScoringError)
+    assert error.__cause__ is cause
+    assert core.submit(pairs(4)).future.result(WAIT_S) == [4.0]
+
+
+# Errors of the model
+
+
+def test_an_error_reaches_the_jobs_of_its_pack_alone_and_names_its_cause(make_core):
+    cause = ValueError("a bad pair")
+    model = FakeModel(fail_on_bad(cause))
+    core = make_core(model, pack_tokens=ONE_PAIR)
+    first = hold_up(core, model, 1, 2, 3)
+    bad = core.submit(pairs(BAD)).future
+    last = core.submit(pairs(4, 5)).future
+    model.gate.set()
+    error = failure(bad)
+    assert isinstance(error, ScoringError)
+    assert error.__cause__ is cause
+    assert "ValueError" in str(error)
+    assert "a bad pair" in str(error)
+    assert first.result(WAIT_S) == [1.0, 2.0, 3.0]
+    assert last.result(WAIT_S) == [4.0, 5.0]
+    assert core.submit(pairs(6)).future.result(WAIT_S) == [6.0]
+    assert len(model.threads) == 1
+
+
+def test_jobs_that_share_the_failing_pack_each_hear_of_it(make_core):
+    model = FakeModel(fail_on_bad(ValueError("a bad pair")))
+    core = make_core(model)
+    held = hold_up(core, model)
+    sharing = [core.submit(pairs(*ids)).future for ids in ((7,), (BAD,), (8, 9))]
+    model.gate.set()
+    assert held.result(WAIT_S) == [1.0]
+    errors = [failure(future) for future in sharing]
+    assert all(isinstance(error, ScoringError) for error in errors)
+    # Each has its own, since raising one in two threads would mix their tracebacks.
+    assert len({id(error) for error in errors}) == 3
+
+
+def test_the_rest_of_a_failed_job_is_not_scored(make_core):
+    model = FakeModel(fail_on_bad(ValueError("a bad pair")))
+    core = make_core(model, pack_tokens=ONE_PAIR)
+    # Of equal length, pairs are taken from the end.
+    failure(core.submit(pairs(*range(50), BAD)).future)
+    assert core.submit(pairs(100)).future.result(WAIT_S) == [100.0]
+    assert len(model.scored) <= 3
+
+
+@pytest.mark.parametrize("logit", [float("nan"), float("inf"), float("-inf")])
+def test_a_logit_that_is_no_number_names_its_pair_and_fails_that_job_alone(make_core, logit):
+    model = FakeModel(logits={BAD: logit})
+    core = make_core(model)
+    held = hold_up(core, model)
+    good, bad = core.submit(pairs(4, 5)).future, core.submit(pairs(6, 7, 8, BAD, 9)).future
+    model.gate.set()
+    error = failure(bad)
+    assert isinstance(error, NonFiniteLogitError)
+    assert "index 3" in str(error)
+    assert str(logit) in str(error)
+    assert "float32" in str(error)
+    assert good.result(WAIT_S) == [4.0, 5.0]
+    assert held.result(WAIT_S) == [1.0]
+    assert any({4, BAD} <= set(pack) for pack in model.packs), "they were to share a pack"
+
+
+# The end of a thread
+
+
+@pytest.mark.parametrize("ending", [SystemExit("over"), KeyboardInterrupt()])
+def test_when_the_thread_dies_all_who_wait_hear_of_it_and_the_next_job_starts_another(
+    make_core, ending
+):
+    model = FakeModel(fail_on_bad(ending))
+    core = make_core(model, pack_tokens=ONE_PAIR)
+    running = hold_up(core, model, BAD)
+    waiting = [core.submit(pairs(1, 2)).future, core.submit(pairs(3)).future]
+    model.gate.set()
+    for future in [running, *waiting]:
+        error = failure(future)
+        assert isinstance(error, WorkerDiedError)
+        assert error.__cause__ is ending
+        assert type(ending).__name__ in str(error)
+    assert core.submit(pairs(4)).future.result(WAIT_S) == [4.0]
+    assert len(model.threads) == 2
+    assert not core.closed
+
+
+def test_a_thread_that_dies_leaves_the_other_device_working(make_core):
+    broken, sound = FakeModel(fail_on_bad(SystemExit())), FakeModel()
+    core = make_core(broken, sound, pack_tokens=ONE_PAIR)
+    outcomes = []
+    for _ in range(20):
+        try:
+            outcomes.append(core.submit(pairs(BAD)).future.result(WAIT_S))
+        except WorkerDiedError:
+            outcomes.append(None)
+    assert all(outcome in (None, [float(BAD)]) for outcome in outcomes)
+    assert core.submit(pairs(1, 2, 3)).future.result(WAIT_S) == [1.0, 2.0, 3.0]
+
+
+def test_every_future_resolves_under_random_faults_from_many_threads(make_core):
+    dice = random.Random(7)
+
+    def fault(ids: list[int]) -> None:
+        roll = dice.random()
+        if roll < 0.1:
+            raise ValueError("by chance")
+        if roll < 0.2:
+            raise torch.OutOfMemoryError
+        if roll < 0.25:
+            raise SystemExit
+
+    models = [FakeModel(fault, logits={BAD: float("nan")}) for _ in range(2)]
+    core = make_core(*models, pack_tokens=5 * TOKENS)
+    outcomes: list[object] = []
+
+    def ask(seed: int) -> None:
+        own = random.Random(seed)
+        for _ in range(25):
+            ids = [own.choice([1, 2, 3, BAD]) for _ in range(own.randint(1, 12))]
+            future = core.submit(pairs(*ids)).future
+            error = future.exception(WAIT_S)
+            outcomes.append(error or future.result() == [float(each) for each in ids])
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT_S)
+    assert len(outcomes) == 8 * 25
+    assert {type(outcome) for outcome in outcomes} == {
+        bool,
+        ScoringError,
+        NonFiniteLogitError,
+        WorkerDiedError,
+    }
+    assert False not in outcomes
+
+
+# Closing
+
+
+def test_stop_fails_what_runs_and_what_waits_at_once_and_the_thread_ends(make_core):
+    model = FakeModel()
+    core = make_core(model, pack_tokens=ONE_PAIR)
+    running = hold_up(core, model, 1, 2)
+    waiting = core.submit(pairs(3, 4)).future
+    core.stop()
+    # The model is still held up: nobody waits for it.
+    assert isinstance(failure(running), ClosedError)
+    assert isinstance(failure(waiting), ClosedError)
+    assert core.closed
+    model.gate.set()
+    core.close()
+    assert not any(thread.is_alive() for thread in core._threads)
+    assert model.scored in ([1], [2])
+
+
+def test_close_before_the_first_job_and_again_is_harmless_and_later_jobs_are_refused(make_core):
+    core = make_core(FakeModel())
+    core.close()
+    core.close()
+    with pytest.raises(ClosedError, match="new Reranker"):
+        core.submit(pairs(1))
+
+
+def test_close_from_the_scoring_thread_itself_does_not_wait_for_itself(make_core):
+    core = make_core(FakeModel())
+    closed_from: list[str] = []
+
+    def close(_: object) -> None:
+        core.close()
+        closed_from.append(threading.current_thread().name)
+
+    begin = time.monotonic()
+    held = hold_up(core, core._models[0], 1)
+    held.add_done_callback(close)
+    model = core._models[0]
+    model.gate.set()
+    assert held.result(WAIT_S) == [1.0]
+    while not closed_from and time.monotonic() < begin + WAIT_S:
+        time.sleep(0.01)
+    assert closed_from[0].startswith("bge-rerank")
+
+
+# Cancelling and refusing
+
+
+def test_pairs_of_a_cancelled_future_are_not_scored(make_core):
+    model = FakeModel()
+    core = make_core(model, pack_tokens=ONE_PAIR)
+    held = hold_up(core, model)
+    cancelled = core.submit(pairs(7, 8, 9)).future
+    kept = core.submit(pairs(2, 3)).future
+    assert cancelled.cancel()
+    model.gate.set()
+    assert held.result(WAIT_S) == [1.0]
+    assert kept.result(WAIT_S) == [2.0, 3.0]
+    with pytest.raises(CancelledError):
+        cancelled.result(WAIT_S)
+    assert sorted(model.scored) == [1, 2, 3]
+
+
+def test_a_future_cancelled_while_its_pack_runs_does_no_harm(make_core):
+    model = FakeModel()
+    core = make_core(model, pack_tokens=ONE_PAIR)
+    running = hold_up(core, model, 1, 2, 3)
+    assert running.cancel()
+    model.gate.set()
+    assert core.submit(pairs(4)).future.result(WAIT_S) == [4.0]
+    assert len(model.scored) == 2
+    assert len(model.threads) == 1
+
+
+def test_too_many_waiting_pairs_are_refused_whole_and_room_is_counted_again_after(make_core):
+    model = FakeModel()
+    core = make_core(model, pack_tokens=ONE_PAIR, max_queued_pairs=4)
+    held = hold_up(core, model)
+    waiting = core.submit(pairs(2, 3)).future
+    with pytest.raises(Overloaded, match=r"2 pairs wait.*max_queued_pairs=4"):
+        core.submit(pairs(7, 8, 9))
+    fits = core.submit(pairs(4, 5)).future
+    with pytest.raises(Overloaded):
+        core.submit(pairs(7))
+    unbounded = core.submit(pairs(*range(10, 30)), bounded=False).future
+    assert fits.cancel()
+    model.gate.set()
+    assert held.result(WAIT_S) == [1.0]
+    assert waiting.result(WAIT_S) == [2.0, 3.0]
+    assert len(unbounded.result(WAIT_S)) == 20
+    assert not {7, 8, 9} & set(model.scored)
+    assert core.submit(pairs(*range(50))).future.result(WAIT_S) == list(range(50))
