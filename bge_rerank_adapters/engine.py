@@ -375,6 +375,8 @@ class Reranker:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(_check_timeout(timeout_s)):
+                # In a forked process the pool's threads are gone, and it would wait for them.
+                self._core.check_open()
                 result: list[float] | None = None
                 while True:
                     step = self._submit_step(call, result)

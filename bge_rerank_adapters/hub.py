@@ -80,7 +80,7 @@ def _download(settings: EngineSettings) -> Path:
         raise CheckpointNotFoundError(
             f"model {settings.model!r} is neither a folder nor a valid hub name: {_WAYS_OUT}."
         ) from error
-    except Exception as error:  # the hub's HTTP library raises its own, and which one that is varies
+    except Exception as error:  # among them those of whichever HTTP library the hub's uses
         raise CheckpointNotFoundError(
             f"model {settings.model!r} {_reason(settings, error)}: {_WAYS_OUT}."
         ) from error

@@ -100,7 +100,8 @@ def run(console: Console, *, model: str, device: str, dtype: str) -> bool:
 
 
 def _table(compared: list[Comparison], *, title: str) -> Table:
-    table = Table("source", "query", "document", "kind", "published", "here", "", title=escape(title))
+    columns = ("source", "query", "document", "kind", "published", "here", "")
+    table = Table(*columns, title=escape(title))
     for each in compared:
         table.add_row(
             escape(each.source),

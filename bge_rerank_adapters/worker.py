@@ -61,6 +61,8 @@ class ScoringCore:
             Overloaded: Too many pairs wait already; none of these was queued.
             ClosedError: The engine has been closed.
         """
+        # Before the lock too: in a forked process it may be held by a thread that is gone.
+        self.check_open()
         job = Job(pairs)
         with self._changed:
             self.check_open()

@@ -37,8 +37,8 @@ from tests.texts import DOCUMENTS, QUERY
 
 SENTENCES = list(read_sentences().values())
 QUERIES = list(read_queries().values())
-# Takes any machine longer than the limits below: 600 pairs of full length.
-LONG = [f"{index} " + "river stone tiger " * 400 for index in range(600)]
+# Takes any machine longer than the limits below: 600 pairs that fill the model's 512 tokens.
+LONG = [f"{index} " + "river stone tiger " * 100 for index in range(600)]
 # Generous, for a machine that is busy with other things; nothing here takes as long.
 WAIT_S = 60
 # In float32, how much the company of a pair may move its logit.
@@ -327,8 +327,7 @@ async def test_a_bad_time_limit_is_refused_by_the_async_doors(make):
 async def test_cancelling_a_task_drops_its_waiting_pairs(make):
     engine = make(max_queued_pairs=10)
     task = asyncio.create_task(engine.arerank(QUERY, LONG))
-    while not len(engine._core._queue):
-        await asyncio.sleep(0.005)
+    await asyncio.to_thread(wait_for, lambda: len(engine._core._queue))
     with pytest.raises(Overloaded):
         await engine.arerank(QUERY, DOCUMENTS)
     task.cancel()
@@ -471,15 +470,16 @@ def test_a_closed_engine_refuses_calls_and_may_be_closed_again(make):
 
 def test_callers_that_wait_hear_of_the_closing(make):
     engine = make()
+    requests = [(QUERY, LONG[:200]), (QUERIES[1], LONG[:200])]
 
     async def ask() -> None:
-        await engine.arerank(QUERY, LONG)
+        await engine.arerank(*requests[0])
 
     with ThreadPoolExecutor(6) as pool:
-        calls = [pool.submit(engine.rerank, QUERY, LONG) for _ in range(3)]
+        calls = [pool.submit(engine.rerank, *requests[0]) for _ in range(3)]
         calls += [pool.submit(asyncio.run, ask()) for _ in range(2)]
-        calls += [pool.submit(engine.rerank_many, [(QUERY, LONG)] * 9)]
-        wait_for(lambda: len(engine._core._queue) >= 4 * len(LONG))
+        calls += [pool.submit(engine.rerank_many, requests)]
+        wait_for(lambda: len(engine._core._queue._jobs) == len(calls))
         engine.close()
         for call in calls:
             assert isinstance(call.exception(WAIT_S), ClosedError)

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import json
+import re
 
 import pytest
 
@@ -11,9 +12,9 @@ from bge_rerank_adapters.milvus import BGERerankFunction, RerankResult
 from bge_rerank_adapters.ranking import sigmoid
 from tests.checkpoints import build_xlm_roberta, read_queries, read_sentences
 from tests.test_imports import run_python
-from tests.texts import DOCUMENTS as documents
-from tests.texts import QUERY as query
+from tests.texts import DOCUMENTS, QUERY
 
+query, documents = QUERY, DOCUMENTS
 SENTENCES = list(read_sentences().values())[:40]
 
 
@@ -39,12 +40,12 @@ def test_the_documented_snippet(capsys):
     bge_rf = BGERerankFunction(model_name="tiny", device="cpu")
     results = bge_rf(query=query, documents=documents, top_k=3)
     for result in results:
-        print(f"Index: {result.index}")
-        print(f"Score: {result.score:.6f}")
-        print(f"Text: {result.text}\n")
+        print(f"Index: {result.index}")  # noqa: T201
+        print(f"Score: {result.score:.6f}")  # noqa: T201
+        print(f"Text: {result.text}\n")  # noqa: T201
     printed = capsys.readouterr().out
-    assert printed.startswith("Index: 1\nScore: 0.9")
-    assert "Text: The Dartmouth Conference in 1956" in printed
+    first = r"Index: 1\nScore: 0\.\d{6}\nText: The Dartmouth Conference in 1956"
+    assert re.match(first, printed)
     assert len(results) == 3
     assert printed.count("Index:") == 3
 
@@ -74,7 +75,7 @@ def test_the_constructor_and_the_call_have_the_originals_parameters():
         assert got[: len(wanted)] == wanted
 
 
-@pytest.mark.parametrize("text", ["plain", "it's \"quoted\"\nand 🐼", ""])
+@pytest.mark.parametrize("text", ["plain", 'it\'s "quoted"\nand 🐼', ""])
 def test_results_look_like_the_originals(text):
     base = pytest.importorskip("milvus_model.base")
     ours, theirs = RerankResult(text, 0.25, 3), base.RerankResult(text, 0.25, 3)

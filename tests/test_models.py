@@ -111,7 +111,7 @@ def test_sharded_weights_give_the_same(folder, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert own_logits(tmp_path) == own_logits(folder)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="lacks model-00002-of-00002.safetensors"):
+    with pytest.raises(CheckpointError, match=r"lacks model-00002-of-00002\.safetensors"):
         own_logits(tmp_path)
 
 
@@ -169,7 +169,7 @@ def test_several_labels_are_refused(build, tmp_path):
 
 def test_absent_pickled_and_damaged_weights_are_named(folder, tmp_path):
     copy_of(folder, tmp_path, weights=False)
-    with pytest.raises(CheckpointError, match="has no weights: neither model.safetensors nor"):
+    with pytest.raises(CheckpointError, match=r"has no weights: neither model\.safetensors nor"):
         own_logits(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02.")
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin only, a pickle"):

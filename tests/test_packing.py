@@ -39,7 +39,11 @@ def test_longest_pairs_go_first_and_packs_keep_to_the_budget():
 
 
 def test_a_pair_longer_than_the_budget_goes_alone():
-    assert [lengths(pack) for pack in packs(queue_of(job(50, 2, 60, 1)), 10)] == [[60], [50], [2, 1]]
+    assert [lengths(pack) for pack in packs(queue_of(job(50, 2, 60, 1)), 10)] == [
+        [60],
+        [50],
+        [2, 1],
+    ]
 
 
 def test_an_empty_queue_gives_an_empty_pack():
@@ -123,7 +127,9 @@ def test_every_pair_is_taken_once_within_the_budget(calls, budget, before):
     assert all(sum(lengths(pack)) <= budget or len(pack) == 1 for pack in taken)
     number = {id(each): index for index, each in enumerate(jobs)}
     seen = Counter((number[id(each)], position) for pack in taken for each, position in pack)
-    assert seen == Counter((n, position) for n, each in enumerate(calls) for position in range(len(each)))
+    assert seen == Counter(
+        (n, position) for n, each in enumerate(calls) for position in range(len(each))
+    )
     for each in jobs:
         order = [len(each.pairs[p]) for pack in taken for owner, p in pack if owner is each]
         assert all(a >= b for a, b in pairwise(order)), "longest first within a call"

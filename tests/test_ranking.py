@@ -109,7 +109,7 @@ def test_top_k_below_1_is_refused(value):
 
 @pytest.mark.parametrize("value", [True, False, 2.0, "3", [1]])
 def test_top_k_must_be_a_whole_number(value):
-    with pytest.raises(ValueError, match="^top_n must be a whole number or None, got"):
+    with pytest.raises(ValueError, match=r"^top_n must be a whole number or None, got"):
         check_top_k(value, name="top_n")
 
 
@@ -123,7 +123,9 @@ def test_threshold_is_a_python_float():
 
 @pytest.mark.parametrize("value", [-0.001, 1.001, 7, math.nan, math.inf])
 def test_threshold_outside_0_to_1_is_refused(value):
-    with pytest.raises(SettingsError, match=r"score_threshold must be from 0 to 1, .*not with the l"):
+    with pytest.raises(
+        SettingsError, match=r"score_threshold must be from 0 to 1, .*not with the l"
+    ):
         check_score_threshold(value)
 
 
@@ -142,7 +144,7 @@ def test_query_must_be_text(value):
 
 @pytest.mark.parametrize("value", ["one", b"one", None, 5])
 def test_documents_must_be_a_list(value):
-    with pytest.raises(TypeError, match="documents must be a list of str, got .*wrap a single"):
+    with pytest.raises(TypeError, match=r"documents must be a list of str, got .*wrap a single"):
         check_documents(value)
 
 

@@ -1,0 +1,165 @@
+"""The command line, as a user calls it."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from bge_rerank_adapters import Reranker, published, verification
+from bge_rerank_adapters.cli import app
+from bge_rerank_adapters.published import PublishedScores
+from tests.checkpoints import build_xlm_roberta
+from tests.test_imports import PACKAGE, run_python
+from tests.texts import DOCUMENTS, QUERY
+
+PLAIN = {"NO_COLOR": "1", "TERM": "dumb", "COLUMNS": "160"}
+DEMO = """
+from rich.console import Console
+from bge_rerank_adapters.demo import run
+run(Console(width=160), model="tiny", device="cpu")
+"""
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(app, arguments, env=PLAIN)
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "bge_rerank_adapters", *arguments],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=240,
+        check=False,
+        cwd=PACKAGE.parent,
+    )
+
+
+def plain(text: str) -> str:
+    """Return text in one line, as no width of a terminal breaks it."""
+    return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", text).split())
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",)])
+def test_help_names_the_commands(arguments):
+    result = invoke(*arguments)
+    assert "demo" in result.output
+    assert "verify" in result.output
+    assert result.exit_code == (0 if arguments else 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("demo", {"--model"}), ("verify", {"--model", "--device", "--dtype"})]
+)
+def test_help_names_the_options(name, options):
+    result = invoke(name, "--help")
+    assert result.exit_code == 0
+    assert options <= set(re.findall(r"--\w+", plain(result.output)))
+
+
+def test_demo_prints_tables_before_and_after():
+    pytest.importorskip("langchain_core")
+    pytest.importorskip("llama_index.core")
+    result = invoke("demo", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    text = plain(result.output)
+    assert text.count("Before: ") == 2
+    assert text.count("After: ") == 3
+    for wanted in ("rank", "score", "index", "text", QUERY, "Reranker(", "LangChain", "LlamaIndex"):
+        assert wanted in text
+    after = text[text.index("After: reranked") :]
+    assert after.index("The Dartmouth Conference in 1956") < after.index("In 1950, Alan Turing")
+    assert "not installed" not in text
+
+
+@pytest.mark.parametrize(
+    ("blocked", "missing", "kept"),
+    [
+        (("langchain_core", "langchain_classic"), {"langchain"}, {"After: LlamaIndex"}),
+        (("llama_index",), {"llama-index"}, {"After: LangChain"}),
+        (("langchain_core", "llama_index", "pydantic"), {"langchain", "llama-index"}, set()),
+    ],
+    ids=["langchain", "llama-index", "both"],
+)
+def test_demo_leaves_an_absent_host_out_and_names_its_extra(blocked, missing, kept):
+    done = run_python(DEMO, blocked=blocked)
+    assert done.returncode == 0, done.stderr
+    text = plain(done.stdout)
+    assert "The Dartmouth Conference in 1956" in text
+    assert set(re.findall(r'pip install "bge-rerank-adapters\[([\w-]+)\]"', text)) == missing
+    assert {part for part in ("After: LlamaIndex", "After: LangChain") if part in text} == kept
+
+
+def test_demo_uses_the_core_retriever_where_langchain_classic_is_absent():
+    pytest.importorskip("langchain_core")
+    done = run_python(DEMO, blocked=("langchain_classic",))
+    assert "After: LangChain, compressor.wrap(retriever)" in plain(done.stdout), done.stderr
+
+
+def test_brackets_in_texts_and_names_are_printed_as_they_are(tmp_path):
+    folder = build_xlm_roberta(tmp_path / "a[b] [/c]")
+    result = invoke("demo", "--model", str(folder), "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert "a[b]" in plain(result.output)
+    assert "[/c]" in plain(result.output)
+
+
+@pytest.mark.parametrize("name", ["./missing", "./missing [bold] [/x]"])
+def test_a_missing_folder_is_told_in_one_line(name):
+    done = command("demo", "--model", name)
+    assert done.returncode == 1
+    [line] = done.stderr.strip().splitlines()
+    assert line.startswith(f"error: model '{name}' does not exist; give the folder")
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("option", [("--device", "gpu"), ("--dtype", "float8")])
+def test_a_bad_setting_is_told_in_one_line(option):
+    done = command("verify", "--model", "BAAI/bge-reranker-base", *option)
+    assert done.returncode == 1
+    [line] = done.stderr.strip().splitlines()
+    assert line.startswith(f"error: {option[0].removeprefix('--')} '{option[1]}' is not known")
+
+
+def test_verify_without_weights_says_so(monkeypatch):
+    def offline(*args, **kwargs):
+        raise ConnectionError("down")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    result = invoke("verify", "--device", "cpu")
+    assert result.exit_code == 1
+    text = plain(result.output)
+    assert text.startswith("Nothing was compared, for want of the weights: model 'BAAI/bge-rer")
+    assert "could not be had from the hub" in text
+
+
+def test_verify_of_an_unknown_model_says_what_is_known():
+    result = invoke("verify", "--model", "some/[model]")
+    assert result.exit_code == 1
+    text = plain(result.output)
+    assert text.startswith("No scores were published for 'some/[model]'; there are some for ")
+    assert {entry.model for entry in published.PUBLISHED_SCORES} <= set(
+        re.findall(r"BAAI/[\w.-]*\w", text)
+    )
+
+
+@pytest.mark.parametrize(
+    ("shift", "dtype", "passed"),
+    [(0.0, "float32", True), (0.01, "float32", False), (0.01, "bfloat16", True)],
+)
+def test_verify_passes_and_fails(monkeypatch, reranker: Reranker, shift, dtype, passed):
+    logits = reranker.logits(QUERY, DOCUMENTS)
+    pairs = tuple((QUERY, document) for document in DOCUMENTS)
+    expected = {1: logits[1], 2: logits[2] + shift}
+    table = (PublishedScores("a/tiny", "the [bench]", "logit", 0.001, pairs, expected),)
+    monkeypatch.setattr(verification, "PUBLISHED_SCORES", table)
+    result = invoke("verify", "--model", "tiny", "--device", "cpu", "--dtype", dtype)
+    text = plain(result.output)
+    assert result.exit_code == (0 if passed else 1), text
+    assert (text.count("pass"), text.count("FAIL")) == ((2, 0) if passed else (1, 1))
+    assert f"tiny, cpu, {dtype}" in text
+    assert "the [bench]" in text
+    assert f"{logits[1]:.4f}" in text
