@@ -325,6 +325,7 @@ class Reranker:
 
     def _score(self, pairs: list[tuple[str, str]], *, bounded: bool = True) -> Call[_Scored]:
         """Tokenise, queue, wait, and put the logits back in the order of the pairs."""
+        self._core.check_open()
         if not pairs:
             return _Scored([], [])
         tokenized = self._tokenizer.tokenize(pairs)
@@ -349,7 +350,9 @@ class Reranker:
     ) -> Call[list[list[RankedDocument]]]:
         rankings: list[list[RankedDocument]] = []
         under_way: deque[tuple[list[Request], Call[_Scored], Future[list[float]] | None]] = deque()
-        pieces = _pieces(requests)
+        # A quarter of the queue each, so that the two under way leave other callers half of it.
+        size = min(_PIECE_PAIRS, max(1, self.settings.max_queued_pairs // 4))
+        pieces = _pieces(requests, size)
         with ProgressBar(requests, shown=progress) as bar:
             try:
                 while True:
@@ -460,13 +463,13 @@ def _finish(call: Call[_Scored], future: "Future[list[float]] | None") -> Call[_
     return value  # type: ignore[no-any-return]
 
 
-def _pieces(requests: Iterable[Request]) -> Generator[list[Request], None, None]:
+def _pieces(requests: Iterable[Request], max_pairs: int) -> Generator[list[Request], None, None]:
     piece: list[Request] = []
     pairs = 0
     for request in requests:
         piece.append(request)
         pairs += len(request[1])
-        if pairs >= _PIECE_PAIRS:
+        if pairs >= max_pairs:
             yield piece
             piece, pairs = [], 0
     if piece:

@@ -13,7 +13,10 @@ class _Registry:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._loading: dict[EngineSettings, threading.Lock] = {}
+        # Weak as well: a lock lives as long as someone loads, and settings may hold a token.
+        self._loading: weakref.WeakValueDictionary[EngineSettings, threading.Lock] = (
+            weakref.WeakValueDictionary()
+        )
         self._engines: weakref.WeakValueDictionary[EngineSettings, Reranker] = (
             weakref.WeakValueDictionary()
         )
