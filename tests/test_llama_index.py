@@ -22,6 +22,7 @@ from llama_index.core.instrumentation.events.exception import ExceptionEvent
 from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
 from llama_index.core.instrumentation.span_handlers import SimpleSpanHandler
 from llama_index.core.llms import MockLLM
+from llama_index.core.memory import ChatMemoryBuffer
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.schema import (
@@ -268,7 +269,12 @@ async def test_query_engine_over_bm25(door, postprocessor):
 @pytest.mark.parametrize("door", ["chat", "achat"])
 async def test_chat_engine(door, postprocessor, events):
     engine = vector_index().as_chat_engine(
-        chat_mode="context", llm=MockLLM(), similarity_top_k=4, node_postprocessors=[postprocessor]
+        chat_mode="context",
+        llm=MockLLM(),
+        # The default memory leaves a database thread behind that outlives the event loop.
+        memory=ChatMemoryBuffer.from_defaults(token_limit=3000),
+        similarity_top_k=4,
+        node_postprocessors=[postprocessor],
     )
     response = engine.chat(QUERY) if door == "chat" else await engine.achat(QUERY)
     assert ids(response.source_nodes)[0] == "n1"
