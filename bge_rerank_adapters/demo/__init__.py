@@ -11,8 +11,8 @@ from bge_rerank_adapters.engine import Reranker
 from bge_rerank_adapters.published import PUBLISHED_SCORES
 from bge_rerank_adapters.ranking import Scorer
 
-QUESTION = "How many points did the Panthers defense surrender?"
-FETCH, TOP_K = 20, 3
+QUESTION = "What year did Tesla die?"
+FETCH, SHOWN, TOP_K = 20, 5, 3
 Row = tuple[str, str, str]
 
 
@@ -32,7 +32,7 @@ def run(console: Console, *, model: str, device: str) -> None:
         _engine_part(console, reranker)
         console.rule("The same in LangChain and LlamaIndex")
         console.print(f"\n{len(collection())} sentences of XQuAD-R. Question: {QUESTION}\n")
-        found = search(QUESTION, top_k=TOP_K)
+        found = search(QUESTION, top_k=SHOWN)
         before = [
             (f"{score:.3f}", str(index), collection()[name])
             for index, (name, score) in enumerate(found)
