@@ -45,10 +45,6 @@ class Weights:
         self.folder = folder
         self._files = tensors
 
-    def names(self) -> set[str]:
-        """Return the names of all tensors."""
-        return set(self._files)
-
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape without reading it."""
         name = self._stored_name(name)
