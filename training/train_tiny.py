@@ -20,12 +20,12 @@ LOG = logging.getLogger("train_tiny")
 # Share of each source among the questions at the start and at the end of training: cheap short
 # pairs teach matching first, long documents come late.
 MIX = {
-    "answers": (0.60, 0.34),
-    "passages": (0.14, 0.12),
-    "medical": (0.08, 0.06),
-    "medical-sentences": (0.06, 0.06),
-    "claims": (0.05, 0.24),
-    "titles": (0.05, 0.10),
+    "answers": (0.60, 0.42),
+    "passages": (0.13, 0.10),
+    "medical": (0.08, 0.05),
+    "medical-sentences": (0.06, 0.05),
+    "claims": (0.06, 0.22),
+    "titles": (0.05, 0.08),
     "sentences": (0.02, 0.08),
 }
 QUERY_TOKENS = 64
@@ -194,7 +194,7 @@ class Run:
         lists: list[tuple[int, torch.Tensor, float]] = []
         for name in pick_sources(self.progress(), self.options.questions, rng):
             question = self.next_question(name)
-            drawn = draw_negatives(question, self.options.negatives, rng)
+            drawn = draw_negatives(question, self.sources[name].negatives, rng)
             places = [question.pool[place] for place in drawn]
             built = self.pairs.build(name, question, places, limit, rng)
             teacher = [question.teacher[0], *(question.teacher[1 + place] for place in drawn)]
@@ -241,7 +241,7 @@ class Run:
         rows, labels = [], []
         for name, source in self.sources.items():
             for question in source.held_out:
-                drawn = draw_negatives(question, self.options.negatives, rng)
+                drawn = draw_negatives(question, source.negatives, rng)
                 places = [question.pool[place] for place in drawn]
                 rows.extend(self.pairs.build(name, question, places, LONG_DOCUMENT, rng))
                 labels.extend([1.0] + [0.0] * len(places))
@@ -319,9 +319,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="checkpoint folder to write")
     parser.add_argument("--work", type=Path, required=True, help="folder for resumable state")
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--minutes", type=float, default=40.0, help="time limit of the training")
+    parser.add_argument("--minutes", type=float, default=60.0, help="time limit of the training")
     parser.add_argument("--questions", type=int, default=12, help="questions in a step")
-    parser.add_argument("--negatives", type=int, default=5, help="wrong documents per question")
     parser.add_argument("--rate", type=float, default=1e-4, help="highest learning rate")
     parser.add_argument("--warm-up", type=int, default=40, help="steps of rising rate")
     parser.add_argument("--save-minutes", type=float, default=5.0)
