@@ -101,8 +101,9 @@ class Reranker:
             model: A folder, a name on the hub, or `"tiny"` for the bundled checkpoint.
             device: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`, `"xpu"`, ..., or several of
                 them for a copy of the model on each.
-            dtype: `"auto"`, `"float32"`, `"bfloat16"` or `"float16"`. `"auto"` is the fastest that
-                a short timing finds this device to run natively.
+            dtype: `"auto"`, `"float32"`, `"bfloat16"`, `"float16"` or, on a processor, `"int8"`.
+                `"auto"` is the fastest that a short timing finds this device to run natively,
+                and never int8.
             max_length: Most tokens of a pair, special tokens included; clamped to the model's
                 positions.
             query_max_length: Most tokens of the query; `None` is three quarters of `max_length`.

@@ -12,7 +12,7 @@ from bge_rerank_adapters.checkpoints import DEFAULT_MODEL
 from bge_rerank_adapters.errors import SettingsError
 
 DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu", "npu", "hpu", "mtia")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 
 _DEVICE = re.compile(rf"auto|({'|'.join(DEVICE_TYPES)})(:\d+)?")
 
@@ -25,7 +25,7 @@ class EngineSettings:
         model: A checkpoint: a folder, a hub name, or `"tiny"` for the bundled one.
         device: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`, `"xpu"`, ...; a tuple of them
             runs one copy of the model on each.
-        dtype: `"auto"`, `"float32"`, `"bfloat16"` or `"float16"`.
+        dtype: `"auto"`, `"float32"`, `"bfloat16"`, `"float16"` or, on a processor, `"int8"`.
         max_length: Most tokens of a pair, special tokens included; at most the model's positions.
         query_max_length: Most tokens of the query; `None` is three quarters of `max_length`.
         revision: Branch, tag or commit of a checkpoint on the hub.
@@ -122,8 +122,6 @@ def _one_device(name: str, value: object) -> str:
 
 def _dtype(name: str, value: object) -> str:
     text = str(value).removeprefix("torch.")
-    if text == "int8":
-        raise SettingsError(f"{name} 'int8' is not supported yet; use one of {', '.join(DTYPES)}.")
     if text not in DTYPES:
         raise SettingsError(f"{name} {text!r} is not known; use one of {', '.join(DTYPES)}.")
     return text

@@ -276,7 +276,7 @@ def test_auto_is_a_dtype_and_stays_the_same():
 )
 def test_auto_follows_the_timing(monkeypatch, kind, bfloat16, float16, found):
     times = {torch.float32: 1.0, torch.bfloat16: bfloat16, torch.float16: float16}
-    monkeypatch.setattr(devices, "_seconds", lambda device, dtype: times[dtype])
+    monkeypatch.setattr(devices, "_seconds", lambda device, dtype, limit_s=0: times[dtype])
     assert devices._fastest_dtype.__wrapped__(kind, None) is found
 
 

@@ -37,7 +37,6 @@ def test_defaults():
         ("device", [], "device must name at least one device"),
         ("device", ["cpu", "gpu"], "device 'gpu' is not known"),
         ("dtype", "float8", "dtype 'float8' is not known; use one of auto, float32"),
-        ("dtype", "int8", "dtype 'int8' is not supported yet"),
         ("dtype", None, "dtype 'None' is not known"),
         ("max_length", 0, "max_length must be a whole number of at least 1, got 0"),
         ("max_length", 512.0, "max_length must be a whole number"),

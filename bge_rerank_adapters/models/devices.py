@@ -7,9 +7,13 @@ import torch
 from torch.nn import functional
 
 from bge_rerank_adapters.errors import DeviceError
+from bge_rerank_adapters.models.linear import int8_works
 
 # A faster dtype costs some exactness, so it has to be worth it.
 _WORTHWHILE_SPEEDUP = 1.3
+# A dtype whose first run takes so many times the limit is emulated; it is not timed further, since
+# that could take a second.
+_HOPELESS = 3.0
 
 
 def resolve_device(name: str) -> torch.device:
@@ -43,12 +47,30 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
     Half types are taken where a short timing finds them faster than float32 by a third at least;
     bfloat16 before float16 on a processor, the other way round elsewhere, since float16 keeps
-    three more bits of the logit.
+    three more bits of the logit. int8 is for processors, and only where it is asked for.
+
+    Raises:
+        DeviceError: int8 is asked for and the device cannot run it.
     """
+    if name == "int8":
+        _check_int8(device)
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)
         return dtype
     return _fastest_dtype(device.type, device.index)
+
+
+def _check_int8(device: torch.device) -> None:
+    if device.type != "cpu":
+        raise DeviceError(
+            f"dtype 'int8' runs on a processor alone, not on {str(device)!r}; "
+            'use device="cpu", or dtype="auto".'
+        )
+    if not int8_works():
+        raise DeviceError(
+            "dtype 'int8' needs oneDNN's 8-bit product, which this build of torch or this "
+            'processor lacks; use dtype="auto".'
+        )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -92,7 +114,9 @@ def _fastest_dtype(kind: str, index: int | None) -> torch.dtype:
     if kind != "cpu":
         halves.reverse()
     limit = _seconds(device, torch.float32) / _WORTHWHILE_SPEEDUP
-    timed = [(seconds, half) for half in halves if (seconds := _seconds(device, half)) < limit]
+    timed = [
+        (seconds, half) for half in halves if (seconds := _seconds(device, half, limit)) < limit
+    ]
     if not timed:
         return torch.float32
     fastest = min(seconds for seconds, _ in timed)
@@ -100,8 +124,11 @@ def _fastest_dtype(kind: str, index: int | None) -> torch.dtype:
     return next(half for seconds, half in timed if seconds <= 1.2 * fastest)
 
 
-def _seconds(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the best of some timings of one feed-forward block; infinity if it cannot run."""
+def _seconds(device: torch.device, dtype: torch.dtype, limit_s: float = float("inf")) -> float:
+    """Return the best of some timings of one feed-forward block.
+
+    Infinity if it cannot run, or if its first run is far from `limit_s`.
+    """
     try:
         states = torch.ones(512, 768, device=device, dtype=dtype)
         weight = torch.ones(3072, 768, device=device, dtype=dtype)
@@ -114,6 +141,9 @@ def _seconds(device: torch.device, dtype: torch.dtype) -> float:
             return time.perf_counter() - begin
 
         with torch.inference_mode():
-            return min(run() for _ in range(6))
+            run()
+            if run() > _HOPELESS * limit_s:
+                return float("inf")
+            return min(run() for _ in range(5))
     except (RuntimeError, NotImplementedError):
         return float("inf")

@@ -8,7 +8,6 @@ whose numbers this gives to float32 rounding.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from bge_rerank_adapters.errors import CheckpointError, UnsupportedCheckpointError
+from bge_rerank_adapters.models.attention import Layout, attention_for
+from bge_rerank_adapters.models.devices import resolve_dtype
+from bge_rerank_adapters.models.linear import (
+    Activation,
+    Int8Linear,
+    Linear,
+    PlainLinear,
+    linear_maker,
+    smoothing,
+)
 from bge_rerank_adapters.models.weights import Weights, open_weights
 from bge_rerank_adapters.tokenization import TokenIds, TokenPair
 
@@ -122,15 +131,6 @@ def parse_config(config: dict[str, Any], *, folder: Path) -> EncoderConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class _Linear:
-    weight: Tensor
-    bias: Tensor
-
-    def __call__(self, states: Tensor) -> Tensor:
-        return functional.linear(states, self.weight, self.bias)
-
-
-@dataclass(frozen=True, slots=True)
 class _Norm:
     weight: Tensor
     bias: Tensor
@@ -144,23 +144,25 @@ class _Norm:
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """One layer; `query_key_value` stacks the three projections into one of shape (3h, h)."""
+    """One layer.
 
-    query_key_value: _Linear
-    attention_output: _Linear
+    Attributes:
+        projections: One that gives query, key and value side by side, of width 3h; in the last
+            layer one for the query and one for key and value, since there the only queries are
+            those of the pairs' first tokens.
+        attention_output: From the attended values back to width h.
+        attention_norm: After the first residual sum.
+        up: To the feed-forward block's width, its activation included.
+        down: Back to width h.
+        output_norm: After the second residual sum.
+    """
+
+    projections: tuple[Linear, ...]
+    attention_output: Linear
     attention_norm: _Norm
-    up: _Linear
-    down: _Linear
+    up: Linear
+    down: Linear
     output_norm: _Norm
-
-
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """Neighbouring pairs of equal length in a pack: rows `start` to `start + pairs * tokens`."""
-
-    start: int
-    pairs: int
-    tokens: int
 
 
 class EncoderModel:
@@ -169,7 +171,8 @@ class EncoderModel:
     Attributes:
         config: What the checkpoint's `config.json` says.
         device: Where it runs.
-        dtype: Of weights and activations; the head and the logits are float32 always.
+        dtype: Of weights and activations; the head and the logits are float32 always. With int8,
+            activations are of the fastest floating-point dtype.
     """
 
     def __init__(
@@ -181,7 +184,7 @@ class EncoderModel:
             config: The checkpoint's `config.json`.
             folder: Holds its safetensors.
             device: Where to run.
-            dtype: A floating-point dtype.
+            dtype: A floating-point dtype, or int8.
 
         Raises:
             CheckpointError: Tensors are missing, damaged or of the wrong shape.
@@ -189,10 +192,11 @@ class EncoderModel:
         """
         self.config = parse_config(config, folder=folder)
         self.device, self.dtype = device, dtype
-        self._activation = ACTIVATIONS[self.config.activation]
+        compute = resolve_dtype("auto", device) if dtype == torch.int8 else dtype
+        self._attend = attention_for(device, compute)
         with open_weights(folder) as weights:
             _check_one_label(weights, self.config)
-            self._load(_Reader(weights, self.config, device, dtype))
+            self._load(_Reader(weights, self.config, device, compute, int8=dtype == torch.int8))
 
     @property
     def max_tokens(self) -> int:
@@ -215,15 +219,16 @@ class EncoderModel:
         Returns:
             n floats, which are NaN or infinite where the model gives that.
         """
-        lengths = [len(pair) for pair in pairs]
-        groups = _equal_lengths(lengths)
+        layout = Layout([len(pair) for pair in pairs], self.device)
         states = self._embed(pairs)
         for layer in self._layers[:-1]:
-            states = self._full_layer(layer, states, groups)
-        first = np.concatenate(([0], np.cumsum(lengths)[:-1]))
-        states = self._last_layer(
-            self._layers[-1], states, groups, torch.from_numpy(first).to(self.device)
-        )
+            query, key, value = layer.projections[0](states).chunk(3, dim=-1)
+            states = self._rest(layer, states, query, key, value, layout)
+        last = self._layers[-1]
+        # The head reads the first token of each pair, so no other is computed further.
+        first = states[layout.first]
+        key, value = last.projections[1](states).chunk(2, dim=-1)
+        states = self._rest(last, first, last.projections[0](first), key, value, layout)
         logits: list[float] = self._head(states.float()).squeeze(-1).tolist()
         return logits
 
@@ -264,55 +269,19 @@ class EncoderModel:
         positions: TokenIds = np.cumsum(real, dtype=np.int64) * real + self.config.pad_id
         return positions
 
-    def _full_layer(self, layer: _Layer, states: Tensor, groups: Sequence[_Group]) -> Tensor:
-        query, key, value = layer.query_key_value(states).chunk(3, dim=-1)
-        attended = torch.empty_like(states)
-        for group in groups:
-            rows = slice(group.start, group.start + group.pairs * group.tokens)
-            attended[rows] = self._attend(query[rows], key[rows], value[rows], group.pairs)
-        return self._feed_forward(layer, states, attended)
-
-    def _last_layer(
-        self, layer: _Layer, states: Tensor, groups: Sequence[_Group], first: Tensor
+    def _rest(
+        self,
+        layer: _Layer,
+        states: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layout: Layout,
     ) -> Tensor:
-        """Return the states of the first token of each pair alone: the head reads no other."""
-        hidden = self.config.hidden
-        weight, bias = layer.query_key_value.weight, layer.query_key_value.bias
-        states_first = states[first]
-        query = functional.linear(states_first, weight[:hidden], bias[:hidden])
-        key, value = functional.linear(states, weight[hidden:], bias[hidden:]).chunk(2, dim=-1)
-        attended = torch.empty_like(query)
-        begin = 0
-        for group in groups:
-            rows = slice(group.start, group.start + group.pairs * group.tokens)
-            pairs = slice(begin, begin + group.pairs)
-            attended[pairs] = self._attend(query[pairs], key[rows], value[rows], group.pairs)
-            begin += group.pairs
-        return self._feed_forward(layer, states_first, attended)
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, pairs: int) -> Tensor:
-        """Return each pair's attention; rows of all pairs stand below each other."""
-
-        def split(rows: Tensor) -> Tensor:
-            return rows.reshape(pairs, -1, heads, self.config.hidden // heads).transpose(1, 2)
-
-        heads = self.config.heads
-        out = functional.scaled_dot_product_attention(split(query), split(key), split(value))
-        return out.transpose(1, 2).reshape(-1, self.config.hidden)
-
-    def _feed_forward(self, layer: _Layer, states: Tensor, attended: Tensor) -> Tensor:
+        """Return what a layer makes of its states, given their projections."""
+        attended = self._attend(query, key, value, layout, self.config.heads)
         states = layer.attention_norm(layer.attention_output(attended) + states)
-        return layer.output_norm(layer.down(self._activation(layer.up(states))) + states)
-
-
-def _equal_lengths(lengths: Sequence[int]) -> list[_Group]:
-    groups: list[_Group] = []
-    start = 0
-    for tokens, run in groupby(lengths):
-        pairs = len(list(run))
-        groups.append(_Group(start, pairs, tokens))
-        start += pairs * tokens
-    return groups
+        return layer.output_norm(layer.down(layer.up(states)) + states)
 
 
 def _token_types(pair: TokenPair) -> TokenIds:
@@ -337,19 +306,12 @@ class _Reader:
     config: EncoderConfig
     device: torch.device
     dtype: torch.dtype
+    int8: bool
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         stored = self.weights.tensor(name, shape)
         # Copied even where nothing changes: a view of the file would die with it.
         return stored.to(self.device, dtype or self.dtype, copy=True)
-
-    def linear(
-        self, name: str, outputs: int, inputs: int, dtype: torch.dtype | None = None
-    ) -> _Linear:
-        return _Linear(
-            self.tensor(f"{name}.weight", (outputs, inputs), dtype),
-            self.tensor(f"{name}.bias", (outputs,), dtype),
-        )
 
     def norm(self, name: str) -> _Norm:
         shape = (self.config.hidden,)
@@ -361,20 +323,24 @@ class _Reader:
 
     def layer(self, index: int) -> _Layer:
         name = f"{self.config.prefix}.encoder.layer.{index}"
+        before = (
+            f"{self.config.prefix}.encoder.layer.{index - 1}.output.LayerNorm"
+            if index
+            else f"{self.config.prefix}.embeddings.LayerNorm"
+        )
+        attention_norm = self.norm(f"{name}.attention.output.LayerNorm")
+        activation = ACTIVATIONS[self.config.activation]
         hidden, wide = self.config.hidden, self.config.intermediate
-        projections = [
-            self.linear(f"{name}.attention.self.{part}", hidden, hidden)
-            for part in ("query", "key", "value")
-        ]
+        # GELU and its approximation reach down to -0.17.
+        lowest = -0.17 if self.config.activation.startswith("gelu") else None
         return _Layer(
-            query_key_value=_Linear(
-                torch.cat([each.weight for each in projections]),
-                torch.cat([each.bias for each in projections]),
+            projections=self._projections(name, self.norm(before), last=self._is_last(index)),
+            attention_output=self._linear(f"{name}.attention.output.dense", hidden, hidden),
+            attention_norm=attention_norm,
+            up=self._linear(
+                f"{name}.intermediate.dense", wide, hidden, activation, after=attention_norm
             ),
-            attention_output=self.linear(f"{name}.attention.output.dense", hidden, hidden),
-            attention_norm=self.norm(f"{name}.attention.output.LayerNorm"),
-            up=self.linear(f"{name}.intermediate.dense", wide, hidden),
-            down=self.linear(f"{name}.output.dense", hidden, wide),
+            down=self._linear(f"{name}.output.dense", hidden, wide, lowest=lowest),
             output_norm=self.norm(f"{name}.output.LayerNorm"),
         )
 
@@ -384,6 +350,71 @@ class _Reader:
         roberta = self.config.counts_from_pad
         dense_name = "classifier.dense" if roberta else f"{self.config.prefix}.pooler.dense"
         out_name = "classifier.out_proj" if roberta else "classifier"
-        dense = self.linear(dense_name, hidden, hidden, torch.float32)
-        out = self.linear(out_name, 1, hidden, torch.float32)
-        return lambda states: out(torch.tanh(dense(states)))
+        dense = PlainLinear(*self._parts(dense_name, hidden, hidden, torch.float32), torch.tanh)
+        out = PlainLinear(*self._parts(out_name, 1, hidden, torch.float32))
+        return lambda states: out(dense(states))
+
+    def _is_last(self, index: int) -> bool:
+        return index == self.config.layers - 1
+
+    def _projections(self, name: str, before: _Norm, *, last: bool) -> tuple[Linear, ...]:
+        hidden = self.config.hidden
+        query, key, value = (
+            self._parts(f"{name}.attention.self.{part}", hidden, hidden)
+            for part in ("query", "key", "value")
+        )
+        stacks = ((query,), (key, value)) if last else ((query, key, value),)
+        return tuple(
+            self._make(
+                torch.cat([weight for weight, _ in stack]),
+                torch.cat([bias for _, bias in stack]),
+                after=before,
+            )
+            for stack in stacks
+        )
+
+    def _linear(
+        self,
+        name: str,
+        outputs: int,
+        inputs: int,
+        activation: Activation | None = None,
+        *,
+        after: _Norm | None = None,
+        lowest: float | None = None,
+    ) -> Linear:
+        parts = self._parts(name, outputs, inputs)
+        return self._make(*parts, activation, after=after, lowest=lowest)
+
+    def _make(
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        activation: Activation | None = None,
+        *,
+        after: _Norm | None = None,
+        lowest: float | None = None,
+    ) -> Linear:
+        """Return a layer of the kind that this model runs on.
+
+        Args:
+            weight: Shape (outputs, inputs).
+            bias: Shape (outputs,).
+            activation: Applied to the outputs.
+            after: The norm whose output it reads, if it does.
+            lowest: The smallest value that it reads, if that is known.
+        """
+        if not self.int8:
+            return linear_maker(self.device, self.dtype)(weight, bias, activation)
+        smooth = None if after is None else smoothing(after.weight, after.bias, weight)
+        return Int8Linear(weight, bias, activation, smooth=smooth, lowest=lowest)
+
+    def _parts(
+        self, name: str, outputs: int, inputs: int, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
+        # Quantised from what is stored, not from what bfloat16 leaves of it.
+        exact = torch.float32 if self.int8 else None
+        return (
+            self.tensor(f"{name}.weight", (outputs, inputs), dtype or exact),
+            self.tensor(f"{name}.bias", (outputs,), dtype),
+        )

@@ -1,0 +1,126 @@
+"""Attention over packs: each pair attends to itself alone, without a mask over the whole row."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Neighbouring pairs of equal length in a pack: rows `start` to `start + pairs * tokens`."""
+
+    start: int
+    pairs: int
+    tokens: int
+
+
+class Layout:
+    """Where each pair of a pack begins and ends.
+
+    Attributes:
+        lengths: Number of tokens of each of the n pairs.
+        device: Where the model runs.
+    """
+
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+        """Take the lengths, in the order in which the pairs stand in the row."""
+        self.lengths = list(lengths)
+        self.device = device
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """Runs of pairs of equal length, which one call can serve."""
+        groups: list[Group] = []
+        start = 0
+        for tokens, run in groupby(self.lengths):
+            pairs = len(list(run))
+            groups.append(Group(start, pairs, tokens))
+            start += pairs * tokens
+        return groups
+
+    @cached_property
+    def bounds(self) -> Tensor:
+        """Row at which each pair begins, and the end of the last; int32, shape (n + 1,)."""
+        return torch.from_numpy(np.cumsum([0, *self.lengths], dtype=np.int32)).to(self.device)
+
+    @cached_property
+    def first(self) -> Tensor:
+        """Row of each pair's first token; int64, shape (n,)."""
+        return self.bounds[:-1].long()
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """0 to n; int32, shape (n + 1,): the bounds of rows of one query each."""
+        return torch.arange(len(self.lengths) + 1, dtype=torch.int32, device=self.device)
+
+
+# From query, key and value of shapes (rows, heads * width) to the attended values; query has
+# either as many rows as key and value, or one per pair, which is the pair's first token's.
+Attention = Callable[[Tensor, Tensor, Tensor, Layout, int], Tensor]
+
+
+def grouped_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, heads: int
+) -> Tensor:
+    """Attend by one call for each run of pairs of equal length; runs on any device."""
+    single = len(query) != len(key)
+    attended = torch.empty_like(query)
+    begin = 0
+    for group in layout.groups:
+        rows = slice(group.start, group.start + group.pairs * group.tokens)
+        asked = slice(begin, begin + group.pairs) if single else rows
+        begin += group.pairs
+        attended[asked] = _attend(query[asked], key[rows], value[rows], group.pairs, heads)
+    return attended
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, pairs: int, heads: int) -> Tensor:
+    def split(rows: Tensor) -> Tensor:
+        return rows.reshape(pairs, -1, heads, rows.shape[-1] // heads).transpose(1, 2)
+
+    out = functional.scaled_dot_product_attention(split(query), split(key), split(value))
+    return out.transpose(1, 2).reshape(-1, query.shape[-1])
+
+
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, heads: int
+) -> Tensor:
+    """Attend by one call for the whole pack; CUDA in half precision alone."""
+    # Imported here: torch before 2.10 lacks it.
+    from torch.nn.attention.varlen import varlen_attn
+
+    def split(rows: Tensor) -> Tensor:
+        return rows.reshape(len(rows), heads, -1)
+
+    single = len(query) != len(key)
+    longest = max(layout.lengths)
+    out = varlen_attn(
+        split(query),
+        split(key),
+        split(value),
+        layout.counts if single else layout.bounds,
+        layout.bounds,
+        1 if single else longest,
+        longest,
+    )
+    # A tuple only where more than the values is asked for.
+    return cast(Tensor, out).reshape(len(query), -1)
+
+
+def attention_for(device: torch.device, dtype: torch.dtype) -> Attention:
+    """Return the fastest attention that this device and dtype can run."""
+    half = dtype in (torch.float16, torch.bfloat16)
+    if device.type != "cuda" or not half or torch.cuda.get_device_capability(device) < (8, 0):
+        return grouped_attention
+    try:
+        from torch.nn.attention.varlen import varlen_attn  # noqa: F401
+    except ImportError:
+        return grouped_attention
+    return varlen_attention

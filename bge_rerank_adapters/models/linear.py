@@ -1,0 +1,245 @@
+"""Linear layers as fast as the device allows: plain, prepacked by oneDNN, or in 8-bit integers.
+
+The last two use operators that torch itself keeps private (its compiler emits them), so each is
+tried once on a small product, and left alone where it is missing or wrong.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Activation = Callable[[Tensor], Tensor]
+
+
+class Linear(Protocol):
+    """`activation(states @ weight.T + bias)`, from (rows, inputs) to (rows, outputs)."""
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """Return the outputs, in the dtype of the states."""
+        ...
+
+
+class PlainLinear:
+    """torch's own linear layer."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, activation: Activation | None = None) -> None:
+        """Keep the weight, shape (outputs, inputs), and the bias, shape (outputs,)."""
+        self._weight, self._bias, self._activation = weight, bias, activation
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """Return the outputs for states of shape (rows, inputs)."""
+        out = functional.linear(states, self._weight, self._bias)
+        return out if self._activation is None else self._activation(out)
+
+
+class PackedLinear:
+    """A layer on a processor whose weight lies in oneDNN's own order, activation included."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, activation: Activation | None = None) -> None:
+        """Reorder the weight; the original is not kept."""
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight)  # noqa: SLF001
+        self._bias = bias
+        # "none" is the exact GELU, beside "tanh".
+        fused = activation is functional.gelu
+        self._post: tuple[str, list[float], str]
+        self._post = ("gelu", [], "none") if fused else ("none", [], "")
+        self._activation = None if fused else activation
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """Return the outputs for states of shape (rows, inputs)."""
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(  # noqa: SLF001
+            states, self._weight, self._bias, *self._post
+        )
+        return out if self._activation is None else self._activation(out)
+
+
+class Int8Linear:
+    """A layer whose product runs on unsigned 8-bit states and signed 8-bit weights.
+
+    Weights have a scale per output. States have one per row, that is per token: in large
+    XLM-RoBERTa models a few tokens (`<s>`, `</s>`) carry values many times larger than all others
+    do (Bondarenko et al. 2021, arXiv:2109.12948), and a scale per tensor would leave the others
+    two or three steps. A few channels are as large in every token (Kovaleva et al. 2021,
+    arXiv:2105.06990), which no scale per token can mend: `smooth` moves their size into the
+    weights, as SmoothQuant does (Xiao et al. 2022, arXiv:2211.10438), from the layer norm's
+    parameters instead of calibration texts.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        activation: Activation | None = None,
+        *,
+        smooth: Tensor | None = None,
+        lowest: float | None = None,
+    ) -> None:
+        """Quantise the weight.
+
+        Args:
+            weight: Shape (outputs, inputs), in a floating-point dtype.
+            bias: Shape (outputs,); its dtype is that of the states.
+            activation: Applied to the outputs.
+            smooth: What each input is divided by before it is quantised, shape (inputs,).
+            lowest: The smallest value that a state can have, where that is known: all steps then
+                go to the range above it. `None` quantises symmetrically around zero.
+        """
+        steps = _steps()
+        exact = weight.float()
+        self._divisor = None if smooth is None else (1.0 / smooth).to(bias.dtype)
+        if smooth is not None:
+            exact = exact * smooth
+        scale = exact.abs().amax(dim=1).clamp_min(1e-30) / 127.0
+        rounded = (exact / scale[:, None]).round_().clamp_(-127, 127)
+        self._weight = torch.ops.onednn.qlinear_prepack(rounded.to(torch.int8), None)
+        self._scale, self._zeros = scale, torch.zeros_like(scale, dtype=torch.int32)
+        self._activation, self._lowest = activation, lowest
+        # A state is (q - zero) * its row's scale, or q * scale + lowest.
+        sums = rounded.sum(dim=1) * scale
+        self._shift: Tensor | None = None
+        if lowest is None:
+            self._zero, self._levels = (steps + 1) // 2, (steps - 1) // 2
+            self._shift, self._bias = -self._zero * sums, bias
+        else:
+            # In float32, and the product too: the two sums are large and nearly cancel.
+            self._zero, self._levels = 0, steps
+            self._bias = bias.float() + lowest * sums
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """Return the outputs for states of shape (rows, inputs)."""
+        dtype = states.dtype
+        if self._divisor is not None:
+            states = states * self._divisor
+        if self._lowest is None:
+            largest = states.abs().amax(dim=1, keepdim=True)
+        else:
+            largest = states.amax(dim=1, keepdim=True) - self._lowest
+        # Rounded to the states' dtype before it is used on either side, so that both agree.
+        scale = (largest / self._levels).clamp_min(torch.finfo(dtype).tiny)
+        quantised = _to_unsigned(states, scale, zero=self._zero, lowest=self._lowest or 0.0)
+        product = torch.ops.onednn.qlinear_pointwise(
+            quantised,
+            1.0,
+            0,
+            self._weight,
+            self._scale,
+            self._zeros,
+            self._shift,
+            1.0,
+            0,
+            self._bias.dtype,
+            "none",
+            [],
+            "",
+        )
+        out = torch.addcmul(self._bias, product, scale.to(product.dtype)).to(dtype)
+        return out if self._activation is None else self._activation(out)
+
+
+# Times the median from where on a channel is taken for one of the outliers of large models, which
+# reach tens of times as far as others.
+_OUTLIER = 6.0
+# Added to a float32 below 2**22 in size, it leaves no room for a fraction, so that the sum's last
+# bits are the nearest integer: rounding for the price of an addition, where round() takes ten.
+_ROUNDING = 1.5 * 2**23
+
+
+def _to_unsigned(states: Tensor, scale: Tensor, *, zero: int, lowest: float) -> Tensor:
+    """Return round((states - lowest) / scale) + zero as uint8, for results that fit it."""
+    inverse = scale.float().reciprocal()
+    offset = inverse * -lowest + (zero + _ROUNDING)
+    sums = torch.addcmul(offset, states.float(), inverse)
+    return sums.view(torch.int32).to(torch.uint8)
+
+
+def _has_onednn() -> bool:
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+
+
+@cache
+def packed_works(dtype: torch.dtype) -> bool:
+    """Return whether oneDNN's prepacked product runs in this dtype here, and is right."""
+    if dtype not in (torch.float32, torch.bfloat16) or not _has_onednn():
+        return False
+    weight = (torch.arange(32.0 * 16).reshape(32, 16) % 7 - 3).to(dtype)
+    states, bias = weight[:8].contiguous(), weight[:, 0].contiguous()
+    try:
+        out = PackedLinear(weight, bias, functional.gelu)(states)
+    except (AttributeError, RuntimeError):
+        return False
+    return torch.allclose(
+        out.float(), PlainLinear(weight, bias, functional.gelu)(states).float(), rtol=0.01
+    )
+
+
+@cache
+def int8_works() -> bool:
+    """Return whether the 8-bit product runs here, and is exact."""
+    return _has_onednn() and _exact_up_to(127)
+
+
+@cache
+def _steps() -> int:
+    """Return how many steps a state may have: 255, or 127 where 255 overflow.
+
+    Processors without VNNI add pairs of 8-bit products in 16 bits, which 255 * 127 * 2 does not
+    fit but 127 * 127 * 2 does (Intel's oneDNN guide, "Nuances of int8 computations").
+    """
+    return 255 if _exact_up_to(255) else 127
+
+
+def _exact_up_to(largest: int) -> bool:
+    """Return whether a product of the largest values is exact."""
+    weight = torch.full((32, 64), 127, dtype=torch.int8)
+    states = torch.full((8, 64), largest, dtype=torch.uint8)
+    ones, zeros = torch.ones(32), torch.zeros(32, dtype=torch.int32)
+    try:
+        packed = torch.ops.onednn.qlinear_prepack(weight, None)
+        out = torch.ops.onednn.qlinear_pointwise(
+            states, 1.0, 0, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+    except (AttributeError, RuntimeError):
+        return False
+    return bool((out == 64.0 * 127 * largest).all())
+
+
+def linear_maker(device: torch.device, dtype: torch.dtype) -> Callable[..., Linear]:
+    """Return the fastest kind of layer for weights of this dtype on this device.
+
+    Float32 stays plain: there oneDNN's prepacked product measured no faster than torch's own.
+    """
+    if device.type == "cpu" and packed_works(dtype):
+        return PackedLinear
+    return PlainLinear
+
+
+def smoothing(gain: Tensor, shift: Tensor, weight: Tensor) -> Tensor | None:
+    """Return what to divide each input of a layer by that follows a layer norm.
+
+    A norm's output reaches about three times its gain around its shift. Where a channel reaches
+    many times as far as the median one, what is large in it is shared between states and weights:
+    the divisor is the square root of its reach over that of its weights, both counted in medians
+    (SmoothQuant's alpha of one half). Other channels are left alone, since on a model without
+    such channels dividing all of them measured worse than dividing none.
+
+    Args:
+        gain: The norm's weight, shape (inputs,).
+        shift: The norm's bias, shape (inputs,).
+        weight: The layer's, shape (outputs, inputs).
+
+    Returns:
+        Shape (inputs,), 1 for an ordinary channel; `None` if all are ordinary.
+    """
+    reach = 3.0 * gain.float().abs() + shift.float().abs()
+    reach = reach / reach.median().clamp_min(1e-12)
+    outliers = reach > _OUTLIER
+    if not bool(outliers.any()):
+        return None
+    heights = weight.float().abs().amax(dim=0)
+    heights = (heights / heights.median().clamp_min(1e-12)).clamp_min(1e-6)
+    divisor = torch.minimum((reach / heights).sqrt(), reach).clamp_min(1.0)
+    return torch.where(outliers, divisor, torch.ones_like(divisor))

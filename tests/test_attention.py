@@ -1,0 +1,102 @@
+"""Both ways to attend over a pack, against attention over each pair alone."""
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from torch.nn import functional
+
+from bge_rerank_adapters.models.attention import (
+    Layout,
+    attention_for,
+    grouped_attention,
+    varlen_attention,
+)
+
+LENGTHS = [7, 5, 5, 5, 3, 1]
+HEADS, WIDTH = 2, 8
+CPU = torch.device("cpu")
+
+
+def alone(query, key, value, first_only):
+    """Attend over one pair after another."""
+    outputs, start = [], 0
+    for pair, tokens in enumerate(LENGTHS):
+        rows = slice(start, start + tokens)
+        asked = slice(pair, pair + 1) if first_only else rows
+        start += tokens
+        split = [
+            each.reshape(1, -1, HEADS, WIDTH).transpose(1, 2)
+            for each in (query[asked], key[rows], value[rows])
+        ]
+        out = functional.scaled_dot_product_attention(*split)
+        outputs.append(out.transpose(1, 2).reshape(-1, HEADS * WIDTH))
+    return torch.cat(outputs)
+
+
+def reference_varlen(query, key, value, bounds_query, bounds_key, max_query, max_key):
+    """What `torch.nn.attention.varlen.varlen_attn` computes, one pair after another."""
+    assert bounds_query.dtype == bounds_key.dtype == torch.int32
+    outputs = []
+    for pair in range(len(bounds_key) - 1):
+        asked = slice(int(bounds_query[pair]), int(bounds_query[pair + 1]))
+        rows = slice(int(bounds_key[pair]), int(bounds_key[pair + 1]))
+        assert asked.stop - asked.start <= max_query
+        assert rows.stop - rows.start <= max_key
+        split = [each.transpose(0, 1)[None] for each in (query[asked], key[rows], value[rows])]
+        outputs.append(functional.scaled_dot_product_attention(*split)[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.fixture(params=["grouped", "varlen"])
+def attention(request, monkeypatch):
+    """The two ways; varlen's kernel, which runs on CUDA alone, replaced by what it computes."""
+    if request.param == "grouped":
+        return grouped_attention
+    module = ModuleType("varlen")
+    module.varlen_attn = reference_varlen
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
+    return varlen_attention
+
+
+@pytest.mark.parametrize("first_only", [False, True])
+def test_each_pair_attends_to_itself_alone(attention, first_only):
+    generator = torch.Generator().manual_seed(5)
+    total = sum(LENGTHS)
+    asked = len(LENGTHS) if first_only else total
+    query, key, value = (
+        torch.randn(rows, HEADS * WIDTH, generator=generator) for rows in (asked, total, total)
+    )
+    out = attention(query, key, value, Layout(LENGTHS, CPU), HEADS)
+    torch.testing.assert_close(out, alone(query, key, value, first_only), rtol=1e-5, atol=1e-6)
+
+
+def test_projections_may_be_slices_of_one_matrix(attention):
+    stacked = torch.randn(sum(LENGTHS), 3 * HEADS * WIDTH)
+    query, key, value = stacked.chunk(3, dim=-1)
+    out = attention(query, key, value, Layout(LENGTHS, CPU), HEADS)
+    torch.testing.assert_close(out, alone(query, key, value, False), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "capability", "chosen"),
+    [
+        ("cpu", torch.bfloat16, (9, 0), grouped_attention),
+        ("cuda", torch.float32, (9, 0), grouped_attention),
+        ("cuda", torch.float16, (7, 5), grouped_attention),
+        ("cuda", torch.float16, (8, 0), varlen_attention),
+        ("cuda", torch.bfloat16, (9, 0), varlen_attention),
+    ],
+)
+def test_the_varlen_kernel_is_for_half_precision_on_recent_cuda(
+    monkeypatch, device, dtype, capability, chosen
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert attention_for(torch.device(device), dtype) is chosen
+
+
+def test_without_the_varlen_kernel_groups_do(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
+    assert attention_for(torch.device("cuda"), torch.float16) is grouped_attention

@@ -1,0 +1,204 @@
+"""The kinds of linear layers against torch's own, and what 8-bit products survive."""
+
+import math
+import os
+import statistics
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional
+
+from bge_rerank_adapters import DeviceError, Reranker
+from bge_rerank_adapters.models import devices, linear
+from bge_rerank_adapters.models.linear import Int8Linear, PackedLinear, PlainLinear, smoothing
+from tests.checkpoints import build_xlm_roberta, read_queries, read_sentences
+
+needs_packed = pytest.mark.skipif(
+    not linear.packed_works(torch.float32), reason="this torch has no oneDNN to prepack for"
+)
+needs_int8 = pytest.mark.skipif(
+    not linear.int8_works(), reason="this torch or processor has no 8-bit product"
+)
+
+
+def parts(outputs=48, inputs=64, rows=20, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(3)
+    weight, bias, states = (
+        torch.randn(shape, generator=generator).to(dtype)
+        for shape in ((outputs, inputs), (outputs,), (rows, inputs))
+    )
+    return weight, bias, states
+
+
+def relative_error(out: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((out.float() - exact).norm() / exact.norm())
+
+
+@needs_packed
+@pytest.mark.parametrize("activation", [None, functional.gelu, functional.silu])
+@pytest.mark.parametrize("rows", [1, 20])
+def test_a_prepacked_layer_equals_a_plain_one(activation, rows):
+    weight, bias, states = parts(rows=rows)
+    out = PackedLinear(weight, bias, activation)(states)
+    torch.testing.assert_close(
+        out, PlainLinear(weight, bias, activation)(states), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_a_prepacked_layer_is_not_used_where_the_operator_is_missing_or_wrong(monkeypatch):
+    works = linear.packed_works.__wrapped__
+    assert not works(torch.float64)
+    monkeypatch.setattr(PackedLinear, "__call__", lambda self, states: torch.zeros(8, 32))
+    assert not works(torch.float32)
+
+    def missing(self, states):
+        raise AttributeError("no such operator")
+
+    monkeypatch.setattr(PackedLinear, "__call__", missing)
+    assert not works(torch.float32)
+
+
+@needs_int8
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lowest", [None, -0.17])
+def test_an_8_bit_layer_is_within_a_hundredth(dtype, lowest):
+    weight, bias, states = parts(dtype=dtype)
+    if lowest is not None:
+        states = functional.gelu(states)
+    exact = functional.linear(states.float(), weight.float(), bias.float())
+    out = Int8Linear(weight, bias, lowest=lowest)(states)
+    assert out.dtype is dtype
+    assert relative_error(out, exact) < 0.015
+
+
+@needs_int8
+def test_one_large_token_does_not_blur_the_others():
+    weight, bias, states = parts()
+    exact = functional.linear(states, weight, bias)
+    spoilt = states.clone()
+    spoilt[0] *= 1000.0
+    out = Int8Linear(weight, bias)(spoilt)
+    assert relative_error(out[1:], exact[1:]) < 0.015
+
+
+@needs_int8
+def test_rows_of_zeros_and_of_nan_keep_to_themselves():
+    weight, bias, states = parts()
+    states[0], states[1] = 0.0, math.nan
+    out = Int8Linear(weight, bias)(states)
+    torch.testing.assert_close(out[0], bias)
+    assert out[1].isnan().all()
+    assert out[2:].isfinite().all()
+
+
+@needs_int8
+def test_channels_that_are_large_in_every_token_are_smoothed():
+    weight, bias, states = parts(outputs=96, inputs=128, rows=40)
+    gain, shift = torch.ones(128), torch.zeros(128)
+    for channel in (5, 77):
+        # As in large trained models: the norm blows a channel up, and its weights are small.
+        gain[channel], weight[:, channel] = 60.0, weight[:, channel] / 20.0
+    states = states * gain
+    exact = functional.linear(states, weight, bias)
+    smooth = smoothing(gain, shift, weight)
+    assert smooth is not None
+    plain = relative_error(Int8Linear(weight, bias)(states), exact)
+    smoothed = relative_error(Int8Linear(weight, bias, smooth=smooth)(states), exact)
+    assert smoothed < 0.015
+    assert plain > 3 * smoothed
+
+
+def test_ordinary_channels_are_left_alone():
+    weight, _, _ = parts()
+    assert smoothing(torch.ones(64), torch.zeros(64), weight) is None
+
+
+def outlier_checkpoint(folder):
+    """Blow up two channels of every norm, and make the weights that read them small."""
+    build_xlm_roberta(folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("LayerNorm.weight"):
+            tensor[[3, 40]] *= 25.0
+        elif name.endswith(
+            ("query.weight", "key.weight", "value.weight", "intermediate.dense.weight")
+        ):
+            tensor[:, [3, 40]] /= 25.0
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@needs_int8
+def test_int8_survives_the_outliers_of_large_models(tmp_path, monkeypatch):
+    folder = outlier_checkpoint(tmp_path)
+    query = next(iter(read_queries().values()))
+    documents = list(read_sentences().values())[:40]
+
+    def logits(dtype):
+        with Reranker(str(folder), device="cpu", dtype=dtype) as reranker:
+            return reranker.logits(query, documents)
+
+    def error(found):
+        return statistics.mean(abs(a - b) for a, b in zip(found, exact, strict=True))
+
+    exact = logits("float32")
+    smoothed = error(logits("int8"))
+    monkeypatch.setattr("bge_rerank_adapters.models.encoder.smoothing", lambda *_: None)
+    assert smoothed < 0.1 * statistics.stdev(exact)
+    assert error(logits("int8")) > 2 * smoothed
+
+
+@needs_int8
+def test_int8_of_the_bundled_checkpoint_is_near_float32():
+    query = next(iter(read_queries().values()))
+    documents = list(read_sentences().values())[:60]
+    found = {}
+    for dtype in ("float32", "int8"):
+        with Reranker("tiny", device="cpu", dtype=dtype) as reranker:
+            found[dtype] = reranker.logits(query, documents)
+            assert reranker.dtype == dtype
+    differences = [a - b for a, b in zip(found["int8"], found["float32"], strict=True)]
+    assert statistics.pstdev(differences) < 0.15 * statistics.stdev(found["float32"])
+
+
+_SATURATION = """
+import torch
+from bge_rerank_adapters.models import linear
+weight = torch.full((32, 64), 1.0)
+layer = linear.Int8Linear(weight, torch.zeros(32))
+states = torch.full((4, 64), 1.0)
+print(linear._steps(), float((layer(states) - 64.0).abs().max()))
+"""
+
+
+@needs_int8
+@pytest.mark.parametrize("isa", ["AVX2", "DEFAULT"])
+def test_no_sum_saturates_on_a_processor_without_8_bit_sums(isa):
+    # The largest states times the largest weights: two such products do not fit 16 bits.
+    done = subprocess.run(
+        [sys.executable, "-c", _SATURATION],
+        env={**os.environ, "ONEDNN_MAX_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    steps, error = done.stdout.split()
+    assert int(steps) in (127, 255)
+    assert float(error) < 1e-3
+
+
+def test_a_sum_that_saturates_is_noticed(monkeypatch):
+    monkeypatch.setattr(linear, "_exact_up_to", lambda largest: largest < 255)
+    assert linear._steps.__wrapped__() == 127
+
+
+def test_int8_is_for_processors_alone(monkeypatch):
+    with pytest.raises(DeviceError, match="int8"):
+        devices.resolve_dtype("int8", torch.device("cuda:0"))
+    monkeypatch.setattr(devices, "int8_works", lambda: False)
+    with pytest.raises(DeviceError, match="oneDNN"):
+        devices.resolve_dtype("int8", torch.device("cpu"))
