@@ -22,6 +22,7 @@ from bge_rerank_adapters.errors import (
     WorkerDiedError,
 )
 from bge_rerank_adapters.ranking import RankedDocument, Scorer
+from bge_rerank_adapters.stats import EngineStats
 
 if TYPE_CHECKING:
     from bge_rerank_adapters.engine import Reranker
@@ -33,6 +34,7 @@ __all__ = [
     "CheckpointNotFoundError",
     "ClosedError",
     "DeviceError",
+    "EngineStats",
     "InputTypeError",
     "NonFiniteLogitError",
     "Overloaded",

@@ -1,18 +1,17 @@
 """`Reranker`: the scoring engine under all adapters."""
 
-import asyncio
+import logging
 import time
 import weakref
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
-from bge_rerank_adapters.errors import InputTypeError, RerankTimeoutError, SettingsError
+from bge_rerank_adapters.bulk import Piece, Request, Requests, check_request, pieces
+from bge_rerank_adapters.doors import AsyncDoor, Call, Step, advance, run
+from bge_rerank_adapters.errors import ScoringError
 from bge_rerank_adapters.hub import find_folder
 from bge_rerank_adapters.models.devices import resolve_device, resolve_dtype
 from bge_rerank_adapters.models.loading import (
@@ -20,18 +19,19 @@ from bge_rerank_adapters.models.loading import (
     load_pair_tokenizer,
     read_encoder_config,
 )
+from bge_rerank_adapters.packing import Job
 from bge_rerank_adapters.progress import ProgressBar
 from bge_rerank_adapters.ranking import (
     RankedDocument,
-    check_documents,
     check_pairs,
-    check_query,
     check_score_threshold,
     check_top_k,
     rank,
     sigmoid,
 )
 from bge_rerank_adapters.settings import EngineSettings
+from bge_rerank_adapters.stats import EngineStats
+from bge_rerank_adapters.tokenization import TokenizedPairs
 from bge_rerank_adapters.worker import ScoringCore
 
 # Tokens of a pack where the user leaves it open: enough to keep the device busy, few enough that
@@ -42,12 +42,10 @@ _PACK_TOKENS_ACCELERATOR = 16_384
 # pieces are under way: one is scored while the next is tokenised.
 _PIECE_PAIRS = 4096
 _PIECES_UNDER_WAY = 2
+# From here on a call's tokenising counts as long: it takes a tenth of a second or more.
+_LONG_CALL_CHARACTERS = 250_000
 
-T = TypeVar("T")
-Request = tuple[str, list[str]]
-# A call is a generator that yields each future it waits for and is sent its result. It neither
-# blocks nor knows whether it is run from a thread or from an event loop.
-Call = Generator[Future[list[float]], list[float], T]
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +141,7 @@ class Reranker:
         return engine
 
     def _load(self, settings: EngineSettings) -> None:
+        begin = time.monotonic()
         devices = [resolve_device(name) for name in settings.devices]
         folder = find_folder(settings)
         config = read_encoder_config(folder)
@@ -164,12 +163,11 @@ class Reranker:
             pack_tokens=_pack_tokens(settings, devices[0].type),
             max_queued_pairs=settings.max_queued_pairs,
         )
-        # Tokenising for event loops; a pool of its own, so that work queued in the loop's default
-        # pool cannot hold it up.
-        self._steps = ThreadPoolExecutor(max_workers=2, thread_name_prefix="bge-rerank-steps")
-        self._finalizer = weakref.finalize(self, _let_go, self._core, self._steps)
+        self._door = AsyncDoor()
+        self._finalizer = weakref.finalize(self, _let_go, self._core, self._door)
         # At exit the core's own hook waits for its threads, which this must not overtake.
         self._finalizer.atexit = False
+        _log.info("Loaded %r in %.1f s", self, time.monotonic() - begin)
 
     @property
     def closed(self) -> bool:
@@ -206,9 +204,9 @@ class Reranker:
             ScoringError: The model failed, or gave NaN for a pair.
             ClosedError: The engine has been closed.
         """
-        request = _check_request(query, documents)
+        request = check_request(query, documents)
         limits = _check_limits(top_k, score_threshold)
-        return _run(self._rerank(request, limits), timeout_s)
+        return run(self._rerank(request, limits), timeout_s=timeout_s)
 
     async def arerank(
         self,
@@ -223,9 +221,10 @@ class Reranker:
 
         A call that is cancelled or runs out of time takes its waiting pairs out of the queue.
         """
-        request = _check_request(query, documents)
+        request = check_request(query, documents)
         limits = _check_limits(top_k, score_threshold)
-        return await self._arun(self._rerank(request, limits), timeout_s)
+        long = sum(map(len, request[1])) > _LONG_CALL_CHARACTERS
+        return await self._door.run(self._rerank(request, limits), timeout_s=timeout_s, long=long)
 
     def logits(self, query: str, documents: Sequence[str]) -> list[float]:
         """Return the documents' logits in input order: unbounded floats, `[]` for no documents.
@@ -233,8 +232,8 @@ class Reranker:
         Raises:
             RerankError: As `rerank`.
         """
-        query, texts = _check_request(query, documents)
-        return _run(self._score([(query, text) for text in texts])).logits
+        query, texts = check_request(query, documents)
+        return run(self._score([(query, text) for text in texts], name=_document)).logits
 
     def score(self, query: str, documents: Sequence[str]) -> list[float]:
         """Return the documents' scores in input order: in [0, 1], `[]` for no documents.
@@ -250,7 +249,7 @@ class Reranker:
         Raises:
             RerankError: As `rerank`.
         """
-        scored = _run(self._score(check_pairs(pairs)))
+        scored = run(self._score(check_pairs(pairs), name=lambda index: f"pairs[{index}]"))
         return [sigmoid(logit) for logit in scored.logits]
 
     def rerank_many(
@@ -277,7 +276,7 @@ class Reranker:
             RerankError: As `rerank`, but never `Overloaded`.
         """
         limits = _check_limits(top_k, score_threshold)
-        return _run(self._rerank_many(_check_requests(requests), limits, progress=progress))
+        return run(self._rerank_many(Requests(requests), limits, progress=progress))
 
     async def arerank_many(
         self,
@@ -288,20 +287,43 @@ class Reranker:
         progress: bool = False,
         timeout_s: float | None = None,
     ) -> list[list[RankedDocument]]:
-        """Return what `rerank_many` returns, without blocking the event loop."""
+        """Return what `rerank_many` returns, without blocking the event loop.
+
+        An iterator is read in another thread.
+        """
         limits = _check_limits(top_k, score_threshold)
-        call = self._rerank_many(_check_requests(requests), limits, progress=progress)
-        return await self._arun(call, timeout_s)
+        call = self._rerank_many(Requests(requests), limits, progress=progress)
+        return await self._door.run(call, timeout_s=timeout_s, long=True)
 
     def warm_up(self) -> None:
         """Run the model once, so that the first query does not wait for kernels to be chosen."""
         self.score("warm-up", ["warm-up " * 64])
 
+    def stats(self) -> EngineStats:
+        """Return what the engine has done since it was loaded; cheap, and good to ask at any time.
+
+        Example:
+            ```python
+            from bge_rerank_adapters import Reranker
+
+            with Reranker("tiny") as reranker:
+                reranker.rerank("Who wrote Faust?", ["Goethe did.", "It rains."])
+                print(reranker.stats().to_dict())
+            ```
+        """
+        return self._core.stats()
+
     def close(self) -> None:
-        """Free the model; calls under way and later ones raise `ClosedError`. May be repeated."""
+        """Free the model; calls under way and later ones raise `ClosedError`. May be repeated.
+
+        Waits for the pack that is in the model at this moment.
+        """
+        first = not self.closed
         self._finalizer.detach()
         self._core.close()
-        self._steps.shutdown(wait=False)
+        self._door.close()
+        if first:
+            _log.info("Closed %r", self)
 
     def __enter__(self) -> Self:
         """Return the engine itself."""
@@ -324,212 +346,116 @@ class Reranker:
         """Return the engine itself: threads and weights are shared, not copied."""
         return self
 
-    def _score(self, pairs: list[tuple[str, str]], *, bounded: bool = True) -> Call[_Scored]:
-        """Tokenise, queue, wait, and put the logits back in the order of the pairs."""
+    def _score(
+        self,
+        pairs: list[tuple[str, str]],
+        *,
+        name: Callable[[int], str],
+        requests: int = 1,
+        bounded: bool = True,
+    ) -> Call[_Scored]:
+        """Tokenise, queue, wait, and put the logits back in the order of the pairs.
+
+        Args:
+            pairs: n pairs; may be empty.
+            name: What an error calls the pair at an index.
+            requests: How many requests they are of.
+            bounded: Whether the call may be refused because too many pairs wait.
+        """
         self._core.check_open()
-        if not pairs:
+        future = self._core.reserve(len(pairs), bounded=bounded) if pairs else None
+        self._core.tally.add_requests(requests)
+        if future is None:
             return _Scored([], [])
-        tokenized = self._tokenizer.tokenize(pairs)
-        job = self._core.submit(tokenized.distinct, bounded=bounded)
         try:
-            logits = yield job.future
+            yield None
+            tokenized = self._tokenize(pairs)
+            self._core.submit(Job(tokenized.distinct, future, name))
+            logits = (yield future) or []
         finally:
             # Where the caller has gone, so must its waiting pairs; a no-op if all are scored.
-            job.future.cancel()
+            future.cancel()
         return _Scored(
             [logits[position] for position in tokenized.positions],
             [tokenized.distinct[position].truncated for position in tokenized.positions],
         )
 
+    def _tokenize(self, pairs: list[tuple[str, str]]) -> TokenizedPairs:
+        begin = time.perf_counter()
+        try:
+            return self._tokenizer.tokenize(pairs)
+        except Exception as error:
+            raise ScoringError(
+                f"The tokenizer failed on a call of {len(pairs)} pairs: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        finally:
+            self._core.tally.add_tokenizing(time.perf_counter() - begin)
+
     def _rerank(self, request: Request, limits: dict[str, Any]) -> Call[list[RankedDocument]]:
         query, texts = request
-        scored = yield from self._score([(query, text) for text in texts])
+        scored = yield from self._score([(query, text) for text in texts], name=_document)
         return rank(texts, scored.logits, truncated=scored.truncated, **limits)
 
     def _rerank_many(
-        self, requests: Iterable[Request], limits: dict[str, Any], *, progress: bool
+        self, requests: Requests, limits: dict[str, Any], *, progress: bool
     ) -> Call[list[list[RankedDocument]]]:
+        self._core.check_open()
+        yield None
         rankings: list[list[RankedDocument]] = []
-        under_way: deque[tuple[list[Request], Call[_Scored], Future[list[float]] | None]] = deque()
+        under_way: deque[tuple[Piece, Call[_Scored], Step]] = deque()
         # A quarter of the queue each, so that the two under way leave other callers half of it.
         size = min(_PIECE_PAIRS, max(1, self.settings.max_queued_pairs // 4))
-        pieces = _pieces(requests, size)
+        coming = pieces(requests, max_pairs=size)
         with ProgressBar(requests, shown=progress) as bar:
             try:
                 while True:
-                    for piece in islice(pieces, _PIECES_UNDER_WAY - len(under_way)):
-                        call = self._score(
-                            [(query, text) for query, texts in piece for text in texts],
-                            bounded=False,
-                        )
+                    for piece in islice(coming, _PIECES_UNDER_WAY - len(under_way)):
+                        call = self._score_piece(piece)
                         under_way.append((piece, call, _begin(call)))
                     if not under_way:
                         return rankings
-                    piece, call, future = under_way[0]
-                    scored = yield from _finish(call, future)
+                    piece, call, step = under_way[0]
+                    scored = yield from _finish(call, step)
                     under_way.popleft()
                     rankings.extend(_split(piece, scored, limits))
-                    bar.advance(len(piece))
+                    bar.advance(len(piece.requests))
             finally:
                 for _, call, _ in under_way:
                     call.close()
 
-    async def _arun(self, call: Call[T], timeout_s: float | None) -> T:
-        """Run a call from an event loop: its steps in the engine's own small pool."""
-        loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout(_check_timeout(timeout_s)):
-                # In a forked process the pool's threads are gone, and it would wait for them.
-                self._core.check_open()
-                result: list[float] | None = None
-                while True:
-                    step = self._submit_step(call, result)
-                    finished, value = await _step_result(loop, step, call)
-                    if finished:
-                        return value  # type: ignore[no-any-return]
-                    result = await asyncio.wrap_future(value)
-        except TimeoutError as error:
-            raise _timed_out(timeout_s) from error
-        finally:
-            _close_when_idle(call)
-
-    def _submit_step(
-        self, call: Call[Any], result: list[float] | None
-    ) -> "Future[tuple[bool, Any]]":
-        try:
-            return self._steps.submit(_advance, call, result)
-        except RuntimeError:
-            # The pool is shut down: the engine is closed, and says so better than the pool does.
-            self._core.check_open()
-            raise
+    def _score_piece(self, piece: Piece) -> Call[_Scored]:
+        return self._score(
+            piece.pairs(), name=piece.name, requests=len(piece.requests), bounded=False
+        )
 
 
-def _advance(call: Call[T], result: list[float] | None) -> tuple[bool, Any]:
-    """Run a call up to the next future it waits for.
-
-    Returns:
-        `(False, future)`, or `(True, what the call returns)`.
-    """
-    try:
-        return False, next(call) if result is None else call.send(result)
-    except StopIteration as stop:
-        return True, stop.value
+def _begin(call: Call[_Scored]) -> Step:
+    """Tokenise and queue a piece, without waiting for its logits."""
+    finished, value = advance(call)
+    while not finished and value is None:
+        finished, value = advance(call)
+    return finished, value
 
 
-async def _step_result(
-    loop: asyncio.AbstractEventLoop, step: "Future[tuple[bool, Any]]", call: Call[Any]
-) -> tuple[bool, Any]:
-    try:
-        return await asyncio.wrap_future(step, loop=loop)
-    except asyncio.CancelledError:
-        # The step may still run in its thread; the call is closed as soon as it is done.
-        step.add_done_callback(lambda _: _close_when_idle(call))
-        raise
-
-
-def _close_when_idle(call: Call[Any]) -> None:
-    # A call that another thread runs at this moment raises ValueError, and is closed after that.
-    with suppress(ValueError):
-        call.close()
-
-
-def _run(call: Call[T], timeout_s: float | None = None) -> T:
-    """Run a call in this thread."""
-    limit = _check_timeout(timeout_s)
-    deadline = None if limit is None else time.monotonic() + limit
-    finished, value = _advance(call, None)
-    try:
-        while not finished:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            finished, value = _advance(call, value.result(left))
-    except FutureTimeoutError as error:
-        raise _timed_out(timeout_s) from error
-    finally:
-        call.close()
+def _finish(call: Call[_Scored], step: Step) -> Call[_Scored]:
+    """Wait for what was begun."""
+    finished, value = step
+    while not finished:
+        finished, value = advance(call, (yield value))
     return value  # type: ignore[no-any-return]
 
 
-def _begin(call: Call[Any]) -> "Future[list[float]] | None":
-    """Run a call to its first future; `None` if it ended without one."""
-    finished, value = _advance(call, None)
-    return None if finished else value
-
-
-def _finish(call: Call[_Scored], future: "Future[list[float]] | None") -> Call[_Scored]:
-    if future is None:
-        return _Scored([], [])
-    finished, value = _advance(call, (yield future))
-    if not finished:
-        raise RuntimeError("A scoring call waited twice.")
-    return value  # type: ignore[no-any-return]
-
-
-def _pieces(requests: Iterable[Request], max_pairs: int) -> Generator[list[Request], None, None]:
-    piece: list[Request] = []
-    pairs = 0
-    for request in requests:
-        piece.append(request)
-        pairs += len(request[1])
-        if pairs >= max_pairs:
-            yield piece
-            piece, pairs = [], 0
-    if piece:
-        yield piece
-
-
-def _split(
-    piece: list[Request], scored: _Scored, limits: dict[str, Any]
-) -> Generator[list[RankedDocument], None, None]:
+def _split(piece: Piece, scored: _Scored, limits: dict[str, Any]) -> Iterator[list[RankedDocument]]:
     start = 0
-    for _, texts in piece:
+    for _, texts in piece.requests:
         part = slice(start, start + len(texts))
         yield rank(texts, scored.logits[part], truncated=scored.truncated[part], **limits)
         start = part.stop
 
 
-@contextmanager
-def _named(position: int) -> Generator[None, None, None]:
-    try:
-        yield
-    except InputTypeError as error:
-        raise InputTypeError(f"requests[{position}]: {error}") from error
-
-
-def _check_requests(requests: object) -> "_Requests":
-    if isinstance(requests, str | bytes) or not isinstance(requests, Iterable):
-        raise InputTypeError(
-            "requests must be (query, documents) tuples, got "
-            f"{type(requests).__name__}; use rerank for a single query."
-        )
-    return _Requests(requests)
-
-
-class _Requests:
-    """Requests that are checked as they are read; as long as what they come from."""
-
-    def __init__(self, requests: Iterable[Any]) -> None:
-        self._requests = requests
-
-    def __len__(self) -> int:
-        return len(self._requests)  # type: ignore[arg-type]
-
-    def __iter__(self) -> Generator[Request, None, None]:
-        for position, request in enumerate(self._requests):
-            with _named(position):
-                if isinstance(request, str | bytes) or not isinstance(request, Sequence):
-                    raise InputTypeError(
-                        f"must be a (query, documents) tuple, got {type(request).__name__}."
-                    )
-                if len(request) != 2:
-                    raise InputTypeError(
-                        f"must be a (query, documents) tuple, got {len(request)} items."
-                    )
-                checked = _check_request(request[0], request[1])
-            yield checked
-
-
-def _check_request(query: object, documents: object) -> Request:
-    return check_query(query), check_documents(documents)
+def _document(index: int) -> str:
+    return f"documents[{index}]"
 
 
 def _check_limits(top_k: object, score_threshold: object) -> dict[str, Any]:
@@ -539,30 +465,13 @@ def _check_limits(top_k: object, score_threshold: object) -> dict[str, Any]:
     }
 
 
-def _check_timeout(timeout_s: object) -> float | None:
-    if timeout_s is None:
-        return None
-    if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not timeout_s > 0:
-        raise SettingsError(
-            f"timeout_s must be a number of seconds above 0 or None, got {timeout_s!r}."
-        )
-    return float(timeout_s)
-
-
-def _timed_out(timeout_s: float | None) -> RerankTimeoutError:
-    return RerankTimeoutError(
-        f"The call was not done within timeout_s={timeout_s}; its waiting pairs were dropped. "
-        "Send fewer documents or allow more time."
-    )
-
-
 def _pack_tokens(settings: EngineSettings, device_type: str) -> int:
     if isinstance(settings.pack_tokens, int):
         return settings.pack_tokens
     return _PACK_TOKENS.get(device_type, _PACK_TOKENS_ACCELERATOR)
 
 
-def _let_go(core: ScoringCore, steps: ThreadPoolExecutor) -> None:
+def _let_go(core: ScoringCore, door: AsyncDoor) -> None:
     """Signal the threads to end; waiting for them here could block a garbage collection."""
     core.stop()
-    steps.shutdown(wait=False)
+    door.close()

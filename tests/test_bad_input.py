@@ -527,7 +527,7 @@ def test_weights_that_give_nan_are_told_by_the_position_of_the_document(folder):
     with load(folder) as engine:
         with pytest.raises(NonFiniteLogitError) as info:
             engine.rerank(QUERY, [DOCUMENTS[0], "long enough to get there " * 100])
-        message(info, "nan", "index 1", "weights")
+        message(info, "nan", "documents[1]", "weights")
         assert engine.logits(QUERY, DOCUMENTS[:1]) == pytest.approx(reference[:1], abs=1e-5)
 
 

@@ -302,7 +302,7 @@ def test_a_call_that_runs_out_of_time_says_so_and_the_engine_goes_on(make):
     # The rest was dropped: it would take far longer than the pack that was under way.
     assert len(engine.rerank(QUERY, DOCUMENTS, timeout_s=WAIT_S)) == 4
     assert time.monotonic() - begin < WAIT_S
-    assert len(engine._core._queue) == 0
+    assert len(engine._core._backlog) == 0
 
 
 async def test_an_async_call_that_runs_out_of_time_says_so_and_the_engine_goes_on(make):
@@ -313,7 +313,7 @@ async def test_an_async_call_that_runs_out_of_time_says_so_and_the_engine_goes_o
     with pytest.raises(RerankTimeoutError):
         await engine.arerank_many([(QUERY, LONG)] * 3, timeout_s=0.05)
     assert len(await engine.arerank(QUERY, DOCUMENTS, timeout_s=WAIT_S)) == 4
-    wait_for(lambda: len(engine._core._queue) == 0)
+    wait_for(lambda: len(engine._core._backlog) == 0)
 
 
 async def test_a_bad_time_limit_is_refused_by_the_async_doors(make):
@@ -327,7 +327,7 @@ async def test_a_bad_time_limit_is_refused_by_the_async_doors(make):
 async def test_cancelling_a_task_drops_its_waiting_pairs(make):
     engine = make(max_queued_pairs=10)
     task = asyncio.create_task(engine.arerank(QUERY, LONG))
-    await asyncio.to_thread(wait_for, lambda: len(engine._core._queue))
+    await asyncio.to_thread(wait_for, lambda: len(engine._core._backlog))
     with pytest.raises(Overloaded):
         await engine.arerank(QUERY, DOCUMENTS)
     task.cancel()
@@ -346,7 +346,7 @@ async def test_cancelling_before_anything_is_queued_leaves_nothing_behind(make):
     outcomes = await asyncio.gather(*tasks, return_exceptions=True)
     assert {type(outcome) for outcome in outcomes} == {asyncio.CancelledError}
     assert len(await engine.arerank(QUERY, DOCUMENTS, timeout_s=WAIT_S)) == 4
-    wait_for(lambda: len(engine._core._queue) == 0)
+    wait_for(lambda: len(engine._core._backlog) == 0)
 
 
 # Threads and event loops
@@ -434,7 +434,7 @@ def test_past_the_limit_a_call_is_refused_at_once_and_many_requests_never_are(ma
     with ThreadPoolExecutor(1) as pool:
         # Larger than the limit, and let in since nothing else waits.
         big = pool.submit(engine.rerank, QUERY, LONG[:150])
-        wait_for(lambda: len(engine._core._queue) or big.done())
+        wait_for(lambda: len(engine._core._backlog) or big.done())
         begin = time.monotonic()
         with pytest.raises(Overloaded, match="max_queued_pairs=10"):
             engine.rerank(QUERY, DOCUMENTS)
@@ -479,7 +479,7 @@ def test_callers_that_wait_hear_of_the_closing(make):
         calls = [pool.submit(engine.rerank, *requests[0]) for _ in range(3)]
         calls += [pool.submit(asyncio.run, ask()) for _ in range(2)]
         calls += [pool.submit(engine.rerank_many, requests)]
-        wait_for(lambda: len(engine._core._queue._jobs) == len(calls))
+        wait_for(lambda: len(engine._core._backlog._jobs) == len(calls))
         engine.close()
         for call in calls:
             assert isinstance(call.exception(WAIT_S), ClosedError)

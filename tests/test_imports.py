@@ -17,9 +17,10 @@ NAME = PACKAGE.name
 LAYERS = {
     "errors": 0,
     **dict.fromkeys(("checkpoints", "ranking", "packing", "published", "progress"), 1),
-    "settings": 2,
+    **dict.fromkeys(("doors", "stats"), 1),
+    **dict.fromkeys(("settings", "bulk"), 2),
     **dict.fromkeys(("tokenization", "hub"), 3),
-    "models": 4,
+    **dict.fromkeys(("models", "backlog"), 4),
     "worker": 5,
     "engine": 6,
     "sharing": 7,

@@ -1,0 +1,154 @@
+"""The two doors to one implementation: a call is run from a thread or from an event loop."""
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from bge_rerank_adapters.errors import ClosedError, RerankTimeoutError, SettingsError
+
+T = TypeVar("T")
+# A call is a generator. It yields each future it waits for and is sent its result; it yields
+# `None` before work that takes its time. It neither blocks nor knows which door it is run from.
+Call = Generator["Future[list[float]] | None", "list[float] | None", T]
+Step = tuple[bool, Any]
+
+# Two threads tokenise as fast as the tokenizer, which has threads of its own, and more would only
+# stand in the event loop's way.
+_THREADS = 2
+
+
+def advance(call: Call[T], result: list[float] | None = None) -> Step:
+    """Run a call up to where it next yields.
+
+    Args:
+        call: One that does not run at this moment.
+        result: Of the future that it yielded last; `None` if there was none.
+
+    Returns:
+        `(False, what it yields)`, or `(True, what it returns)`.
+    """
+    try:
+        return False, next(call) if result is None else call.send(result)
+    except StopIteration as stop:
+        return True, stop.value
+
+
+def run(call: Call[T], *, timeout_s: float | None = None) -> T:
+    """Run a call in this thread.
+
+    Raises:
+        SettingsError: `timeout_s` is no number above 0.
+        RerankTimeoutError: It ran out.
+    """
+    limit = _check_timeout(timeout_s)
+    deadline = None if limit is None else time.monotonic() + limit
+    try:
+        finished, value = advance(call)
+        while not finished:
+            result = None if value is None else _wait(value, deadline, timeout_s)
+            finished, value = advance(call, result)
+    finally:
+        call.close()
+    return value  # type: ignore[no-any-return]
+
+
+class AsyncDoor:
+    """Runs calls from event loops: the work of their steps in a few threads of its own.
+
+    Short calls have threads that long ones do not get, so that they need not wait until ten
+    thousand documents of somebody else's have been tokenised.
+    """
+
+    def __init__(self) -> None:
+        self._pid = os.getpid()
+        self._short, self._long = (
+            ThreadPoolExecutor(_THREADS, thread_name_prefix=f"bge-rerank-{name}")
+            for name in ("short", "long")
+        )
+
+    async def run(self, call: Call[T], *, timeout_s: float | None, long: bool) -> T:
+        """Run a call without blocking the event loop, up to its first yield at once.
+
+        Raises:
+            SettingsError: `timeout_s` is no number above 0.
+            RerankTimeoutError: It ran out.
+            ClosedError: The door was closed meanwhile.
+        """
+        pool = self._long if long else self._short
+        timer = asyncio.timeout(_check_timeout(timeout_s))
+        try:
+            async with timer:
+                finished, value = advance(call)
+                while not finished:
+                    result = None if value is None else await asyncio.wrap_future(value)
+                    finished, value = await _step(pool, call, result)
+        except TimeoutError as error:
+            if not timer.expired():
+                raise  # not ours: of an iterator that the caller gave, say
+            raise _timed_out(timeout_s) from error
+        finally:
+            _close_when_idle(call)
+        return value  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        """Let the threads end with what they do; does not wait for them."""
+        # In a forked process they are gone, and a lock of theirs may be held for ever.
+        if self._pid == os.getpid():
+            for pool in (self._short, self._long):
+                pool.shutdown(wait=False)
+
+
+async def _step(pool: ThreadPoolExecutor, call: Call[Any], result: list[float] | None) -> Step:
+    """Run a call's next step in a thread."""
+    try:
+        step = pool.submit(advance, call, result)
+    except RuntimeError as error:
+        raise ClosedError(
+            f"The engine was closed, or Python ends, before the call had been scored ({error})."
+        ) from error
+    try:
+        return await asyncio.wrap_future(step)
+    except asyncio.CancelledError:
+        # The step may still run in its thread; the call is closed as soon as it is done.
+        step.add_done_callback(lambda _: _close_when_idle(call))
+        raise
+
+
+def _close_when_idle(call: Call[Any]) -> None:
+    # A call that another thread runs at this moment raises ValueError, and is closed after that.
+    with suppress(ValueError):
+        call.close()
+
+
+def _wait(
+    future: Future[list[float]], deadline: float | None, timeout_s: float | None
+) -> list[float]:
+    left = None if deadline is None else max(0.0, deadline - time.monotonic())
+    try:
+        return future.result(left)
+    except FutureTimeoutError as error:
+        raise _timed_out(timeout_s) from error
+
+
+def _check_timeout(timeout_s: object) -> float | None:
+    if timeout_s is None:
+        return None
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not timeout_s > 0:
+        raise SettingsError(
+            f"timeout_s must be a number of seconds above 0 or None, got {timeout_s!r}."
+        )
+    # Infinity, too, is a time to wait for.
+    return float(min(timeout_s, threading.TIMEOUT_MAX))
+
+
+def _timed_out(timeout_s: float | None) -> RerankTimeoutError:
+    return RerankTimeoutError(
+        f"The call was not done within timeout_s={timeout_s}; its waiting pairs were dropped. "
+        "Send fewer documents or allow more time."
+    )

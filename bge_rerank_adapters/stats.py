@@ -1,0 +1,95 @@
+"""What an engine has done since it was loaded, for dashboards and logs."""
+
+import threading
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """What an engine has done since it was loaded; `Reranker.stats()` returns it.
+
+    All but `queued_pairs` and `pack_fill` only ever grow, so two readings tell a rate. Times are
+    sums over threads and devices, and may grow by more than a second in a second.
+
+    Attributes:
+        requests: Calls that were let in; of `rerank_many`, each of its requests.
+        pairs: Pairs that went through the model; identical ones of a call count once.
+        tokens: Tokens of those, special tokens included.
+        truncated_pairs: How many of them had their document cut.
+        packs: Forward passes that gave logits.
+        queued_pairs: Pairs that wait at this moment, those still being tokenised included.
+        pack_fill: How full packs were, in [0, 1]: their tokens by their budgets; 0 for no packs.
+        waiting_s: Seconds that calls waited in the queue until a pack had the first of their pairs.
+        tokenizing_s: Seconds spent on making token ids of texts.
+        scoring_s: Seconds spent in the model.
+    """
+
+    requests: int
+    pairs: int
+    tokens: int
+    truncated_pairs: int
+    packs: int
+    queued_pairs: int
+    pack_fill: float
+    waiting_s: float
+    tokenizing_s: float
+    scoring_s: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the numbers by their names, ready for JSON."""
+        return asdict(self)
+
+
+class Tally:
+    """Counts what an engine does; safe to use from many threads at once."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._requests = self._pairs = self._tokens = self._truncated = self._packs = 0
+        self._budgets = 0
+        self._waiting_s = self._tokenizing_s = self._scoring_s = 0.0
+
+    def add_requests(self, requests: int) -> None:
+        """Count requests that were let in."""
+        with self._lock:
+            self._requests += requests
+
+    def add_tokenizing(self, seconds: float) -> None:
+        """Count time in the tokenizer."""
+        with self._lock:
+            self._tokenizing_s += seconds
+
+    def add_waiting(self, seconds: float) -> None:
+        """Count time that calls waited for a pack."""
+        with self._lock:
+            self._waiting_s += seconds
+
+    def add_pack(
+        self, pairs: int, tokens: int, *, truncated: int, budget: int, seconds: float
+    ) -> None:
+        """Count a pack that has been scored."""
+        with self._lock:
+            self._pairs += pairs
+            self._tokens += tokens
+            self._truncated += truncated
+            self._packs += 1
+            # A pair that is longer than the budget fills a pack of its own, not more than that.
+            self._budgets += max(budget, tokens)
+            self._scoring_s += seconds
+
+    def read(self, *, queued_pairs: int) -> EngineStats:
+        """Return the counts, all of one moment."""
+        with self._lock:
+            return EngineStats(
+                requests=self._requests,
+                pairs=self._pairs,
+                tokens=self._tokens,
+                truncated_pairs=self._truncated,
+                packs=self._packs,
+                queued_pairs=queued_pairs,
+                pack_fill=self._tokens / self._budgets if self._budgets else 0.0,
+                waiting_s=self._waiting_s,
+                tokenizing_s=self._tokenizing_s,
+                scoring_s=self._scoring_s,
+            )
