@@ -4,7 +4,7 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from bge_rerank_adapters.errors import ClosedError, RerankTimeoutError, SettingsError
 
+S = TypeVar("S")
 T = TypeVar("T")
 # A call is a generator. It yields each future it waits for and is sent its result; it yields
 # `None` before work that takes its time. It neither blocks nor knows which door it is run from.
@@ -21,6 +22,8 @@ Step = tuple[bool, Any]
 # Two threads tokenise as fast as the tokenizer, which has threads of its own, and more would only
 # stand in the event loop's way.
 _THREADS = 2
+# Copying a document of a host may take a millisecond, where it has an embedding.
+_ITEMS_PER_TURN = 8
 
 
 def advance(call: Call[T], result: list[float] | None = None) -> Step:
@@ -118,6 +121,15 @@ async def _step(pool: ThreadPoolExecutor, call: Call[Any], result: list[float] |
         # The step may still run in its thread; the call is closed as soon as it is done.
         step.add_done_callback(lambda _: _close_when_idle(call))
         raise
+
+
+async def map_in_turns(function: Callable[[S], T], items: Sequence[S]) -> list[T]:
+    """Return the function's values for the items, while the event loop's other tasks have turns."""
+    values: list[T] = []
+    for start in range(0, len(items), _ITEMS_PER_TURN):
+        values += map(function, items[start : start + _ITEMS_PER_TURN])
+        await asyncio.sleep(0)
+    return values
 
 
 def _close_when_idle(call: Call[Any]) -> None:

@@ -39,6 +39,7 @@ except ImportError as error:
 from pydantic import ConfigDict, Field
 
 from bge_rerank_adapters.adapter_settings import AdapterSettings
+from bge_rerank_adapters.doors import map_in_turns
 from bge_rerank_adapters.errors import InputTypeError
 from bge_rerank_adapters.ranking import RankedDocument, check_documents, check_query
 
@@ -77,7 +78,7 @@ class BGEDocumentCompressor(AdapterSettings, BaseDocumentCompressor):
             RerankError: The model could not be loaded, or failed.
         """
         query, found = check_query(query), _checked_documents(documents)
-        texts = self._texts(found)
+        texts = [self._text(document) for document in found]
         manager = get_callback_manager_for_config(_config(callbacks))
         run = manager.on_chain_start(None, _inputs(query, found), name=type(self).__name__)
         try:
@@ -86,14 +87,14 @@ class BGEDocumentCompressor(AdapterSettings, BaseDocumentCompressor):
             run.on_chain_error(error)
             raise
         run.on_chain_end(_outputs(ranked))
-        return _reranked(found, ranked)
+        return [_with_score(found[each.index], each) for each in ranked]
 
     async def acompress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
     ) -> list[Document]:
         """Return what `compress_documents` returns, without blocking the event loop."""
         query, found = check_query(query), _checked_documents(documents)
-        texts = self._texts(found)
+        texts = await map_in_turns(self._text, found)
         manager = get_async_callback_manager_for_config(_config(callbacks))
         run = await manager.on_chain_start(None, _inputs(query, found), name=type(self).__name__)
         try:
@@ -106,7 +107,7 @@ class BGEDocumentCompressor(AdapterSettings, BaseDocumentCompressor):
             await run.on_chain_error(error)
             raise
         await run.on_chain_end(_outputs(ranked))
-        return _reranked(found, ranked)
+        return await map_in_turns(lambda each: _with_score(found[each.index], each), ranked)
 
     def wrap(self, retriever: RetrieverLike) -> "RerankingRetriever":
         """Return a retriever that fetches with `retriever` and keeps the best of what it found."""
@@ -130,16 +131,10 @@ class BGEDocumentCompressor(AdapterSettings, BaseDocumentCompressor):
     def _limits(self) -> dict[str, Any]:
         return {"top_k": self.top_k, "score_threshold": self.score_threshold}
 
-    def _texts(self, found: Sequence[Document]) -> list[str]:
-        texts = check_documents([document.page_content for document in found])
-        return [
-            "\n".join([*self._metadata_lines(document), text])
-            for document, text in zip(found, texts, strict=True)
-        ]
-
-    def _metadata_lines(self, document: Document) -> list[str]:
+    def _text(self, document: Document) -> str:
         values = (document.metadata.get(name) for name in self.metadata_fields)
-        return [str(value) for value in values if value is not None]
+        lines = [str(value) for value in values if value is not None]
+        return "\n".join([*lines, document.page_content])
 
 
 class RerankingRetriever(BaseRetriever):
@@ -189,6 +184,7 @@ def _checked_documents(documents: object) -> list[Document]:
                 f"documents[{index}] must be a langchain_core Document, "
                 f"got {type(document).__name__}; make it one with Document(page_content=...)."
             )
+    check_documents([document.page_content for document in found])
     return found
 
 
@@ -211,10 +207,6 @@ def _outputs(ranked: Sequence[RankedDocument]) -> dict[str, Any]:
         "scores": [float(each.score) for each in ranked],
         "indexes": [int(each.index) for each in ranked],
     }
-
-
-def _reranked(found: Sequence[Document], ranked: Iterable[RankedDocument]) -> list[Document]:
-    return [_with_score(found[each.index], each) for each in ranked]
 
 
 def _with_score(document: Document, ranked: RankedDocument) -> Document:

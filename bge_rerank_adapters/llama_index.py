@@ -35,6 +35,7 @@ except ImportError as error:
 from pydantic import PlainSerializer, model_validator
 
 from bge_rerank_adapters.adapter_settings import AdapterSettings
+from bge_rerank_adapters.doors import map_in_turns
 from bge_rerank_adapters.errors import InputTypeError, SettingsError
 from bge_rerank_adapters.ranking import RankedDocument, check_query
 
@@ -93,7 +94,8 @@ class BGENodePostprocessor(AdapterSettings, BaseNodePostprocessor):
         query, found = _checked_query(query_bundle), _checked_nodes(nodes)
         with self._reported(query, found) as best:
             if found:
-                ranked = self.scorer.rerank(query.query_str, self._texts(found), **self._limits())
+                texts = [self._text(each) for each in found]
+                ranked = self.scorer.rerank(query.query_str, texts, **self._limits())
                 best.extend(_with_score(found[each.index], each) for each in ranked)
         return best
 
@@ -106,16 +108,18 @@ class BGENodePostprocessor(AdapterSettings, BaseNodePostprocessor):
         query, found = _checked_query(query_bundle), _checked_nodes(nodes)
         with self._reported(query, found) as best:
             if found:
-                scorer, texts = await self.ascorer(), self._texts(found)
+                scorer, texts = await self.ascorer(), await map_in_turns(self._text, found)
                 ranked = await scorer.arerank(query.query_str, texts, **self._limits())
-                best.extend(_with_score(found[each.index], each) for each in ranked)
+                best += await map_in_turns(
+                    lambda each: _with_score(found[each.index], each), ranked
+                )
         return best
 
     def _limits(self) -> dict[str, Any]:
         return {"top_k": self.top_k, "score_threshold": self.score_threshold}
 
-    def _texts(self, found: Sequence[NodeWithScore]) -> list[str]:
-        return [_without_added_keys(each.node).get_content(self.metadata_mode) for each in found]
+    def _text(self, found: NodeWithScore) -> str:
+        return _without_added_keys(found.node).get_content(self.metadata_mode)
 
     @contextmanager
     def _reported(
