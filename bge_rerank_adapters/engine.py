@@ -1,13 +1,15 @@
 """`Reranker`: the scoring engine under all adapters."""
 
 import logging
+import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from bge_rerank_adapters.bulk import Piece, Request, Requests, check_request, pieces
 from bge_rerank_adapters.doors import AsyncDoor, Call, Step, advance, run
@@ -44,6 +46,8 @@ _PIECE_PAIRS = 4096
 _PIECES_UNDER_WAY = 2
 # From here on a call's tokenising counts as long: it takes a tenth of a second or more.
 _LONG_CALL_CHARACTERS = 250_000
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -151,10 +155,12 @@ class Reranker:
             max_length=settings.max_length,
             query_max_length=settings.query_max_length,
         )
-        models = [
-            load_model(folder, config, device=each, dtype=resolve_dtype(settings.dtype, each))
-            for each in devices
-        ]
+        models = _in_fresh_thread(
+            lambda: [
+                load_model(folder, config, device=each, dtype=resolve_dtype(settings.dtype, each))
+                for each in devices
+            ]
+        )
         self.settings = settings.without_token()
         self.device = ", ".join(str(model.device) for model in models)
         self.dtype = str(models[0].dtype).removeprefix("torch.")
@@ -171,7 +177,7 @@ class Reranker:
 
     @property
     def closed(self) -> bool:
-        """Whether `close` has been called."""
+        """Whether it scores no more: `close` has been called, or it is of before a fork."""
         return self._core.closed
 
     def rerank(
@@ -428,6 +434,24 @@ class Reranker:
         return self._score(
             piece.pairs(), name=piece.name, requests=len(piece.requests), bounded=False
         )
+
+
+def _in_fresh_thread(work: Callable[[], T]) -> T:
+    """Return what `work` returns, done in a thread that has not used torch before.
+
+    Torch computes with OpenMP, whose helpers a thread keeps. In a process that was forked from a
+    thread that had some they are gone, and that thread would wait for them for ever; others work.
+    """
+    outcome: Future[T] = Future()
+
+    def run_work() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - raised to who asked
+            outcome.set_exception(error)
+
+    threading.Thread(target=run_work, name="bge-rerank-load", daemon=True).start()
+    return outcome.result()
 
 
 def _begin(call: Call[_Scored]) -> Step:

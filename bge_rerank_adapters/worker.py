@@ -51,8 +51,8 @@ class ScoringCore:
 
     @property
     def closed(self) -> bool:
-        """Whether the core scores no more."""
-        return self._backlog.closed
+        """Whether the core scores no more: it was stopped, or left to the parent by a fork."""
+        return self._backlog.closed or self._backlog.is_of_parent
 
     def check_open(self) -> None:
         """Raise unless pairs can be scored; errors as of `Backlog.check_open`."""

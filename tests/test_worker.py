@@ -3,6 +3,7 @@
 import random
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 
@@ -205,6 +206,52 @@ def test_a_pair_that_does_not_fit_alone_fails_with_its_cause_and_the_next_job_ru
     assert isinstance(error, ScoringError)
     assert error.__cause__ is cause
     assert submit(core, pairs(4)).future.result(WAIT_S) == [4.0]
+
+
+def test_what_the_failed_pass_held_is_given_back_before_the_halves_run(make_core):
+    class Tensor:
+        """Stands for memory of the device."""
+
+    held: list[weakref.ref] = []
+
+    def fault(ids: list[int]) -> None:
+        assert [each() for each in held if each()] == [], "the failed pass still holds its tensors"
+        states = Tensor()
+        held.append(weakref.ref(states))
+        if len(ids) > 2:
+            raise torch.OutOfMemoryError
+
+    submit(make_core(FakeModel(fault)), pairs(*range(8))).future.result(WAIT_S)
+    assert len(held) > 4
+
+
+def test_after_a_lack_of_memory_packs_are_smaller_and_grow_again(make_core, caplog):
+    def fault(ids: list[int]) -> None:
+        if short and len(ids) > 3:
+            raise torch.OutOfMemoryError
+
+    short, model = [True], FakeModel(fault)
+    core = make_core(model, pack_tokens=8 * TOKENS)
+    submit(core, pairs(*range(100))).future.result(WAIT_S)
+    assert [len(pack) for pack in model.packs[:3]] == [8, 4, 2]
+    failed = sum(len(pack) > 3 for pack in model.packs)
+    assert failed < 8, "not one for each of the packs that follow"
+    assert "too little memory for a pack of 8 pairs and 32 tokens" in caplog.text
+    short.clear()
+    model.packs.clear()
+    submit(core, pairs(*range(1000))).future.result(WAIT_S)
+    assert max(map(len, model.packs)) == len(model.packs[-2]) == 8
+
+
+def test_a_model_that_gives_too_few_logits_fails_its_pack_alone(make_core):
+    model = FakeModel()
+    core = make_core(model)
+    give = model.logits
+    model.logits = lambda pack: give(pack)[1:]
+    assert isinstance(failure(submit(core, pairs(1, 2)).future), ScoringError)
+    model.logits = give
+    assert submit(core, pairs(3)).future.result(WAIT_S) == [3.0]
+    assert len(model.threads) == 1
 
 
 # Errors of the model
@@ -415,6 +462,20 @@ def test_a_future_cancelled_while_its_pack_runs_does_no_harm(make_core):
     assert submit(core, pairs(4)).future.result(WAIT_S) == [4.0]
     assert len(model.scored) == 2
     assert len(model.threads) == 1
+
+
+def test_room_that_was_reserved_counts_until_it_is_given_back(make_core):
+    core = make_core(FakeModel(), max_queued_pairs=10)
+    reserved = core.reserve(8)
+    assert core.stats().queued_pairs == 8
+    with pytest.raises(Overloaded, match="8 pairs wait"):
+        core.reserve(3)
+    assert reserved.cancel()
+    assert core.stats().queued_pairs == 0
+    # Its pairs come too late, and nobody waits for them.
+    core.submit(Job(pairs(1, 2), reserved))
+    assert submit(core, pairs(3)).future.result(WAIT_S) == [3.0]
+    assert core.stats().pairs == 1
 
 
 def test_too_many_waiting_pairs_are_refused_whole_and_room_is_counted_again_after(make_core):

@@ -1,0 +1,164 @@
+"""How a call is run from a thread and from an event loop, whatever it waits for."""
+
+import asyncio
+import math
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+
+import pytest
+
+from bge_rerank_adapters import ClosedError, RerankTimeoutError, SettingsError
+from bge_rerank_adapters.doors import AsyncDoor, Call, map_in_turns, run
+
+WAIT_S = 60
+
+
+@pytest.fixture
+def door() -> Iterator[AsyncDoor]:
+    made = AsyncDoor()
+    yield made
+    made.close()
+
+
+def waiting_for(future: Future[list[float]], seen: list[str]) -> Call[list[float] | None]:
+    """Return a call that notes where each of its parts ran and that it was closed."""
+    try:
+        seen.append(threading.current_thread().name)
+        yield None
+        seen.append(threading.current_thread().name)
+        result = yield future
+        seen.append(threading.current_thread().name)
+        return result
+    finally:
+        future.cancel()
+        seen.append("closed")
+
+
+async def test_only_the_first_part_runs_on_the_loop(door):
+    future, seen = Future(), []
+    asyncio.get_running_loop().call_later(0.01, future.set_result, [1.0])
+    assert await door.run(waiting_for(future, seen), timeout_s=None, long=False) == [1.0]
+    assert seen[0] == threading.current_thread().name
+    assert all(name.startswith("bge-rerank-short") for name in seen[1:3])
+    assert seen[3:] == ["closed"]
+
+
+def test_all_parts_run_in_the_callers_thread():
+    future, seen = Future(), []
+    future.set_result([1.0])
+    assert run(waiting_for(future, seen)) == [1.0]
+    assert seen == [threading.current_thread().name] * 3 + ["closed"]
+
+
+async def test_long_calls_do_not_hold_up_short_ones(door):
+    gate = threading.Event()
+
+    def long_call() -> Call[str]:
+        yield None
+        assert gate.wait(WAIT_S)
+        return "long"
+
+    def short_call() -> Call[str]:
+        yield None
+        return "short"
+
+    long = [
+        asyncio.create_task(door.run(long_call(), timeout_s=None, long=True)) for _ in range(20)
+    ]
+    await asyncio.sleep(0.01)
+    assert await door.run(short_call(), timeout_s=WAIT_S, long=False) == "short"
+    gate.set()
+    assert await asyncio.gather(*long) == ["long"] * 20
+
+
+async def test_a_call_that_was_cancelled_while_it_works_is_closed_after_that(door):
+    entered, gate, closed = threading.Event(), threading.Event(), threading.Event()
+
+    def working() -> Call[None]:
+        try:
+            yield None
+            entered.set()
+            assert gate.wait(WAIT_S)
+            yield Future()
+        finally:
+            closed.set()
+
+    task = asyncio.create_task(door.run(working(), timeout_s=None, long=False))
+    await asyncio.to_thread(entered.wait, WAIT_S)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not closed.is_set()
+    gate.set()
+    assert await asyncio.to_thread(closed.wait, WAIT_S)
+
+
+def test_a_future_that_comes_too_late_is_a_timeout_and_cancelled():
+    future = Future()
+    with pytest.raises(RerankTimeoutError, match=r"timeout_s=0\.01"):
+        run(waiting_for(future, []), timeout_s=0.01)
+    assert future.cancelled()
+
+
+async def test_the_same_by_the_async_door(door):
+    future = Future()
+    with pytest.raises(RerankTimeoutError, match=r"timeout_s=0\.01"):
+        await door.run(waiting_for(future, []), timeout_s=0.01, long=False)
+    assert future.cancelled()
+
+
+async def test_a_timeout_error_of_the_callers_own_stays_what_it_is(door):
+    """Of an iterator of requests, for instance, that reads from a network."""
+
+    def failing() -> Call[None]:
+        yield None
+        raise TimeoutError("the caller's own")
+
+    for timeout_s in (None, WAIT_S):
+        with pytest.raises(TimeoutError, match="the caller's own") as info:
+            run(failing(), timeout_s=timeout_s)
+        assert type(info.value) is TimeoutError
+        with pytest.raises(TimeoutError, match="the caller's own") as info:
+            await door.run(failing(), timeout_s=timeout_s, long=False)
+        assert type(info.value) is TimeoutError
+
+
+@pytest.mark.parametrize("timeout_s", [math.inf, 1e300, 10**400])
+async def test_an_endless_time_limit_is_one(door, timeout_s):
+    future = Future()
+    asyncio.get_running_loop().call_later(0.01, future.set_result, [1.0])
+    assert await door.run(waiting_for(future, []), timeout_s=timeout_s, long=False) == [1.0]
+    assert run(waiting_for(future, []), timeout_s=timeout_s) == [1.0]
+
+
+@pytest.mark.parametrize("timeout_s", [0, -1, math.nan, "2", True])
+async def test_a_time_limit_that_is_none_is_refused_before_anything_runs(door, timeout_s):
+    seen = []
+    with pytest.raises(SettingsError):
+        run(waiting_for(Future(), seen), timeout_s=timeout_s)
+    with pytest.raises(SettingsError):
+        await door.run(waiting_for(Future(), seen), timeout_s=timeout_s, long=False)
+    assert seen == []
+
+
+async def test_a_closed_door_says_so(door):
+    door.close()
+    with pytest.raises(ClosedError, match="closed"):
+        await door.run(waiting_for(Future(), []), timeout_s=None, long=False)
+
+
+async def test_mapping_in_turns_gives_all_values_in_order_and_others_their_turns():
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    task = asyncio.create_task(other())
+    assert await map_in_turns(lambda n: n * n, range(100)) == [n * n for n in range(100)]
+    assert turns > 10
+    task.cancel()
+    assert await map_in_turns(str, []) == []

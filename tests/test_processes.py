@@ -1,0 +1,135 @@
+"""How engines end with their processes: a clean exit in the midst of work, and forked children."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints import build_xlm_roberta
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_xlm_roberta(tmp_path_factory.mktemp("processes") / "checkpoint")
+
+
+def run_script(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run code after an engine has been made and used, and return how the process ended."""
+    begin = f"""
+    import asyncio, os, sys, threading, time
+    from bge_rerank_adapters import ClosedError, Reranker, WorkerDiedError
+    engine = Reranker({str(folder)!r}, device="cpu", dtype="float32")
+    engine.score("query", ["text"])
+    LONG = [f"{{i}} " + "river stone tiger " * 100 for i in range(600)]
+    ends = []
+    def ask():
+        try:
+            engine.rerank("query", LONG)
+        except Exception as error:
+            ends.append(error)
+    def ask_in_thread():
+        threading.Thread(target=ask, daemon=True).start()
+    def wait_until_busy():
+        packs = engine.stats().packs
+        while engine.stats().packs < packs + 3:
+            time.sleep(0.001)
+    """
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(begin) + textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=ROOT,
+        # More than one, so that torch has threads of its own, which a fork leaves behind.
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+    )
+
+
+def assert_clean(done: subprocess.CompletedProcess[str], *, out: str = "") -> None:
+    assert (done.returncode, done.stdout, done.stderr) == (0, out, "")
+
+
+def test_a_program_that_ends_while_threads_and_tasks_wait_ends_cleanly(folder):
+    code = """
+    async def leave():
+        leave.tasks = [asyncio.create_task(engine.arerank("query", LONG)) for _ in range(4)]
+        await asyncio.to_thread(wait_until_busy)
+    ask_in_thread()
+    asyncio.run(leave())
+    wait_until_busy()
+    """
+    assert_clean(run_script(code, folder))
+
+
+def test_a_thread_of_the_program_is_served_to_its_end(folder):
+    code = """
+    def ask_late():
+        time.sleep(0.5)  # the main thread has ended by then
+        print(len(engine.rerank("query", LONG[:100])))
+        try:
+            asyncio.run(engine.arerank("query", LONG[:5]))
+        except ClosedError:
+            print("closed")
+    threading.Thread(target=ask_late).start()
+    """
+    # Once the main thread has ended, Python takes no new work for thread pools.
+    assert_clean(run_script(code, folder), out="100\nclosed\n")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks are for Linux")
+def test_a_child_forked_while_all_locks_are_held_ends_cleanly_and_loads_its_own(folder):
+    code = """
+    import gc, warnings
+    from langchain_core.documents import Document
+    from bge_rerank_adapters.langchain import BGEDocumentCompressor
+    warnings.simplefilter("ignore", DeprecationWarning)
+    compressor = BGEDocumentCompressor(model=engine.settings.model, device="cpu", dtype="float32")
+    documents = [Document(page_content=text) for text in LONG[:20]]
+    logits = engine.logits("query", LONG[:20])
+    compressor.compress_documents(documents, "query")
+    ask_in_thread()
+    wait_until_busy()
+    entered, over = threading.Event(), threading.Event()
+    def hold():
+        with engine._core._backlog.changed, engine._core.tally._lock:
+            with engine._door._short._shutdown_lock, engine._door._long._shutdown_lock:
+                entered.set()
+                over.wait(60)
+    threading.Thread(target=hold, daemon=True).start()
+    entered.wait(60)
+    pid = os.fork()
+    if pid:
+        over.set()
+        deadline = time.monotonic() + 60
+        while not (ended := os.waitpid(pid, os.WNOHANG))[0] and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if not ended[0]:
+            os.kill(pid, 9)
+        print("child", "hung" if not ended[0] else ended[1])
+    else:
+        for ask in (
+            lambda: engine.score("query", ["text"]),
+            lambda: asyncio.run(engine.arerank_many([("query", ["text"])])),
+        ):
+            try:
+                ask()
+                print("scored")
+            except WorkerDiedError:
+                print("told")
+        assert engine.closed and engine.stats().pairs == 0
+        engine.close()
+        del engine
+        gc.collect()
+        with Reranker(compressor.model, device="cpu", dtype="float32") as own:
+            pairs = zip(own.logits("query", LONG[:20]), logits, strict=True)
+            assert max(abs(a - b) for a, b in pairs) < 1e-5
+        print(len(compressor.compress_documents(documents, "query")))
+    sys.stdout.flush()
+    """
+    assert_clean(run_script(code, folder), out="told\ntold\n3\nchild 0\n")
