@@ -390,7 +390,9 @@ class Reranker:
         begin = time.perf_counter()
         try:
             return self._tokenizer.tokenize(pairs)
-        except Exception as error:
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # what Rust panics with is no Exception
             raise ScoringError(
                 f"The tokenizer failed on a call of {len(pairs)} pairs: "
                 f"{type(error).__name__}: {error}"

@@ -202,7 +202,9 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
         return _convert_slow_tokenizer(folder)
     try:
         return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception for a file it cannot read
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # bare Exception for a file it cannot read, or a Rust panic
         raise CheckpointError(f"{path} is not a readable tokenizer: {error}.") from error
 
 
@@ -217,7 +219,13 @@ def _convert_slow_tokenizer(folder: Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        converted = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, use_fast=True)
+        converted = AutoTokenizer.from_pretrained(
+            # Said outright: left open, transformers asks on the terminal whether to run the code.
+            str(folder),
+            local_files_only=True,
+            use_fast=True,
+            trust_remote_code=False,
+        )
         # A copy, since transformers keeps changing its own.
         return Tokenizer.from_str(converted.backend_tokenizer.to_str())
     except Exception as error:  # whatever transformers makes of damaged files

@@ -115,8 +115,9 @@ def parse_config(config: dict[str, Any], *, folder: Path) -> EncoderConfig:
             pad_id=int(config.get("pad_token_id", 1 if counts_from_pad else 0)),
             counts_from_pad=counts_from_pad,
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: missing or unusable: {error}.") from error
+    _check_sizes(parsed, folder / "config.json")
     if parsed.activation not in ACTIVATIONS:
         raise UnsupportedCheckpointError(
             f"{folder / 'config.json'}: hidden_act {parsed.activation!r} is not known; "
@@ -128,6 +129,33 @@ def parse_config(config: dict[str, Any], *, folder: Path) -> EncoderConfig:
             f"got {config['position_embedding_type']!r}."
         )
     return parsed
+
+
+def _check_sizes(config: EncoderConfig, path: Path) -> None:
+    """Refuse numbers that no model has, which would fail or give nonsense once it runs."""
+    heads = config.heads
+    rules = (
+        ("num_hidden_layers", config.layers, "at least 1", config.layers >= 1),
+        ("num_attention_heads", heads, "at least 1", heads >= 1),
+        (
+            "hidden_size",
+            config.hidden,
+            f"a multiple of num_attention_heads ({heads})",
+            config.hidden >= 1 and config.hidden % max(1, heads) == 0,
+        ),
+        ("pad_token_id", config.pad_id, "at least 0", config.pad_id >= 0),
+        (
+            "max_position_embeddings",
+            config.positions,
+            "enough for a text",
+            config.max_tokens >= 1,
+        ),
+        ("type_vocab_size", config.types, "at least 1", config.types >= 1),
+        ("layer_norm_eps", config.epsilon, "from 0 to 1", 0.0 <= config.epsilon <= 1.0),
+    )
+    for name, value, rule, is_kept in rules:
+        if not is_kept:
+            raise CheckpointError(f"{path}: {name} must be {rule}, got {value}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +224,7 @@ class EncoderModel:
         self._attend = attention_for(device, compute)
         with open_weights(folder) as weights:
             _check_one_label(weights, self.config)
+            _check_last_layer(weights, self.config)
             self._load(_Reader(weights, self.config, device, compute, int8=dtype == torch.int8))
 
     @property
@@ -290,11 +319,21 @@ def _token_types(pair: TokenPair) -> TokenIds:
 
 def _check_one_label(weights: Weights, config: EncoderConfig) -> None:
     name = "classifier.out_proj.weight" if config.counts_from_pad else "classifier.weight"
-    labels = weights.shape(name)[0]
-    if labels != 1:
+    shape = weights.shape(name)
+    if len(shape) == 2 and shape[0] > 1:
         raise UnsupportedCheckpointError(
-            f"{weights.folder} is a classifier of {labels} labels; a reranker has one, whose logit "
-            "says how relevant a document is."
+            f"{weights.folder} is a classifier of {shape[0]} labels; a reranker has one, whose "
+            "logit says how relevant a document is."
+        )
+
+
+def _check_last_layer(weights: Weights, config: EncoderConfig) -> None:
+    """Refuse to leave layers out: the model would run, and give other numbers."""
+    beyond = f"{config.prefix}.encoder.layer.{config.layers}.output.dense.weight"
+    if beyond in weights:
+        raise CheckpointError(
+            f"{weights.path} has the tensor {beyond}, but num_hidden_layers in config.json is "
+            f"{config.layers}; config and weights are not of one checkpoint."
         )
 
 

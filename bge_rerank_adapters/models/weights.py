@@ -30,20 +30,46 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got a {type(config).__name__}.")
+    _check_kind(config, path)
     return config
+
+
+def _check_kind(config: dict[str, Any], path: Path) -> None:
+    """Check that what tells the kind of model is there, and is text."""
+    model_type, architectures = config.get("model_type"), config.get("architectures") or []
+    if not isinstance(model_type, str | None):
+        raise CheckpointError(f"{path}: model_type must be a string, got {model_type!r}.")
+    if not isinstance(architectures, list) or not all(isinstance(n, str) for n in architectures):
+        raise CheckpointError(
+            f"{path}: architectures must be a list of strings, got {architectures!r}."
+        )
+    if model_type is None and not architectures:
+        raise CheckpointError(
+            f"{path} names neither a model_type nor architectures, so it is no model's config; "
+            "copy or download it again."
+        )
 
 
 class Weights:
     """The tensors of a checkpoint's safetensors files, read one by one as they are asked for."""
 
-    def __init__(self, folder: Path, tensors: dict[str, Any]) -> None:
-        """Take the open file of every tensor name."""
-        self.folder = folder
+    def __init__(self, path: Path, tensors: dict[str, Any]) -> None:
+        """Take the open file of every tensor name.
+
+        Args:
+            path: The file with all tensors, or the index of several; errors name it.
+            tensors: By the tensor's name.
+        """
+        self.path, self.folder = path, path.parent
         self._files = tensors
+
+    def __contains__(self, name: str) -> bool:
+        """Return whether there is a tensor of that name."""
+        return name in self._files
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape without reading it."""
@@ -54,15 +80,21 @@ class Weights:
         """Return a tensor, in the dtype in which it is stored.
 
         Raises:
-            CheckpointError: It is missing, or has another shape than the config says.
+            CheckpointError: It is missing, has another shape than the config says, or is not of a
+                floating-point dtype.
         """
         name = self._stored_name(name)
         if (stored := self.shape(name)) != shape:
             raise CheckpointError(
-                f"{self.folder}: the tensor {name} has shape {stored}, but config.json asks for "
+                f"{self.path}: the tensor {name} has shape {stored}, but config.json asks for "
                 f"{shape}; config and weights are not of one checkpoint."
             )
         tensor: torch.Tensor = self._files[name].get_tensor(name)
+        if not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{self.path}: the tensor {name} is of dtype {str(tensor.dtype)[6:]}, which is no "
+                "floating-point one; quantised checkpoints cannot be read."
+            )
         return tensor
 
     def _stored_name(self, name: str) -> str:
@@ -72,7 +104,7 @@ class Weights:
             if name.endswith(new) and (older := name.removesuffix(new) + old) in self._files:
                 return older
         raise CheckpointError(
-            f"{self.folder}: the weights lack the tensor {name}, which a reranker of this "
+            f"{self.path}: the weights lack the tensor {name}, which a reranker of this "
             "architecture has; the files may be incomplete, or of a model without a "
             "classification head."
         )
@@ -85,9 +117,10 @@ def open_weights(folder: Path) -> Iterator[Weights]:
     Raises:
         CheckpointError: There are none, or one is damaged or missing.
     """
+    source, files = _weight_files(folder)
     with ExitStack() as stack:
         tensors: dict[str, Any] = {}
-        for path in _weight_files(folder):
+        for path in files:
             try:
                 file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
             except (SafetensorError, OSError) as error:
@@ -95,14 +128,15 @@ def open_weights(folder: Path) -> Iterator[Weights]:
                     f"{path} is damaged or incomplete ({error}); copy or download it again."
                 ) from error
             tensors.update(dict.fromkeys(file.keys(), file))
-        yield Weights(folder, tensors)
+        yield Weights(source, tensors)
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def _weight_files(folder: Path) -> tuple[Path, list[Path]]:
+    """Return the file to name in errors, and those that hold the tensors."""
     if (folder / _SINGLE).is_file():
-        return [folder / _SINGLE]
+        return folder / _SINGLE, [folder / _SINGLE]
     if (folder / _INDEX).is_file():
-        return _sharded_files(folder)
+        return folder / _INDEX, _sharded_files(folder)
     pickled = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
     if pickled:
         raise CheckpointError(
@@ -116,8 +150,15 @@ def _weight_files(folder: Path) -> list[Path]:
 def _sharded_files(folder: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads((folder / _INDEX).read_text("utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{folder / _INDEX} is damaged: {error!r}.") from error
+    # A file elsewhere is none of the checkpoint's, and may be anything.
+    strange = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+    if strange:
+        raise CheckpointError(
+            f"{folder / _INDEX} names {strange[0]!r} as a file, which must be the name of one in "
+            "the same folder."
+        )
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(f"{folder} lacks {', '.join(missing)}, which {_INDEX} names.")
