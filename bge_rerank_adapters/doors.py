@@ -61,6 +61,41 @@ def run(call: Call[T], *, timeout_s: float | None = None) -> T:
     return value  # type: ignore[no-any-return]
 
 
+class Places:
+    """The futures whose pairs a call has in the queue, to be given up even while the call runs.
+
+    A generator cannot be closed from outside while a thread is in it, tokenising for a second,
+    say; its pairs would keep others out of a full queue for as long.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._futures: set[Future[list[float]]] = set()
+        self._given_up = False
+
+    def hold(self, future: Future[list[float]]) -> None:
+        """Remember a future until it is done; cancel it if the call has been given up already."""
+        with self._lock:
+            self._futures.add(future)
+            given_up = self._given_up
+        # Added after it was noted, since one that is done already is forgotten within the call.
+        future.add_done_callback(self._forget)
+        if given_up:
+            future.cancel()
+
+    def give_up(self) -> None:
+        """Cancel all that are not done, and whatever the call comes to hold from now on."""
+        with self._lock:
+            self._given_up = True
+            futures = list(self._futures)
+        for future in futures:
+            future.cancel()
+
+    def _forget(self, future: Future[list[float]]) -> None:
+        with self._lock:
+            self._futures.discard(future)
+
+
 class AsyncDoor:
     """Runs calls from event loops: the work of their steps in a few threads of its own.
 
@@ -75,8 +110,14 @@ class AsyncDoor:
             for name in ("short", "long")
         )
 
-    async def run(self, call: Call[T], *, timeout_s: float | None, long: bool) -> T:
+    async def run(self, call: Call[T], *, places: Places, timeout_s: float | None, long: bool) -> T:
         """Run a call without blocking the event loop, up to its first yield at once.
+
+        Args:
+            call: The call.
+            places: What it holds; given up at once when the task is cancelled or out of time.
+            timeout_s: Seconds it may take; `None` is for ever.
+            long: Whether its work may take its time.
 
         Raises:
             SettingsError: `timeout_s` is no number above 0.
@@ -96,6 +137,7 @@ class AsyncDoor:
                 raise  # not ours: of an iterator that the caller gave, say
             raise _timed_out(timeout_s) from error
         finally:
+            places.give_up()
             _close_when_idle(call)
         return value  # type: ignore[no-any-return]
 

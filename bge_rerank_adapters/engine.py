@@ -12,7 +12,7 @@ from itertools import islice
 from typing import Any, Self, TypeVar
 
 from bge_rerank_adapters.bulk import Piece, Request, Requests, check_request, pieces
-from bge_rerank_adapters.doors import AsyncDoor, Call, Step, advance, run
+from bge_rerank_adapters.doors import AsyncDoor, Call, Places, Step, advance, run
 from bge_rerank_adapters.errors import ScoringError
 from bge_rerank_adapters.hub import find_folder
 from bge_rerank_adapters.models.devices import resolve_device, resolve_dtype
@@ -212,7 +212,7 @@ class Reranker:
         """
         request = check_request(query, documents)
         limits = _check_limits(top_k, score_threshold)
-        return run(self._rerank(request, limits), timeout_s=timeout_s)
+        return run(self._rerank(request, limits, Places()), timeout_s=timeout_s)
 
     async def arerank(
         self,
@@ -230,7 +230,9 @@ class Reranker:
         request = check_request(query, documents)
         limits = _check_limits(top_k, score_threshold)
         long = sum(map(len, request[1])) > _LONG_CALL_CHARACTERS
-        return await self._door.run(self._rerank(request, limits), timeout_s=timeout_s, long=long)
+        places = Places()
+        call = self._rerank(request, limits, places)
+        return await self._door.run(call, places=places, timeout_s=timeout_s, long=long)
 
     def logits(self, query: str, documents: Sequence[str]) -> list[float]:
         """Return the documents' logits in input order: unbounded floats, `[]` for no documents.
@@ -239,7 +241,8 @@ class Reranker:
             RerankError: As `rerank`.
         """
         query, texts = check_request(query, documents)
-        return run(self._score([(query, text) for text in texts], name=_document)).logits
+        pairs = [(query, text) for text in texts]
+        return run(self._score(pairs, Places(), name=_document)).logits
 
     def score(self, query: str, documents: Sequence[str]) -> list[float]:
         """Return the documents' scores in input order: in [0, 1], `[]` for no documents.
@@ -255,7 +258,8 @@ class Reranker:
         Raises:
             RerankError: As `rerank`.
         """
-        scored = run(self._score(check_pairs(pairs), name=lambda index: f"pairs[{index}]"))
+        checked = check_pairs(pairs)
+        scored = run(self._score(checked, Places(), name=lambda index: f"pairs[{index}]"))
         return [sigmoid(logit) for logit in scored.logits]
 
     def rerank_many(
@@ -282,7 +286,7 @@ class Reranker:
             RerankError: As `rerank`, but never `Overloaded`.
         """
         limits = _check_limits(top_k, score_threshold)
-        return run(self._rerank_many(Requests(requests), limits, progress=progress))
+        return run(self._rerank_many(Requests(requests), limits, Places(), progress=progress))
 
     async def arerank_many(
         self,
@@ -298,8 +302,9 @@ class Reranker:
         An iterator is read in another thread.
         """
         limits = _check_limits(top_k, score_threshold)
-        call = self._rerank_many(Requests(requests), limits, progress=progress)
-        return await self._door.run(call, timeout_s=timeout_s, long=True)
+        places = Places()
+        call = self._rerank_many(Requests(requests), limits, places, progress=progress)
+        return await self._door.run(call, places=places, timeout_s=timeout_s, long=True)
 
     def warm_up(self) -> None:
         """Run the model once, so that the first query does not wait for kernels to be chosen."""
@@ -355,6 +360,7 @@ class Reranker:
     def _score(
         self,
         pairs: list[tuple[str, str]],
+        places: Places,
         *,
         name: Callable[[int], str],
         requests: int = 1,
@@ -364,6 +370,7 @@ class Reranker:
 
         Args:
             pairs: n pairs; may be empty.
+            places: What holds the call's place in the queue.
             name: What an error calls the pair at an index.
             requests: How many requests they are of.
             bounded: Whether the call may be refused because too many pairs wait.
@@ -373,6 +380,7 @@ class Reranker:
         self._core.tally.add_requests(requests)
         if future is None:
             return _Scored([], [])
+        places.hold(future)
         try:
             yield None
             tokenized = self._tokenize(pairs)
@@ -400,13 +408,16 @@ class Reranker:
         finally:
             self._core.tally.add_tokenizing(time.perf_counter() - begin)
 
-    def _rerank(self, request: Request, limits: dict[str, Any]) -> Call[list[RankedDocument]]:
+    def _rerank(
+        self, request: Request, limits: dict[str, Any], places: Places
+    ) -> Call[list[RankedDocument]]:
         query, texts = request
-        scored = yield from self._score([(query, text) for text in texts], name=_document)
+        pairs = [(query, text) for text in texts]
+        scored = yield from self._score(pairs, places, name=_document)
         return rank(texts, scored.logits, truncated=scored.truncated, **limits)
 
     def _rerank_many(
-        self, requests: Requests, limits: dict[str, Any], *, progress: bool
+        self, requests: Requests, limits: dict[str, Any], places: Places, *, progress: bool
     ) -> Call[list[list[RankedDocument]]]:
         self._core.check_open()
         yield None
@@ -419,7 +430,7 @@ class Reranker:
             try:
                 while True:
                     for piece in islice(coming, _PIECES_UNDER_WAY - len(under_way)):
-                        call = self._score_piece(piece)
+                        call = self._score_piece(piece, places)
                         under_way.append((piece, call, _begin(call)))
                     if not under_way:
                         return rankings
@@ -432,9 +443,9 @@ class Reranker:
                 for _, call, _ in under_way:
                     call.close()
 
-    def _score_piece(self, piece: Piece) -> Call[_Scored]:
+    def _score_piece(self, piece: Piece, places: Places) -> Call[_Scored]:
         return self._score(
-            piece.pairs(), name=piece.name, requests=len(piece.requests), bounded=False
+            piece.pairs(), places, name=piece.name, requests=len(piece.requests), bounded=False
         )
 
 

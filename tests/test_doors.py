@@ -9,7 +9,7 @@ from concurrent.futures import Future
 import pytest
 
 from bge_rerank_adapters import ClosedError, RerankTimeoutError, SettingsError
-from bge_rerank_adapters.doors import AsyncDoor, Call, map_in_turns, run
+from bge_rerank_adapters.doors import AsyncDoor, Call, Places, map_in_turns, run
 
 WAIT_S = 60
 
@@ -38,7 +38,9 @@ def waiting_for(future: Future[list[float]], seen: list[str]) -> Call[list[float
 async def test_only_the_first_part_runs_on_the_loop(door):
     future, seen = Future(), []
     asyncio.get_running_loop().call_later(0.01, future.set_result, [1.0])
-    assert await door.run(waiting_for(future, seen), timeout_s=None, long=False) == [1.0]
+    assert await door.run(
+        waiting_for(future, seen), places=Places(), timeout_s=None, long=False
+    ) == [1.0]
     assert seen[0] == threading.current_thread().name
     assert all(name.startswith("bge-rerank-short") for name in seen[1:3])
     assert seen[3:] == ["closed"]
@@ -64,10 +66,11 @@ async def test_long_calls_do_not_hold_up_short_ones(door):
         return "short"
 
     long = [
-        asyncio.create_task(door.run(long_call(), timeout_s=None, long=True)) for _ in range(20)
+        asyncio.create_task(door.run(long_call(), places=Places(), timeout_s=None, long=True))
+        for _ in range(20)
     ]
     await asyncio.sleep(0.01)
-    assert await door.run(short_call(), timeout_s=WAIT_S, long=False) == "short"
+    assert await door.run(short_call(), places=Places(), timeout_s=WAIT_S, long=False) == "short"
     gate.set()
     assert await asyncio.gather(*long) == ["long"] * 20
 
@@ -84,7 +87,7 @@ async def test_a_call_that_was_cancelled_while_it_works_is_closed_after_that(doo
         finally:
             closed.set()
 
-    task = asyncio.create_task(door.run(working(), timeout_s=None, long=False))
+    task = asyncio.create_task(door.run(working(), places=Places(), timeout_s=None, long=False))
     await asyncio.to_thread(entered.wait, WAIT_S)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -104,7 +107,7 @@ def test_a_future_that_comes_too_late_is_a_timeout_and_cancelled():
 async def test_the_same_by_the_async_door(door):
     future = Future()
     with pytest.raises(RerankTimeoutError, match=r"timeout_s=0\.01"):
-        await door.run(waiting_for(future, []), timeout_s=0.01, long=False)
+        await door.run(waiting_for(future, []), places=Places(), timeout_s=0.01, long=False)
     assert future.cancelled()
 
 
@@ -120,7 +123,7 @@ async def test_a_timeout_error_of_the_callers_own_stays_what_it_is(door):
             run(failing(), timeout_s=timeout_s)
         assert type(info.value) is TimeoutError
         with pytest.raises(TimeoutError, match="the caller's own") as info:
-            await door.run(failing(), timeout_s=timeout_s, long=False)
+            await door.run(failing(), places=Places(), timeout_s=timeout_s, long=False)
         assert type(info.value) is TimeoutError
 
 
@@ -128,7 +131,9 @@ async def test_a_timeout_error_of_the_callers_own_stays_what_it_is(door):
 async def test_an_endless_time_limit_is_one(door, timeout_s):
     future = Future()
     asyncio.get_running_loop().call_later(0.01, future.set_result, [1.0])
-    assert await door.run(waiting_for(future, []), timeout_s=timeout_s, long=False) == [1.0]
+    assert await door.run(
+        waiting_for(future, []), places=Places(), timeout_s=timeout_s, long=False
+    ) == [1.0]
     assert run(waiting_for(future, []), timeout_s=timeout_s) == [1.0]
 
 
@@ -138,14 +143,16 @@ async def test_a_time_limit_that_is_none_is_refused_before_anything_runs(door, t
     with pytest.raises(SettingsError):
         run(waiting_for(Future(), seen), timeout_s=timeout_s)
     with pytest.raises(SettingsError):
-        await door.run(waiting_for(Future(), seen), timeout_s=timeout_s, long=False)
+        await door.run(
+            waiting_for(Future(), seen), places=Places(), timeout_s=timeout_s, long=False
+        )
     assert seen == []
 
 
 async def test_a_closed_door_says_so(door):
     door.close()
     with pytest.raises(ClosedError, match="closed"):
-        await door.run(waiting_for(Future(), []), timeout_s=None, long=False)
+        await door.run(waiting_for(Future(), []), places=Places(), timeout_s=None, long=False)
 
 
 async def test_mapping_in_turns_gives_all_values_in_order_and_others_their_turns():

@@ -337,6 +337,45 @@ async def test_cancelling_a_task_drops_its_waiting_pairs(make):
     assert len(await engine.arerank(QUERY, DOCUMENTS, timeout_s=WAIT_S)) == 4
 
 
+@pytest.mark.parametrize("ending", ["cancelled", "out of time"])
+@pytest.mark.parametrize("many", [False, True])
+async def test_a_call_that_is_given_up_while_it_tokenises_frees_its_place_at_once(
+    make, monkeypatch, ending, many
+):
+    """A tokenizer cannot be interrupted, but nobody need wait for what it will give."""
+    engine = make(max_queued_pairs=10)
+    entered, gate = threading.Event(), threading.Event()
+    tokenize = engine._tokenizer.tokenize
+
+    def held_up(pairs: list[tuple[str, str]]) -> object:
+        monkeypatch.undo()
+        entered.set()
+        assert gate.wait(WAIT_S)
+        return tokenize(pairs)
+
+    monkeypatch.setattr(engine._tokenizer, "tokenize", held_up)
+    timeout_s = None if ending == "cancelled" else 0.5
+    texts = SENTENCES[:20]
+    call = (
+        engine.arerank_many([(QUERY, texts)], timeout_s=timeout_s)
+        if many
+        else engine.arerank(QUERY, texts, timeout_s=timeout_s)
+    )
+    task = asyncio.create_task(call)
+    await asyncio.to_thread(entered.wait, WAIT_S)
+    if timeout_s is None:
+        task.cancel()
+    with pytest.raises(asyncio.CancelledError if timeout_s is None else RerankTimeoutError):
+        await task
+    assert engine.stats().queued_pairs == 0
+    assert len(await engine.arerank(QUERY, DOCUMENTS, timeout_s=WAIT_S)) == 4
+    gate.set()
+    for pool in (engine._door._short, engine._door._long):
+        await asyncio.to_thread(pool.shutdown)
+    assert len(engine.rerank(QUERY, DOCUMENTS)) == 4
+    assert engine.stats().pairs == 8, "those that were given up are not scored"
+
+
 async def test_cancelling_before_anything_is_queued_leaves_nothing_behind(make):
     engine = make()
     tasks = [asyncio.create_task(engine.arerank(QUERY, LONG)) for _ in range(8)]
