@@ -1,6 +1,10 @@
 """The encoder against transformers, what it reads, and the choice of device and dtype."""
 
 import json
+import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -283,6 +287,33 @@ def test_auto_follows_the_timing(monkeypatch, kind, bfloat16, float16, found):
 def test_a_dtype_that_cannot_run_takes_for_ever():
     assert devices._seconds(torch.device("cpu"), torch.int8) == float("inf")
     assert 0 < devices._seconds(torch.device("cpu"), torch.float32) < float("inf")
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the setting is for x86")
+def test_auto_is_float32_where_half_precision_is_emulated():
+    code = (
+        "import torch; from bge_rerank_adapters.models.devices import resolve_dtype; "
+        'print(resolve_dtype("auto", torch.device("cpu")))'
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert done.stdout.strip() == "torch.float32"
+
+
+def test_a_dtype_far_from_the_limit_is_not_timed_further(monkeypatch):
+    runs = []
+    real = devices.functional.linear
+    monkeypatch.setattr(
+        devices.functional, "linear", lambda *args: runs.append(args) or real(*args)
+    )
+    assert devices._seconds(torch.device("cpu"), torch.float32, 1e-9) == float("inf")
+    assert len(runs) == 2
 
 
 @pytest.mark.parametrize(
