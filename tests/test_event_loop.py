@@ -6,6 +6,7 @@ waiting for Python's lock too, is measured in `benchmarks/concurrency.py`.
 """
 
 import asyncio
+import gc
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from itertools import islice
@@ -42,9 +43,12 @@ class LongestStep:
 
 
 @pytest.fixture
-def longest(monkeypatch: pytest.MonkeyPatch) -> LongestStep:
+def longest(monkeypatch: pytest.MonkeyPatch) -> Iterator[LongestStep]:
     found = LongestStep()
     run = asyncio.Handle._run
+    # What other tests have left behind is not for a collection in one of these steps to go through.
+    gc.collect()
+    gc.freeze()
 
     def timed_run(handle: asyncio.Handle) -> None:
         begin = time.thread_time()
@@ -53,7 +57,8 @@ def longest(monkeypatch: pytest.MonkeyPatch) -> LongestStep:
         found.steps += 1
 
     monkeypatch.setattr(asyncio.Handle, "_run", timed_run)
-    return found
+    yield found
+    gc.unfreeze()
 
 
 async def measure(longest: LongestStep, call: Callable[[], Awaitable[list]]) -> list:

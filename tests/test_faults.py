@@ -8,6 +8,7 @@ hangs, and the engine serves the next call.
 import asyncio
 import random
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -336,11 +337,20 @@ def test_timeouts_at_random_moments(engine, table):
 
 @pytest.mark.parametrize("packs", [0, 1, 8])
 def test_closing_in_mid_flight(engine, table, packs):
+    reached = threading.Event()
+
+    def fault(_: Sequence[TokenPair]) -> None:
+        if engine.stats().packs >= packs:
+            reached.set()
+            # A slow machine is not to be done with all calls before the engine is closed.
+            while not engine.closed:
+                time.sleep(0.001)
+
     def close_when_busy() -> None:
-        while engine.stats().packs < packs:
-            threading.Event().wait(0.001)
+        assert reached.wait(60)
         engine.close()
 
+    FailingModel(engine, fault)
     outcomes = Load(engine, table).run(meanwhile=close_when_busy)
     assert set(kinds(outcomes)) <= {type(None), ClosedError}
     assert kinds(outcomes)[ClosedError] > 0

@@ -69,8 +69,10 @@ def test_a_program_that_ends_while_threads_and_tasks_wait_ends_cleanly(folder):
 
 def test_a_thread_of_the_program_is_served_to_its_end(folder):
     code = """
+    import concurrent.futures.thread as pools
     def ask_late():
-        time.sleep(0.5)  # the main thread has ended by then
+        while not pools._shutdown:  # until the main thread has ended
+            time.sleep(0.01)
         print(len(engine.rerank("query", LONG[:100])))
         try:
             asyncio.run(engine.arerank("query", LONG[:5]))
