@@ -39,6 +39,9 @@ class AdapterSettings(BaseModel):
         dtype: Number format of the model.
         max_length: Most tokens of a pair.
         query_max_length: Most tokens of the query.
+        long_documents: `"truncate"` or `"window"`.
+        window_tokens: Most document tokens of a window.
+        window_overlap_tokens: Tokens that neighbouring windows share.
         revision: Branch, tag or commit on the hub.
         cache_dir: Folder of the hub's cache.
         local_files_only: Never ask the hub.
@@ -66,6 +69,11 @@ class AdapterSettings(BaseModel):
     dtype: str = Field(default=EngineSettings.dtype, frozen=True)
     max_length: int = Field(default=EngineSettings.max_length, frozen=True)
     query_max_length: int | None = Field(default=EngineSettings.query_max_length, frozen=True)
+    long_documents: str = Field(default=EngineSettings.long_documents, frozen=True)
+    window_tokens: int | None = Field(default=EngineSettings.window_tokens, frozen=True)
+    window_overlap_tokens: int | None = Field(
+        default=EngineSettings.window_overlap_tokens, frozen=True
+    )
     revision: str | None = Field(default=EngineSettings.revision, frozen=True)
     cache_dir: str | None = Field(default=EngineSettings.cache_dir, frozen=True)
     local_files_only: bool = Field(default=EngineSettings.local_files_only, frozen=True)

@@ -34,6 +34,7 @@ from bge_rerank_adapters.ranking import (
 from bge_rerank_adapters.settings import EngineSettings
 from bge_rerank_adapters.stats import EngineStats
 from bge_rerank_adapters.tokenization import TokenizedPairs
+from bge_rerank_adapters.windows import tokenizer_maker
 from bge_rerank_adapters.worker import ScoringCore
 
 # Tokens of a pack where the user leaves it open: enough to keep the device busy, few enough that
@@ -54,10 +55,23 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Scored:
-    """The logits of pairs in the order they were given, and which pairs were cut."""
+    """The logits of pairs in the order they were given, which were cut, and what spoke for them."""
 
     logits: list[float]
     truncated: list[bool]
+    spans: list[tuple[int, int] | None]
+
+    def rank(
+        self, texts: Sequence[str], part: slice, limits: dict[str, Any]
+    ) -> list[RankedDocument]:
+        """Return the ranking of the documents whose pairs are those of a part."""
+        return rank(
+            texts,
+            self.logits[part],
+            truncated=self.truncated[part],
+            spans=self.spans[part],
+            **limits,
+        )
 
 
 class Reranker:
@@ -90,6 +104,9 @@ class Reranker:
         dtype: str = EngineSettings.dtype,
         max_length: int = EngineSettings.max_length,
         query_max_length: int | None = EngineSettings.query_max_length,
+        long_documents: str = EngineSettings.long_documents,
+        window_tokens: int | None = EngineSettings.window_tokens,
+        window_overlap_tokens: int | None = EngineSettings.window_overlap_tokens,
         revision: str | None = EngineSettings.revision,
         cache_dir: str | None = EngineSettings.cache_dir,
         local_files_only: bool = EngineSettings.local_files_only,
@@ -109,6 +126,11 @@ class Reranker:
             max_length: Most tokens of a pair, special tokens included; clamped to the model's
                 positions.
             query_max_length: Most tokens of the query; `None` is three quarters of `max_length`.
+            long_documents: What becomes of a document that is too long: `"truncate"` cuts off its
+                end, `"window"` scores overlapping windows of it and keeps the best.
+            window_tokens: Most document tokens of a window; `None` is all that fit.
+            window_overlap_tokens: Tokens that neighbouring windows share at least; `None` is a
+                quarter of a window.
             revision: Branch, tag or commit on the hub.
             cache_dir: Folder of the hub's cache.
             local_files_only: Never ask the hub.
@@ -128,6 +150,9 @@ class Reranker:
                 dtype=dtype,
                 max_length=max_length,
                 query_max_length=query_max_length,
+                long_documents=long_documents,
+                window_tokens=window_tokens,
+                window_overlap_tokens=window_overlap_tokens,
                 revision=revision,
                 cache_dir=cache_dir,
                 local_files_only=local_files_only,
@@ -154,6 +179,7 @@ class Reranker:
             config,
             max_length=settings.max_length,
             query_max_length=settings.query_max_length,
+            make=tokenizer_maker(settings),
         )
         models = _in_fresh_thread(
             lambda: [
@@ -379,7 +405,7 @@ class Reranker:
         future = self._core.reserve(len(pairs), bounded=bounded) if pairs else None
         self._core.tally.add_requests(requests)
         if future is None:
-            return _Scored([], [])
+            return _Scored([], [], [])
         places.hold(future)
         try:
             yield None
@@ -389,9 +415,11 @@ class Reranker:
         finally:
             # Where the caller has gone, so must its waiting pairs; a no-op if all are scored.
             future.cancel()
+        best = tokenized.best(logits)
         return _Scored(
-            [logits[position] for position in tokenized.positions],
-            [tokenized.distinct[position].truncated for position in tokenized.positions],
+            [logits[position] for position in best],
+            [tokenized.distinct[position].truncated for position in best],
+            [tokenized.distinct[position].span for position in best],
         )
 
     def _tokenize(self, pairs: list[tuple[str, str]]) -> TokenizedPairs:
@@ -414,7 +442,7 @@ class Reranker:
         query, texts = request
         pairs = [(query, text) for text in texts]
         scored = yield from self._score(pairs, places, name=_document)
-        return rank(texts, scored.logits, truncated=scored.truncated, **limits)
+        return scored.rank(texts, slice(None), limits)
 
     def _rerank_many(
         self, requests: Requests, limits: dict[str, Any], places: Places, *, progress: bool
@@ -487,7 +515,7 @@ def _split(piece: Piece, scored: _Scored, limits: dict[str, Any]) -> Iterator[li
     start = 0
     for _, texts in piece.requests:
         part = slice(start, start + len(texts))
-        yield rank(texts, scored.logits[part], truncated=scored.truncated[part], **limits)
+        yield scored.rank(texts, part, limits)
         start = part.stop
 
 

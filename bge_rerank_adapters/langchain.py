@@ -41,7 +41,12 @@ from pydantic import ConfigDict, Field
 from bge_rerank_adapters.adapter_settings import AdapterSettings
 from bge_rerank_adapters.doors import map_in_turns
 from bge_rerank_adapters.errors import InputTypeError
-from bge_rerank_adapters.ranking import RankedDocument, check_documents, check_query
+from bge_rerank_adapters.ranking import (
+    RankedDocument,
+    check_documents,
+    check_query,
+    span_within,
+)
 
 
 class BGEDocumentCompressor(AdapterSettings, BaseDocumentCompressor):
@@ -71,7 +76,9 @@ class BGEDocumentCompressor(AdapterSettings, BaseDocumentCompressor):
         Returns:
             At most `top_k` documents with ids and metadata kept, to which are added
             `relevance_score` (float, in [0, 1]), `retrieval_index` (int, the place in `documents`)
-            and, where its end was cut off, `relevance_truncated` (True). `[]` for no documents.
+            and, where its end was cut off, `relevance_truncated` (True). With
+            `long_documents="window"` also `relevance_span`: where in `page_content` the best
+            window is, as `[start, end]` in characters. `[]` for no documents.
 
         Raises:
             InputTypeError: The query is no `str`, or one of the documents no `Document` with text.
@@ -213,8 +220,13 @@ def _with_score(document: Document, ranked: RankedDocument) -> Document:
     copied = document.model_copy(deep=True)
     copied.metadata["relevance_score"] = float(ranked.score)
     copied.metadata["retrieval_index"] = int(ranked.index)
-    # An earlier reranking of the same document may have left its own mark.
-    copied.metadata.pop("relevance_truncated", None)
+    # An earlier reranking of the same document may have left its own marks.
+    for mark in ("relevance_truncated", "relevance_span"):
+        copied.metadata.pop(mark, None)
     if ranked.truncated:
         copied.metadata["relevance_truncated"] = True
+    length = len(document.page_content)
+    span = span_within(ranked.span, start=len(ranked.text) - length, length=length)
+    if span is not None:
+        copied.metadata["relevance_span"] = span
     return copied

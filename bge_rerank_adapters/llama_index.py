@@ -37,9 +37,15 @@ from pydantic import PlainSerializer, model_validator
 from bge_rerank_adapters.adapter_settings import AdapterSettings
 from bge_rerank_adapters.doors import map_in_turns
 from bge_rerank_adapters.errors import InputTypeError, SettingsError
-from bge_rerank_adapters.ranking import RankedDocument, check_query
+from bge_rerank_adapters.ranking import RankedDocument, check_query, span_within
 
-ADDED_KEYS = ("relevance_score", "retrieval_index", "retrieval_score", "relevance_truncated")
+ADDED_KEYS = (
+    "relevance_score",
+    "retrieval_index",
+    "retrieval_score",
+    "relevance_truncated",
+    "relevance_span",
+)
 """The metadata that a reranking adds to a node, for its reader and not for any model."""
 
 _dispatcher = get_dispatcher(__name__)
@@ -52,8 +58,10 @@ class BGENodePostprocessor(AdapterSettings, BaseNodePostprocessor):
     use. What comes back are copies with ids and relationships kept: `score` is the relevance
     score, in [0, 1], and the metadata gains `relevance_score` (the same), `retrieval_index` (int,
     the place among the nodes that came in), `retrieval_score` (float, the score that the node came
-    with, if any) and, where the end of its text was cut off, `relevance_truncated` (True). None
-    of these reaches an embedding, a prompt or the text that is scored.
+    with, if any) and, where the end of its text was cut off, `relevance_truncated` (True). With
+    `long_documents="window"` also `relevance_span`: where in the node's text the best window is,
+    as `[start, end]` in characters. None of these reaches an embedding, a prompt or the text that
+    is scored.
 
     Every reranking is told to LlamaIndex's instrumentation (`ReRankStartEvent`, `ReRankEndEvent`)
     and its callbacks (`RERANKING`), in pairs, for no nodes too. When it fails the callback still
@@ -182,6 +190,9 @@ def _with_score(found: NodeWithScore, ranked: RankedDocument) -> NodeWithScore:
         metadata["retrieval_score"] = float(found.score)
     if ranked.truncated:
         metadata["relevance_truncated"] = True
+    span = _span_in_text(found.node, ranked)
+    if span is not None:
+        metadata["relevance_span"] = span
     copied.node.metadata = metadata
     for hidden in (
         copied.node.excluded_embed_metadata_keys,
@@ -190,6 +201,13 @@ def _with_score(found: NodeWithScore, ranked: RankedDocument) -> NodeWithScore:
         hidden.extend(key for key in ADDED_KEYS if key not in hidden)
     copied.score = float(ranked.score)
     return copied
+
+
+def _span_in_text(node: BaseNode, ranked: RankedDocument) -> list[int] | None:
+    """Return the best window's characters in the node's own text, without its metadata."""
+    text = node.get_content(MetadataMode.NONE)
+    start = max(ranked.text.rfind(text), 0)
+    return span_within(ranked.span, start=start, length=len(text))
 
 
 def _deep_copy(found: NodeWithScore) -> NodeWithScore:

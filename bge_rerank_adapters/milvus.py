@@ -65,6 +65,9 @@ class BGERerankFunction:
         token: str | None = None,
         local_files_only: bool = False,
         dtype: str | None = None,
+        long_documents: str = EngineSettings.long_documents,
+        window_tokens: int | None = EngineSettings.window_tokens,
+        window_overlap_tokens: int | None = EngineSettings.window_overlap_tokens,
         trust_remote_code: bool = False,
         model_class: str | None = None,
         query_instruction_for_rerank: str | None = None,
@@ -89,6 +92,9 @@ class BGERerankFunction:
             token: Secret for the hub.
             local_files_only: Never ask the hub.
             dtype: Overrides `use_fp16`.
+            long_documents: `"truncate"`, or `"window"` for the best of overlapping windows.
+            window_tokens: Most document tokens of a window; `None` is all that fit.
+            window_overlap_tokens: Tokens that neighbouring windows share; `None` is a quarter.
             trust_remote_code: Must be False.
             model_class: FlagEmbedding's name of the family; `None` or `"encoder-only-base"`.
             query_instruction_for_rerank: Put before the query, in `query_instruction_format`.
@@ -124,6 +130,9 @@ class BGERerankFunction:
             dtype=dtype or ("auto" if use_fp16 else "float32"),
             max_length=max_length,
             query_max_length=query_max_length,
+            long_documents=long_documents,
+            window_tokens=window_tokens,
+            window_overlap_tokens=window_overlap_tokens,
             cache_dir=cache_dir,
             revision=revision,
             token=token,

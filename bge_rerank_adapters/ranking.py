@@ -19,6 +19,8 @@ class RankedDocument:
         logit: The model's raw output for the pair, unbounded; what rankings are ordered by.
             `None` only where a remote server tells scores alone.
         truncated: Whether the end of the document was cut off to fit the model.
+        span: With windows, the characters of the one that scored best, as (start, end) in `text`;
+            of a document that needed none, all of them. `None` without windows.
     """
 
     index: int
@@ -26,6 +28,7 @@ class RankedDocument:
     text: str
     logit: float | None
     truncated: bool = False
+    span: tuple[int, int] | None = None
 
 
 @runtime_checkable
@@ -158,6 +161,7 @@ def rank(
     logits: Sequence[float],
     *,
     truncated: Sequence[bool],
+    spans: Sequence[tuple[int, int] | None] | None = None,
     top_k: int | None = None,
     score_threshold: float | None = None,
 ) -> list[RankedDocument]:
@@ -167,6 +171,7 @@ def rank(
         documents: The n texts, in input order.
         logits: Their n logits, finite.
         truncated: For each, whether it was cut.
+        spans: For each, the characters of its best window; `None` where there are no windows.
         top_k: How many to return at most; `None` is all.
         score_threshold: Lowest score to keep, inclusive; applied before `top_k`.
 
@@ -178,10 +183,28 @@ def rank(
         score = sigmoid(logits[index])
         if len(ranked) == top_k or (score_threshold is not None and score < score_threshold):
             break
+        span = None if spans is None else spans[index]
         ranked.append(
-            RankedDocument(index, score, documents[index], logits[index], truncated[index])
+            RankedDocument(index, score, documents[index], logits[index], truncated[index], span)
         )
     return ranked
+
+
+def span_within(span: tuple[int, int] | None, *, start: int, length: int) -> list[int] | None:
+    """Return a span of a scored text as one of the part of it that users know.
+
+    Args:
+        span: Characters of the scored text, or `None`.
+        start: Where the part begins in the scored text.
+        length: How many characters it has.
+
+    Returns:
+        `[start, end]` within the part, ready for JSON; both ends are equal where nothing of it is
+        in the span. `None` for no span.
+    """
+    if span is None:
+        return None
+    return [min(max(place - start, 0), length) for place in span]
 
 
 def _kind(value: Any) -> str:

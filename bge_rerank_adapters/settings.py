@@ -12,6 +12,7 @@ from bge_rerank_adapters.checkpoints import DEFAULT_MODEL
 from bge_rerank_adapters.errors import SettingsError
 
 DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu", "npu", "hpu", "mtia")
+LONG_DOCUMENTS = ("truncate", "window")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 
 _DEVICE = re.compile(rf"auto|({'|'.join(DEVICE_TYPES)})(:\d+)?")
@@ -28,6 +29,9 @@ class EngineSettings:
         dtype: `"auto"`, `"float32"`, `"bfloat16"`, `"float16"` or, on a processor, `"int8"`.
         max_length: Most tokens of a pair, special tokens included; at most the model's positions.
         query_max_length: Most tokens of the query; `None` is three quarters of `max_length`.
+        long_documents: `"truncate"`, or `"window"` for the best of overlapping windows.
+        window_tokens: Most document tokens of a window; `None` is all that fit beside the query.
+        window_overlap_tokens: Tokens that neighbouring windows share; `None` is a quarter.
         revision: Branch, tag or commit of a checkpoint on the hub.
         cache_dir: Folder of the hub's cache; `None` is the hub library's own.
         local_files_only: Never ask the hub, use folders and the cache alone.
@@ -41,6 +45,9 @@ class EngineSettings:
     dtype: str = "auto"
     max_length: int = 512
     query_max_length: int | None = None
+    long_documents: str = "truncate"
+    window_tokens: int | None = None
+    window_overlap_tokens: int | None = None
     revision: str | None = None
     cache_dir: str | None = None
     local_files_only: bool = False
@@ -57,6 +64,19 @@ class EngineSettings:
                 f"query_max_length ({self.query_max_length}) leaves no room for a document within "
                 f"max_length ({self.max_length}); make it smaller, or max_length larger."
             )
+        self._check_windows()
+
+    def _check_windows(self) -> None:
+        sizes = {"window_tokens", "window_overlap_tokens"}
+        given = sorted(name for name in sizes if getattr(self, name) is not None)
+        if given and self.long_documents != "window":
+            raise SettingsError(
+                f"{' and '.join(given)} had no effect with long_documents="
+                f'{self.long_documents!r}; set long_documents="window" as well, or leave it out.'
+            )
+        check_window_sizes(
+            self.window_tokens, self.window_overlap_tokens, max_length=self.max_length
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the settings without the token, which is a secret."""
@@ -141,6 +161,20 @@ def _auto_or_count(name: str, value: object) -> int | str:
     return value if value == "auto" and isinstance(value, str) else _count(name, value)
 
 
+def _optional_whole(name: str, value: object) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise SettingsError(f"{name} must be a whole number of at least 0 or None, got {value!r}.")
+    return int(value)
+
+
+def _long_documents(name: str, value: object) -> str:
+    if not isinstance(value, str) or value not in LONG_DOCUMENTS:
+        raise SettingsError(f"{name} must be one of {', '.join(LONG_DOCUMENTS)}, got {value!r}.")
+    return value
+
+
 def _flag(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise SettingsError(f"{name} must be True or False, got {value!r}.")
@@ -153,6 +187,9 @@ _CHECKS = {
     "dtype": _dtype,
     "max_length": _count,
     "query_max_length": _optional_count,
+    "long_documents": _long_documents,
+    "window_tokens": _optional_count,
+    "window_overlap_tokens": _optional_whole,
     "revision": _optional_text,
     "cache_dir": _optional_text,
     "local_files_only": _flag,
@@ -160,6 +197,23 @@ _CHECKS = {
     "pack_tokens": _auto_or_count,
     "max_queued_pairs": _count,
 }
+
+
+def check_window_sizes(
+    window_tokens: int | None, window_overlap_tokens: int | None, *, max_length: int
+) -> None:
+    """Refuse an overlap of which no window could advance.
+
+    Raises:
+        SettingsError: The overlap is as long as a window or longer.
+    """
+    longest = max_length if window_tokens is None else window_tokens
+    if window_overlap_tokens is not None and window_overlap_tokens >= longest:
+        name = "max_length" if window_tokens is None else "window_tokens"
+        raise SettingsError(
+            f"window_overlap_tokens ({window_overlap_tokens}) must be below {name} ({longest}), "
+            "or no window would bring anything new; make it smaller."
+        )
 
 
 def setting_names() -> tuple[str, ...]:

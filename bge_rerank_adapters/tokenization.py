@@ -1,6 +1,6 @@
 """Texts to token ids, by FlagEmbedding's truncation rule, with every text read once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,14 @@ class TokenPair:
             that have two types.
         truncated: Whether the document was cut to fit.
         index: Position of the first pair with these texts in the caller's list.
+        span: The document's characters that a window of it shows; `None` where there are none.
     """
 
     ids: TokenIds
     document_start: int
     truncated: bool
     index: int
+    span: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         """Return the number of tokens."""
@@ -45,12 +47,28 @@ class TokenizedPairs:
     """The distinct pairs of a call, and which of them each pair of the caller's is.
 
     Attributes:
-        distinct: m tokenised pairs, m <= n.
-        positions: For each of the caller's n pairs, its position in `distinct`.
+        distinct: m tokenised pairs; m <= n unless there are windows.
+        positions: For each of the caller's n pairs, its position in `distinct`, or in `windows`.
+        windows: For each distinct pair, where its windows are in `distinct`; `None` where
+            documents have none.
     """
 
     distinct: list[TokenPair]
     positions: list[int]
+    windows: list[range] | None = None
+
+    def best(self, logits: Sequence[float]) -> list[int]:
+        """Return for each of the caller's n pairs the position of what speaks for it.
+
+        That is its window with the highest logit, the first of equals.
+
+        Args:
+            logits: m logits, of `distinct`.
+        """
+        if self.windows is None:
+            return self.positions
+        winners = [max(window, key=logits.__getitem__) for window in self.windows]
+        return [winners[position] for position in self.positions]
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,17 +184,21 @@ class PairTokenizer:
         try:
             return self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         except (TypeError, UnicodeEncodeError):
-            valid = [_without_surrogates(text) for text in texts]
+            valid = [without_surrogates(text) for text in texts]
             return self._tokenizer.encode_batch_fast(valid, add_special_tokens=False)
 
 
-def _without_surrogates(text: str) -> str:
+def without_surrogates(text: str) -> str:
     """Return the text with U+FFFD for each lone surrogate, and pairs of them joined."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def load_tokenizer(
-    folder: Path, *, max_length: int, query_max_length: int | None = None
+    folder: Path,
+    *,
+    max_length: int,
+    query_max_length: int | None = None,
+    make: Callable[..., PairTokenizer] = PairTokenizer,
 ) -> PairTokenizer:
     """Return the tokenizer of a checkpoint's folder.
 
@@ -184,6 +206,7 @@ def load_tokenizer(
         folder: Holds `tokenizer.json`, or the files of a slow tokenizer that transformers converts.
         max_length: Most tokens of a pair, special tokens included.
         query_max_length: Most tokens of a query; `None` is three quarters of `max_length`.
+        make: What takes the tokenizer and these lengths.
 
     Raises:
         CheckpointError: There is no tokenizer in the folder, or it cannot be read.
@@ -191,7 +214,7 @@ def load_tokenizer(
     """
     tokenizer = _read_tokenizer(folder)
     try:
-        return PairTokenizer(tokenizer, max_length=max_length, query_max_length=query_max_length)
+        return make(tokenizer, max_length=max_length, query_max_length=query_max_length)
     except CheckpointError as error:
         raise CheckpointError(f"{folder / 'tokenizer.json'}: {error}") from error
 

@@ -1,6 +1,6 @@
 """From a checkpoint's folder to models that are ready to run."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,7 +42,12 @@ def read_encoder_config(folder: Path) -> dict[str, Any]:
 
 
 def load_pair_tokenizer(
-    folder: Path, config: dict[str, Any], *, max_length: int, query_max_length: int | None
+    folder: Path,
+    config: dict[str, Any],
+    *,
+    max_length: int,
+    query_max_length: int | None,
+    make: Callable[..., PairTokenizer] = PairTokenizer,
 ) -> PairTokenizer:
     """Return the checkpoint's tokenizer, its lengths clamped to the model's positions.
 
@@ -55,6 +60,7 @@ def load_pair_tokenizer(
         folder,
         max_length=min(max_length, parsed.max_tokens),
         query_max_length=query_max_length,
+        make=make,
     )
     if tokenizer.vocabulary > parsed.vocabulary:
         raise CheckpointError(
