@@ -21,7 +21,7 @@ from bge_rerank_adapters.errors import (
     UnsupportedCheckpointError,
     WorkerDiedError,
 )
-from bge_rerank_adapters.ranking import RankedDocument, Scorer
+from bge_rerank_adapters.ranking import RankedDocument, Ranking, Scorer
 from bge_rerank_adapters.stats import EngineStats
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ __all__ = [
     "NonFiniteLogitError",
     "Overloaded",
     "RankedDocument",
+    "Ranking",
     "RerankError",
     "RerankTimeoutError",
     "Reranker",

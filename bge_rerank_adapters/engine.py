@@ -24,7 +24,7 @@ from bge_rerank_adapters.models.loading import (
 from bge_rerank_adapters.packing import Job
 from bge_rerank_adapters.progress import ProgressBar
 from bge_rerank_adapters.ranking import (
-    RankedDocument,
+    Ranking,
     check_pairs,
     check_score_threshold,
     check_top_k,
@@ -61,9 +61,7 @@ class _Scored:
     truncated: list[bool]
     spans: list[tuple[int, int] | None]
 
-    def rank(
-        self, texts: Sequence[str], part: slice, limits: dict[str, Any]
-    ) -> list[RankedDocument]:
+    def rank(self, texts: Sequence[str], part: slice, limits: dict[str, Any]) -> Ranking:
         """Return the ranking of the documents whose pairs are those of a part."""
         return rank(
             texts,
@@ -214,7 +212,7 @@ class Reranker:
         top_k: int | None = None,
         score_threshold: float | None = None,
         timeout_s: float | None = None,
-    ) -> list[RankedDocument]:
+    ) -> Ranking:
         """Return the documents ranked by how well they answer the query, best first.
 
         Args:
@@ -225,7 +223,7 @@ class Reranker:
             timeout_s: Seconds to wait at most; `None` is for ever.
 
         Returns:
-            At most n results, highest logit first, equal ones in input order; `[]` for no
+            At most n `RankedDocument`, highest logit first, equal ones in input order; `[]` for no
             documents.
 
         Raises:
@@ -248,7 +246,7 @@ class Reranker:
         top_k: int | None = None,
         score_threshold: float | None = None,
         timeout_s: float | None = None,
-    ) -> list[RankedDocument]:
+    ) -> Ranking:
         """Return what `rerank` returns, without blocking the event loop.
 
         A call that is cancelled or runs out of time takes its waiting pairs out of the queue.
@@ -295,7 +293,7 @@ class Reranker:
         top_k: int | None = None,
         score_threshold: float | None = None,
         progress: bool = False,
-    ) -> list[list[RankedDocument]]:
+    ) -> list[Ranking]:
         """Return the rankings of many (query, documents) requests, in their order.
 
         It feeds the engine in pieces, so it is never refused for its size, and other calls are
@@ -322,7 +320,7 @@ class Reranker:
         score_threshold: float | None = None,
         progress: bool = False,
         timeout_s: float | None = None,
-    ) -> list[list[RankedDocument]]:
+    ) -> list[Ranking]:
         """Return what `rerank_many` returns, without blocking the event loop.
 
         An iterator is read in another thread.
@@ -436,9 +434,7 @@ class Reranker:
         finally:
             self._core.tally.add_tokenizing(time.perf_counter() - begin)
 
-    def _rerank(
-        self, request: Request, limits: dict[str, Any], places: Places
-    ) -> Call[list[RankedDocument]]:
+    def _rerank(self, request: Request, limits: dict[str, Any], places: Places) -> Call[Ranking]:
         query, texts = request
         pairs = [(query, text) for text in texts]
         scored = yield from self._score(pairs, places, name=_document)
@@ -446,10 +442,10 @@ class Reranker:
 
     def _rerank_many(
         self, requests: Requests, limits: dict[str, Any], places: Places, *, progress: bool
-    ) -> Call[list[list[RankedDocument]]]:
+    ) -> Call[list[Ranking]]:
         self._core.check_open()
         yield None
-        rankings: list[list[RankedDocument]] = []
+        rankings: list[Ranking] = []
         under_way: deque[tuple[Piece, Call[_Scored], Step]] = deque()
         # A quarter of the queue each, so that the two under way leave other callers half of it.
         size = min(_PIECE_PAIRS, max(1, self.settings.max_queued_pairs // 4))
@@ -511,7 +507,7 @@ def _finish(call: Call[_Scored], step: Step) -> Call[_Scored]:
     return value  # type: ignore[no-any-return]
 
 
-def _split(piece: Piece, scored: _Scored, limits: dict[str, Any]) -> Iterator[list[RankedDocument]]:
+def _split(piece: Piece, scored: _Scored, limits: dict[str, Any]) -> Iterator[Ranking]:
     start = 0
     for _, texts in piece.requests:
         part = slice(start, start + len(texts))

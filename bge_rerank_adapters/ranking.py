@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from bge_rerank_adapters.errors import InputTypeError, SettingsError
+from bge_rerank_adapters.ranking_view import to_html, to_records, to_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,27 @@ class RankedDocument:
     logit: float | None
     truncated: bool = False
     span: tuple[int, int] | None = None
+
+
+class Ranking(list[RankedDocument]):
+    """Ranked documents, best first: a list that shows itself.
+
+    It renders as a table in a notebook; `print` gives plain columns.
+    """
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """Return a plain dict for each result: `pandas.DataFrame(ranking.to_records())`."""
+        return to_records(self)
+
+    def __str__(self) -> str:
+        """Return rank, movement against the input order, score and text as plain columns."""
+        return to_text(self)
+
+    def _repr_html_(self) -> str:
+        return to_html(self)
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text("Ranking(...)" if cycle else str(self))
 
 
 @runtime_checkable
@@ -164,7 +186,7 @@ def rank(
     spans: Sequence[tuple[int, int] | None] | None = None,
     top_k: int | None = None,
     score_threshold: float | None = None,
-) -> list[RankedDocument]:
+) -> Ranking:
     """Return the documents best first; threshold and `top_k` must have been checked.
 
     Args:
@@ -178,7 +200,7 @@ def rank(
     Returns:
         Highest logit first, equal logits in input order; `[]` for no documents.
     """
-    ranked: list[RankedDocument] = []
+    ranked = Ranking()
     for index in sorted(range(len(logits)), key=lambda position: -logits[position]):
         score = sigmoid(logits[index])
         if len(ranked) == top_k or (score_threshold is not None and score < score_threshold):

@@ -15,12 +15,12 @@ PACKAGE = Path(bge_rerank_adapters.__file__).parent
 NAME = PACKAGE.name
 # A module may import those of lower numbers, and its own folder's.
 LAYERS = {
-    "errors": 0,
+    **dict.fromkeys(("errors", "ranking_view"), 0),
     **dict.fromkeys(("checkpoints", "ranking", "packing", "published", "progress"), 1),
     **dict.fromkeys(("doors", "stats"), 1),
     **dict.fromkeys(("settings", "bulk"), 2),
     **dict.fromkeys(("tokenization", "hub"), 3),
-    **dict.fromkeys(("models", "backlog"), 4),
+    **dict.fromkeys(("models", "backlog", "windows"), 4),
     "worker": 5,
     "engine": 6,
     "sharing": 7,

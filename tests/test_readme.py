@@ -10,10 +10,12 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), flags=re.
 
 
 def test_readme_shows_engine_and_every_host():
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=["engine", "langchain", "llama_index", "milvus"])
+@pytest.mark.parametrize(
+    "block", BLOCKS, ids=["engine", "langchain", "llama_index", "milvus", "windows"]
+)
 def test_example_runs_and_puts_goethe_first(block, capsys):
     exec(block.replace("BAAI/bge-reranker-v2-m3", "tiny"), {"__name__": "example"})  # noqa: S102
     shown = capsys.readouterr().out

@@ -1,0 +1,128 @@
+"""A ranking as people see it: a table in a notebook, columns in a terminal, records for pandas."""
+
+import shutil
+import textwrap
+from collections.abc import Sequence
+from html import escape
+from typing import Any, Protocol
+
+# Of a text, in a notebook: enough to judge it, and a whole ranking still fits a screen.
+_SHOWN_CHARACTERS = 400
+_NARROWEST_TEXT = 20
+_CELL = "style='text-align:left;vertical-align:top'"
+_BAR = "display:inline-block;width:60px;border:1px solid #888;vertical-align:middle"
+_FILLED = "display:block;height:.7em;background:#4c78a8"
+
+
+class Shown(Protocol):
+    """What of a ranked document is shown; see `RankedDocument`."""
+
+    @property
+    def index(self) -> int:
+        """Its place in the input, counted from 0."""
+        ...
+
+    @property
+    def score(self) -> float:
+        """In [0, 1]."""
+        ...
+
+    @property
+    def logit(self) -> float | None:
+        """Unbounded."""
+        ...
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        ...
+
+    @property
+    def truncated(self) -> bool:
+        """Whether its end was cut off."""
+        ...
+
+    @property
+    def span(self) -> tuple[int, int] | None:
+        """The characters of its best window."""
+        ...
+
+
+def to_records(ranking: Sequence[Shown]) -> list[dict[str, Any]]:
+    """Return a plain dict for each result, best first: `pandas.DataFrame(records)` is a table.
+
+    `rank` counts from 1, `index` from 0; `span` is `[start, end]` in characters, or `None`.
+    """
+    return [
+        {
+            "rank": rank,
+            "index": each.index,
+            "score": each.score,
+            "logit": each.logit,
+            "truncated": each.truncated,
+            "span": None if each.span is None else list(each.span),
+            "text": each.text,
+        }
+        for rank, each in enumerate(ranking, start=1)
+    ]
+
+
+def to_html(ranking: Sequence[Shown]) -> str:
+    """Return a table of HTML: rank, movement against the input order, score, text.
+
+    The characters of the best window are marked where it is not the whole text.
+    """
+    rows = "".join(_row(rank, each) for rank, each in enumerate(ranking, start=1))
+    head = "".join(f"<th {_CELL}>{name}</th>" for name in ("rank", "moved", "score", "text"))
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+def to_text(ranking: Sequence[Shown], *, width: int | None = None) -> str:
+    """Return plain columns: rank, movement, score and as much of each text as fits.
+
+    Args:
+        ranking: Best first; of none only the head is left.
+        width: Columns of the terminal; `None` asks it.
+    """
+    columns = width or shutil.get_terminal_size().columns
+    lines = ["rank  moved  score  text"]
+    room = max(columns - len(lines[0]) + len("text"), _NARROWEST_TEXT)
+    for rank, each in enumerate(ranking, start=1):
+        start, end = each.span or (0, len(each.text))
+        text = textwrap.shorten(each.text[start:end], room, placeholder=" …")
+        lines.append(f"{rank:>4}  {movement(rank, each.index):>5}  {each.score:.3f}  {text}")
+    return "\n".join(lines)
+
+
+def movement(rank: int, index: int) -> str:
+    """Return how far a result has come: `"↑2"` is two places up, `"="` where it was.
+
+    Args:
+        rank: Counted from 1.
+        index: Its place in the input, counted from 0.
+    """
+    places = index + 1 - rank
+    return f"↑{places}" if places > 0 else f"↓{-places}" if places < 0 else "="
+
+
+def _row(rank: int, each: Shown) -> str:
+    bar = f"<span style='{_BAR}'><span style='{_FILLED};width:{each.score:.0%}'></span></span>"
+    cells = (str(rank), movement(rank, each.index), f"{bar}&nbsp;{each.score:.3f}", _text(each))
+    return f"<tr>{''.join(f'<td {_CELL}>{cell}</td>' for cell in cells)}</tr>"
+
+
+def _text(each: Shown) -> str:
+    """Return the text for HTML, its best window marked, its far ends left out."""
+    end = len(each.text)
+    if each.span is None or each.span == (0, end):
+        return escape(each.text[:_SHOWN_CHARACTERS]) + ("…" if end > _SHOWN_CHARACTERS else "")
+    start, stop = each.span
+    around = max((_SHOWN_CHARACTERS - (stop - start)) // 2, _NARROWEST_TEXT)
+    first, last = max(start - around, 0), min(stop + around, end)
+    return (
+        ("…" if first else "")
+        + escape(each.text[first:start])
+        + f"<mark>{escape(each.text[start:stop])}</mark>"
+        + escape(each.text[stop:last])
+        + ("…" if last < end else "")
+    )
