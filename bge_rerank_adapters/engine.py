@@ -15,12 +15,8 @@ from bge_rerank_adapters.bulk import Piece, Request, Requests, check_request, pi
 from bge_rerank_adapters.doors import AsyncDoor, Call, Places, Step, advance, run
 from bge_rerank_adapters.errors import ScoringError
 from bge_rerank_adapters.hub import find_folder
-from bge_rerank_adapters.models.devices import resolve_device, resolve_dtype
-from bge_rerank_adapters.models.loading import (
-    load_model,
-    load_pair_tokenizer,
-    read_encoder_config,
-)
+from bge_rerank_adapters.models.devices import resolve_device
+from bge_rerank_adapters.models.loading import load_model, load_pair_tokenizer, read_checkpoint
 from bge_rerank_adapters.packing import Job
 from bge_rerank_adapters.progress import ProgressBar
 from bge_rerank_adapters.ranking import (
@@ -34,7 +30,6 @@ from bge_rerank_adapters.ranking import (
 from bge_rerank_adapters.settings import EngineSettings
 from bge_rerank_adapters.stats import EngineStats
 from bge_rerank_adapters.tokenization import TokenizedPairs
-from bge_rerank_adapters.windows import tokenizer_maker
 from bge_rerank_adapters.worker import ScoringCore
 
 # Tokens of a pack where the user leaves it open: enough to keep the device busy, few enough that
@@ -109,6 +104,13 @@ class Reranker:
         cache_dir: str | None = EngineSettings.cache_dir,
         local_files_only: bool = EngineSettings.local_files_only,
         token: str | None = EngineSettings.token,
+        family: str | None = EngineSettings.family,
+        prompt: str | None = EngineSettings.prompt,
+        query_instruction: str | None = EngineSettings.query_instruction,
+        passage_instruction: str | None = EngineSettings.passage_instruction,
+        cutoff_layers: int | Sequence[int] | None = EngineSettings.cutoff_layers,
+        compress_ratio: int | None = EngineSettings.compress_ratio,
+        compress_layers: int | Sequence[int] | None = EngineSettings.compress_layers,
         pack_tokens: int | str = EngineSettings.pack_tokens,
         max_queued_pairs: int = EngineSettings.max_queued_pairs,
     ) -> None:
@@ -133,6 +135,17 @@ class Reranker:
             cache_dir: Folder of the hub's cache.
             local_files_only: Never ask the hub.
             token: Secret for the hub.
+            family: `"encoder"`, `"decoder"`, `"layerwise"` or `"lightweight"`; `None` is found
+                from the checkpoint's config.
+            prompt: What a decoder is asked after the document; `None` is the family's own.
+            query_instruction: Put before each query; `None` is `"A: "` in the decoder families.
+            passage_instruction: Put before each document; `None` is `"B: "` in the decoder
+                families.
+            cutoff_layers: The layer whose logit is read, or a list of one, in the layerwise and
+                lightweight families; `None` is the last.
+            compress_ratio: How many of a document's tokens are made one in the lightweight
+                family: 1, 2, 4 or 8; `None` is 1.
+            compress_layers: Before which layers that is done; `None` is `[8]`.
             pack_tokens: Token budget of one forward pass, or `"auto"`.
             max_queued_pairs: Most pairs that may wait before calls raise `Overloaded`.
 
@@ -155,6 +168,13 @@ class Reranker:
                 cache_dir=cache_dir,
                 local_files_only=local_files_only,
                 token=token,
+                family=family,
+                prompt=prompt,
+                query_instruction=query_instruction,
+                passage_instruction=passage_instruction,
+                cutoff_layers=cutoff_layers,  # type: ignore[arg-type]
+                compress_ratio=compress_ratio,
+                compress_layers=compress_layers,  # type: ignore[arg-type]
                 pack_tokens=pack_tokens,
                 max_queued_pairs=max_queued_pairs,
             )
@@ -171,17 +191,11 @@ class Reranker:
         begin = time.monotonic()
         devices = [resolve_device(name) for name in settings.devices]
         folder = find_folder(settings)
-        config = read_encoder_config(folder)
-        self._tokenizer = load_pair_tokenizer(
-            folder,
-            config,
-            max_length=settings.max_length,
-            query_max_length=settings.query_max_length,
-            make=tokenizer_maker(settings),
-        )
+        checkpoint = read_checkpoint(folder, settings)
+        tokenizer = self._tokenizer = load_pair_tokenizer(checkpoint, settings)
         models = _in_fresh_thread(
             lambda: [
-                load_model(folder, config, device=each, dtype=resolve_dtype(settings.dtype, each))
+                load_model(checkpoint, settings, tokenizer=tokenizer, device=each)
                 for each in devices
             ]
         )

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from bge_rerank_adapters.checkpoints import CHECKPOINTS, TINY, TINY_FOLDER
-from bge_rerank_adapters.errors import CheckpointNotFoundError, UnsupportedCheckpointError
+from bge_rerank_adapters.checkpoints import TINY, TINY_FOLDER
+from bge_rerank_adapters.errors import CheckpointNotFoundError
 from bge_rerank_adapters.settings import EngineSettings
 
 # Weights as safetensors alone: a pickle can run any code when it is read.
@@ -13,6 +13,7 @@ _FILES = [
     "tokenizer_config.json",
     "special_tokens_map.json",
     "sentencepiece.bpe.model",
+    "tokenizer.model",
     "vocab.txt",
     "vocab.json",
     "merges.txt",
@@ -30,7 +31,6 @@ def find_folder(settings: EngineSettings) -> Path:
 
     Raises:
         CheckpointNotFoundError: It is neither a folder, nor in the cache, nor to be had.
-        UnsupportedCheckpointError: It is a published one of a family that is not supported yet.
     """
     if settings.model == TINY:
         return TINY_FOLDER
@@ -43,23 +43,12 @@ def find_folder(settings: EngineSettings) -> Path:
             f"model {settings.model!r} {problem}; give the folder that holds config.json, "
             "tokenizer.json and model.safetensors, or a name on the hub."
         )
-    _check_family(settings.model)
     return _download(settings)
 
 
 def _looks_like_path(model: str) -> bool:
     # Names on the hub are "name" or "owner/name".
     return model.startswith((".", "/", "~")) or "\\" in model or model.count("/") > 1
-
-
-def _check_family(model: str) -> None:
-    known = CHECKPOINTS.get(model)
-    if known is not None and known.family != "encoder":
-        supported = [name for name, each in CHECKPOINTS.items() if each.family == "encoder"]
-        raise UnsupportedCheckpointError(
-            f"model {model!r} is of the {known.family} family, which is not supported yet; "
-            f"use one of {', '.join(supported)}."
-        )
 
 
 def _download(settings: EngineSettings) -> Path:

@@ -8,12 +8,15 @@ import re
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from bge_rerank_adapters.checkpoints import DEFAULT_MODEL
+from bge_rerank_adapters.checkpoints import CHECKPOINTS, DEFAULT_MODEL
 from bge_rerank_adapters.errors import SettingsError
+from bge_rerank_adapters.families import FAMILIES, check_family_settings
 
 DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu", "npu", "hpu", "mtia")
 LONG_DOCUMENTS = ("truncate", "window")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
+# Those that FlagEmbedding's lightweight class was made for.
+_RATIOS = (1, 2, 4, 8)
 
 _DEVICE = re.compile(rf"auto|({'|'.join(DEVICE_TYPES)})(:\d+)?")
 
@@ -36,6 +39,17 @@ class EngineSettings:
         cache_dir: Folder of the hub's cache; `None` is the hub library's own.
         local_files_only: Never ask the hub, use folders and the cache alone.
         token: Secret for a private or gated checkpoint; in no repr, comparison aside.
+        family: `"encoder"`, `"decoder"`, `"layerwise"` or `"lightweight"`; `None` is found from the
+            checkpoint's config.
+        prompt: What a decoder is asked after the document; `None` is the family's own.
+        query_instruction: Put before each query; `None` is `"A: "` in the decoder families, and
+            nothing in the encoder family.
+        passage_instruction: Put before each document; `None` is `"B: "`, or nothing.
+        cutoff_layers: The layer whose logit is read, in the layerwise and lightweight families;
+            `None` is the last.
+        compress_ratio: How many of a document's tokens are made one in the lightweight family: 1,
+            2, 4 or 8; `None` is 1, which leaves them as they are.
+        compress_layers: Before which layers that is done; `None` is `(8,)`.
         pack_tokens: Token budget of one forward pass; `"auto"` fits it to the device.
         max_queued_pairs: Most pairs that may wait; past it a call raises `Overloaded`.
     """
@@ -52,6 +66,13 @@ class EngineSettings:
     cache_dir: str | None = None
     local_files_only: bool = False
     token: str | None = field(default=None, repr=False)
+    family: str | None = None
+    prompt: str | None = None
+    query_instruction: str | None = None
+    passage_instruction: str | None = None
+    cutoff_layers: int | None = None
+    compress_ratio: int | None = None
+    compress_layers: tuple[int, ...] | None = None
     pack_tokens: int | str = "auto"
     max_queued_pairs: int = 100_000
 
@@ -64,6 +85,10 @@ class EngineSettings:
                 f"query_max_length ({self.query_max_length}) leaves no room for a document within "
                 f"max_length ({self.max_length}); make it smaller, or max_length larger."
             )
+        known = CHECKPOINTS.get(self.model)
+        family = self.family or (known and known.family)
+        if family:
+            check_family_settings(family, vars(self))
         self._check_windows()
 
     def _check_windows(self) -> None:
@@ -90,9 +115,10 @@ class EngineSettings:
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain values for JSON, without the token."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "token"}
-        if isinstance(self.device, tuple):
-            plain["device"] = list(self.device)
-        return plain
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in plain.items()
+        }
 
     def without_token(self) -> "EngineSettings":
         """Return the same settings with the secret left out."""
@@ -175,6 +201,50 @@ def _long_documents(name: str, value: object) -> str:
     return value
 
 
+def _optional_line(name: str, value: object) -> str | None:
+    """Check what stands beside a text: unlike a name it may be empty."""
+    if not isinstance(value, str | None):
+        raise SettingsError(f"{name} must be a str or None, got {value!r}.")
+    return value
+
+
+def _family(name: str, value: object) -> str | None:
+    return None if value is None else _one_of(name, value, FAMILIES)
+
+
+def _one_of(name: str, value: object, allowed: tuple[Any, ...]) -> Any:
+    if isinstance(value, bool) or value not in allowed:
+        raise SettingsError(
+            f"{name} must be one of {', '.join(map(repr, allowed))}, or None, got {value!r}."
+        )
+    return value
+
+
+def _one_layer(name: str, value: object) -> int | None:
+    """Check a layer, which FlagEmbedding's users give as a list of one."""
+    if isinstance(value, list | tuple):
+        if len(value) != 1:
+            raise SettingsError(
+                f"{name} must be one layer, or a list of one, got {value!r}; each layer gives "
+                "scores of its own, so make an engine for each."
+            )
+        value = value[0]
+    return _optional_count(name, value)
+
+
+def _ratio(name: str, value: object) -> int | None:
+    return None if value is None else _one_of(name, value, _RATIOS)
+
+
+def _layers(name: str, value: object) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    layers = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if not layers:
+        raise SettingsError(f"{name} must name at least one layer, got {value!r}.")
+    return tuple(sorted({_count(name, layer) for layer in layers}))
+
+
 def _flag(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise SettingsError(f"{name} must be True or False, got {value!r}.")
@@ -194,6 +264,13 @@ _CHECKS = {
     "cache_dir": _optional_text,
     "local_files_only": _flag,
     "token": _secret,
+    "family": _family,
+    "prompt": _optional_line,
+    "query_instruction": _optional_line,
+    "passage_instruction": _optional_line,
+    "cutoff_layers": _one_layer,
+    "compress_ratio": _ratio,
+    "compress_layers": _layers,
     "pack_tokens": _auto_or_count,
     "max_queued_pairs": _count,
 }

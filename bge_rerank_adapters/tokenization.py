@@ -1,9 +1,8 @@
 """Texts to token ids, by FlagEmbedding's truncation rule, with every text read once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +28,7 @@ class TokenPair:
         truncated: Whether the document was cut to fit.
         index: Position of the first pair with these texts in the caller's list.
         span: The document's characters that a window of it shows; `None` where there are none.
+        tokens_after: How many tokens follow the document's own.
     """
 
     ids: TokenIds
@@ -36,6 +36,7 @@ class TokenPair:
     truncated: bool
     index: int
     span: tuple[int, int] | None = None
+    tokens_after: int = 0
 
     def __len__(self) -> int:
         """Return the number of tokens."""
@@ -72,15 +73,28 @@ class TokenizedPairs:
 
 
 @dataclass(frozen=True, slots=True)
-class _Template:
-    """The special tokens around a pair: `before` query `between` document `after`."""
+class PairTemplate:
+    """What stands around a pair: `before` query `between` document `after`.
+
+    Attributes:
+        before: Token ids, as for the next two; each may be empty.
+        between: Those that part query and document.
+        after: Those that follow the document.
+        extra_tokens: By how many tokens a pair may exceed `max_length`.
+        query_instruction: Put before each query, and cut with it.
+        passage_instruction: Put before each document, and cut with it.
+    """
 
     before: TokenIds
     between: TokenIds
     after: TokenIds
+    extra_tokens: int = 0
+    query_instruction: str = ""
+    passage_instruction: str = ""
 
     @property
     def tokens(self) -> int:
+        """Number of tokens of the template itself."""
         return len(self.before) + len(self.between) + len(self.after)
 
 
@@ -97,14 +111,20 @@ class PairTokenizer:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, *, max_length: int, query_max_length: int | None = None
+        self,
+        tokenizer: Tokenizer,
+        *,
+        max_length: int,
+        query_max_length: int | None = None,
+        template: PairTemplate | None = None,
     ) -> None:
         """Take over a tokenizer, which must not be changed afterwards.
 
         Args:
-            tokenizer: It must put special tokens around a pair.
+            tokenizer: It must put special tokens around a pair, unless `template` does.
             max_length: Most tokens of a pair, special tokens included.
             query_max_length: Most tokens of a query; `None` is three quarters of `max_length`.
+            template: What stands around a pair; `None` is what the tokenizer puts there.
 
         Raises:
             SettingsError: The lengths leave no room for a document.
@@ -112,26 +132,38 @@ class PairTokenizer:
         """
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        self._template = _read_template(tokenizer)
+        self._template = read_template(tokenizer) if template is None else template
         self.max_length = max_length
         self.query_max_length = (
             max_length * 3 // 4 if query_max_length is None else query_max_length
         )
-        if max_length - self._template.tokens - self.query_max_length < 1:
+        if self._room(self.query_max_length) < 1:
             raise SettingsError(
                 f"max_length {max_length} leaves no room for a document beside a query of "
                 f"query_max_length {self.query_max_length} and {self._template.tokens} special "
                 "tokens; make max_length larger or query_max_length smaller."
             )
         # Set once and never again: changing it while another thread encodes is what raises
-        # "Already borrowed" elsewhere. Longer texts need not cross over into Python.
-        tokenizer.enable_truncation(max_length)
+        # "Already borrowed" elsewhere. Longer texts need not cross over into Python; one token
+        # more than is kept tells that a text was cut.
+        tokenizer.enable_truncation(max_length + 1)
         self._tokenizer = tokenizer
 
     @property
     def vocabulary(self) -> int:
         """One more than the highest id that a text can get."""
         return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+
+    def first_id(self, text: str) -> int:
+        """Return the first token id of a text.
+
+        Raises:
+            CheckpointError: The tokenizer makes no token of it.
+        """
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if not ids:
+            raise CheckpointError(f"The tokenizer makes no token of {text!r}, which is needed.")
+        return int(ids[0])
 
     def tokenize(self, pairs: Sequence[tuple[str, str]]) -> TokenizedPairs:
         """Return the token ids of (query, document) pairs; each distinct text is read once.
@@ -150,8 +182,9 @@ class PairTokenizer:
             if position == len(first):
                 first.append(index)
             positions.append(position)
-        queries = self._encode(dict.fromkeys(query for query, _ in distinct))
-        documents = self._encode(dict.fromkeys(document for _, document in distinct))
+        template = self._template
+        queries = self._encode((query for query, _ in distinct), template.query_instruction)
+        documents = self._encode((text for _, text in distinct), template.passage_instruction)
         return TokenizedPairs(
             [
                 self._join(queries[query], documents[document], index)
@@ -163,20 +196,28 @@ class PairTokenizer:
     def _join(self, query: TokenIds, document: TokenIds, index: int) -> TokenPair:
         template = self._template
         query = query[: self.query_max_length]
-        room = self.max_length - template.tokens - len(query)
+        room = self._room(len(query))
         ids = np.concatenate(
             (template.before, query, template.between, document[:room], template.after)
         )
         start = len(template.before) + len(query) + len(template.between)
-        return TokenPair(ids, start, truncated=len(document) > room, index=index)
+        truncated = len(document) > room
+        return TokenPair(ids, start, truncated, index, tokens_after=len(template.after))
 
-    def _encode(self, texts: dict[str, Any]) -> dict[str, TokenIds]:
-        """Return each text's ids, without special tokens, cut to `max_length`."""
+    def _room(self, query_tokens: int) -> int:
+        """Return how many tokens of a document fit beside a query."""
+        template = self._template
+        room = self.max_length + template.extra_tokens - template.tokens - query_tokens
+        return min(self.max_length, room)
+
+    def _encode(self, texts: Iterable[str], instruction: str) -> dict[str, TokenIds]:
+        """Return each distinct text's ids, without special tokens, cut after `max_length`."""
         encoded: dict[str, TokenIds] = {}
-        remaining = list(texts)
+        remaining = list(dict.fromkeys(texts))
         for start in range(0, len(remaining), _TEXTS_PER_BATCH):
             batch = remaining[start : start + _TEXTS_PER_BATCH]
-            for text, encoding in zip(batch, self._encode_batch(batch), strict=True):
+            whole = [instruction + text for text in batch] if instruction else batch
+            for text, encoding in zip(batch, self._encode_batch(whole), strict=True):
                 encoded[text] = np.asarray(encoding.ids, dtype=np.int64)
         return encoded
 
@@ -193,12 +234,32 @@ def without_surrogates(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+def read_template(tokenizer: Tokenizer) -> PairTemplate:
+    """Find the special tokens around a pair by tokenising the pair of "a" and "b".
+
+    Raises:
+        CheckpointError: The tokenizer puts none there.
+    """
+    pair = tokenizer.encode("a", "b", add_special_tokens=True)
+    ids, owners = np.asarray(pair.ids, dtype=np.int64), pair.sequence_ids
+    if not {None, 0, 1} <= set(owners):
+        raise CheckpointError(
+            "the tokenizer puts no special tokens around a pair of texts, so the model could not "
+            "tell where the query ends; a reranker's tokenizer has a post-processor for pairs."
+        )
+    query_start, document_start = owners.index(0), owners.index(1)
+    query_end = len(owners) - owners[::-1].index(0)
+    document_end = len(owners) - owners[::-1].index(1)
+    return PairTemplate(ids[:query_start], ids[query_end:document_start], ids[document_end:])
+
+
 def load_tokenizer(
     folder: Path,
     *,
     max_length: int,
     query_max_length: int | None = None,
     make: Callable[..., PairTokenizer] = PairTokenizer,
+    template: Callable[[Tokenizer], PairTemplate] = read_template,
 ) -> PairTokenizer:
     """Return the tokenizer of a checkpoint's folder.
 
@@ -207,14 +268,22 @@ def load_tokenizer(
         max_length: Most tokens of a pair, special tokens included.
         query_max_length: Most tokens of a query; `None` is three quarters of `max_length`.
         make: What takes the tokenizer and these lengths.
+        template: Makes what stands around a pair out of the tokenizer.
 
     Raises:
         CheckpointError: There is no tokenizer in the folder, or it cannot be read.
         SettingsError: The lengths leave no room for a document.
     """
     tokenizer = _read_tokenizer(folder)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
     try:
-        return make(tokenizer, max_length=max_length, query_max_length=query_max_length)
+        return make(
+            tokenizer,
+            max_length=max_length,
+            query_max_length=query_max_length,
+            template=template(tokenizer),
+        )
     except CheckpointError as error:
         raise CheckpointError(f"{folder / 'tokenizer.json'}: {error}") from error
 
@@ -256,18 +325,3 @@ def _convert_slow_tokenizer(folder: Path) -> Tokenizer:
             f"The tokenizer in {folder} ({', '.join(slow)}) cannot be converted to a fast one: "
             f"{error}"
         ) from error
-
-
-def _read_template(tokenizer: Tokenizer) -> _Template:
-    """Find the special tokens around a pair by tokenising the pair of "a" and "b"."""
-    pair = tokenizer.encode("a", "b", add_special_tokens=True)
-    ids, owners = np.asarray(pair.ids, dtype=np.int64), pair.sequence_ids
-    if not {None, 0, 1} <= set(owners):
-        raise CheckpointError(
-            "the tokenizer puts no special tokens around a pair of texts, so the model could not "
-            "tell where the query ends; a reranker's tokenizer has a post-processor for pairs."
-        )
-    query_start, document_start = owners.index(0), owners.index(1)
-    query_end = len(owners) - owners[::-1].index(0)
-    document_end = len(owners) - owners[::-1].index(1)
-    return _Template(ids[:query_start], ids[query_end:document_start], ids[document_end:])

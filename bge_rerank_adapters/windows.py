@@ -12,6 +12,7 @@ from tokenizers import Encoding, Tokenizer
 
 from bge_rerank_adapters.settings import EngineSettings, check_window_sizes
 from bge_rerank_adapters.tokenization import (
+    PairTemplate,
     PairTokenizer,
     TokenIds,
     TokenizedPairs,
@@ -40,23 +41,25 @@ class _Document:
 
     Attributes:
         ids: int64, shape (tokens,), no special tokens.
+        before: The instruction's ids, which stand before those of every window.
         text: The text itself.
         spans: Character offsets of each token in `text`; none where one window takes it whole.
     """
 
     ids: TokenIds
+    before: TokenIds
     text: str
     spans: list[Span]
 
     def windows(self, size: int, overlap: int) -> Iterator[tuple[TokenIds, Span]]:
         """Yield the token ids and characters of each window; one of all where it fits."""
         if len(self.ids) <= size:
-            yield self.ids, (0, len(self.text))
+            yield np.concatenate((self.before, self.ids)), (0, len(self.text))
             return
         for start, end in cut_windows(
             len(self.ids), size=size, overlap=overlap, starts_word=self.starts_word
         ):
-            yield self.ids[start:end], self.span(start, end)
+            yield np.concatenate((self.before, self.ids[start:end])), self.span(start, end)
 
     def starts_word(self, token: int) -> bool:
         """Return whether a cut before a token is one between words."""
@@ -86,6 +89,7 @@ class WindowTokenizer(PairTokenizer):
         *,
         max_length: int,
         query_max_length: int | None = None,
+        template: PairTemplate | None = None,
         window_tokens: int | None = None,
         window_overlap_tokens: int | None = None,
     ) -> None:
@@ -95,6 +99,7 @@ class WindowTokenizer(PairTokenizer):
             tokenizer: It must put special tokens around a pair.
             max_length: Most tokens of a row, special tokens included.
             query_max_length: Most tokens of a query; `None` is three quarters of `max_length`.
+            template: What stands around a pair; `None` is what the tokenizer puts there.
             window_tokens: Most document tokens of a window; `None` is all that fit beside the
                 query, and more than fit count as that.
             window_overlap_tokens: How many tokens two neighbours have in common at least; `None`
@@ -104,11 +109,17 @@ class WindowTokenizer(PairTokenizer):
             SettingsError: The lengths leave no room for a document, or windows cannot advance.
             CheckpointError: The tokenizer has no template for pairs.
         """
-        super().__init__(tokenizer, max_length=max_length, query_max_length=query_max_length)
+        super().__init__(
+            tokenizer, max_length=max_length, query_max_length=query_max_length, template=template
+        )
         check_window_sizes(window_tokens, window_overlap_tokens, max_length=max_length)
         self._tokenizer.no_truncation()
         self._window_tokens = window_tokens
         self._overlap_tokens = window_overlap_tokens
+        self._instruction = self._template.passage_instruction
+        # The space that ends it goes with the document's first word.
+        bare = tokenizer.encode(self._instruction.rstrip(), add_special_tokens=False)
+        self._instruction_tokens = len(bare.ids)
 
     def tokenize(self, pairs: Sequence[tuple[str, str]]) -> TokenizedPairs:
         """Return the windows of (query, document) pairs; each distinct text is read once.
@@ -123,7 +134,7 @@ class WindowTokenizer(PairTokenizer):
         first: dict[tuple[str, str], int] = {}
         for index, pair in enumerate(pairs):
             first.setdefault(pair, index)
-        queries = self._encode(dict.fromkeys(query for query, _ in first))
+        queries = self._encode((query for query, _ in first), self._template.query_instruction)
         sizes = {query: self._window_size(ids) for query, ids in queries.items()}
         documents = self._read(
             list(dict.fromkeys(document for _, document in first)),
@@ -140,7 +151,7 @@ class WindowTokenizer(PairTokenizer):
         return TokenizedPairs(rows, [place[pair] for pair in pairs], groups)
 
     def _window_size(self, query: TokenIds) -> int:
-        room = self.max_length - self._template.tokens - min(len(query), self.query_max_length)
+        room = self._room(min(len(query), self.query_max_length)) - self._instruction_tokens
         return room if self._window_tokens is None else min(room, self._window_tokens)
 
     def _overlap(self, size: int) -> int:
@@ -159,13 +170,29 @@ class WindowTokenizer(PairTokenizer):
                 end += 1
             batch = texts[start:end]
             for text, encoding in zip(batch, self._encode_with_offsets(batch), strict=True):
-                ids = np.asarray(encoding.ids, dtype=np.int64)
-                spans = _spans(text, encoding) if len(ids) > longest_whole else []
-                documents[text] = _Document(ids, text, spans)
+                documents[text] = self._document(text, encoding, longest_whole=longest_whole)
             start = end
         return documents
 
-    def _encode_with_offsets(self, texts: list[str]) -> list[Encoding]:
+    def _document(self, text: str, encoding: Encoding, *, longest_whole: int) -> _Document:
+        """Return a text's tokens, parted from those of the instruction before it."""
+        ids = np.asarray(encoding.ids, dtype=np.int64)
+        bare, skipped = len(self._instruction.rstrip()), len(self._instruction)
+        before = 0
+        while (
+            before < min(self._instruction_tokens, len(ids)) and encoding.offsets[before][1] <= bare
+        ):
+            before += 1
+        spans: list[Span] = []
+        if len(ids) - before > longest_whole:
+            spans = [
+                (max(0, start - skipped), max(0, end - skipped))
+                for start, end in _spans(self._instruction + text, encoding)
+            ][before:]
+        return _Document(ids[before:], ids[:before], text, spans)
+
+    def _encode_with_offsets(self, documents: list[str]) -> list[Encoding]:
+        texts = [self._instruction + document for document in documents]
         try:
             return self._tokenizer.encode_batch(texts, add_special_tokens=False)
         except (TypeError, UnicodeEncodeError):

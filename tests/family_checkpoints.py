@@ -107,9 +107,7 @@ def build_family(
     folder.mkdir(parents=True, exist_ok=True)
     written = _SIZES | _CONFIGS[family] | (config or {})
     (folder / "config.json").write_text(json.dumps(written, indent=1), encoding="utf-8")
-    weights = {
-        name: _random_weights(name, shape, seed) for name, shape in _shapes(written).items()
-    }
+    weights = {name: _random_weights(name, shape, seed) for name, shape in _shapes(written).items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     _write_tokenizer(folder, bos=bos, spaces=spaces, padding_side=padding_side)
     return folder
@@ -233,7 +231,14 @@ def _cases() -> list[Case]:
         ),
         (
             "stretched",
-            {"seed": 4, "config": {"rope_scaling": {"type": "linear", "factor": 2.0}}},
+            {
+                "seed": 4,
+                "config": {
+                    "rope_scaling": {"type": "linear", "factor": 2.0},
+                    "scale_emb": 12,
+                    "scale_depth": 1.4,
+                },
+            },
             {"query_max_length": 10},
         ),
     ]

@@ -42,12 +42,18 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name) if kind == "mps" else torch.device(kind, index)
 
 
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+def resolve_dtype(name: str, device: torch.device, *, wide_range: bool = False) -> torch.dtype:
     """Return the dtype of a name; `"auto"` is the fastest that the device runs natively.
 
     Half types are taken where a short timing finds them faster than float32 by a third at least;
     bfloat16 before float16 on a processor, the other way round elsewhere, since float16 keeps
     three more bits of the logit. int8 is for processors, and only where it is asked for.
+
+    Args:
+        name: `"auto"`, `"int8"`, or torch's name of a floating-point dtype.
+        device: Where the model is to run.
+        wide_range: Whether the model's activations may be too large for float16, as Gemma's are;
+            `"auto"` leaves float16 out then.
 
     Raises:
         DeviceError: int8 is asked for and the device cannot run it.
@@ -57,7 +63,8 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)
         return dtype
-    return _fastest_dtype(device.type, device.index)
+    halves = (torch.bfloat16,) if wide_range else (torch.bfloat16, torch.float16)
+    return _fastest_dtype(device.type, device.index, halves)
 
 
 def _check_int8(device: torch.device) -> None:
@@ -108,11 +115,12 @@ def _device_count(kind: str) -> int:
 
 
 @cache
-def _fastest_dtype(kind: str, index: int | None) -> torch.dtype:
+def _fastest_dtype(
+    kind: str, index: int | None, halves: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
+) -> torch.dtype:
     device = torch.device(kind, index) if index is not None else torch.device(kind)
-    halves = [torch.bfloat16, torch.float16]
     if kind != "cpu":
-        halves.reverse()
+        halves = halves[::-1]
     limit = _seconds(device, torch.float32) / _WORTHWHILE_SPEEDUP
     timed = [
         (seconds, half) for half in halves if (seconds := _seconds(device, half, limit)) < limit

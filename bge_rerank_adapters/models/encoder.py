@@ -7,7 +7,6 @@ whose numbers this gives to float32 rounding.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bge_rerank_adapters.errors import CheckpointError, UnsupportedCheckpointError
+from bge_rerank_adapters.models.activations import ACTIVATIONS
 from bge_rerank_adapters.models.attention import Layout, attention_for
 from bge_rerank_adapters.models.devices import resolve_dtype
 from bge_rerank_adapters.models.linear import (
@@ -29,15 +29,6 @@ from bge_rerank_adapters.models.linear import (
 )
 from bge_rerank_adapters.models.weights import Weights, open_weights
 from bge_rerank_adapters.tokenization import TokenIds, TokenPair
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": functional.gelu,
-    "gelu_new": partial(functional.gelu, approximate="tanh"),
-    "gelu_pytorch_tanh": partial(functional.gelu, approximate="tanh"),
-    "relu": functional.relu,
-    "silu": functional.silu,
-    "swish": functional.silu,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +78,7 @@ _ARCHITECTURES = {
 }
 
 
-def is_encoder(config: dict[str, Any]) -> bool:
-    """Return whether `config.json` is one of an encoder that can be run here."""
-    return config.get("model_type") in _ARCHITECTURES
+ENCODER_TYPES = tuple(_ARCHITECTURES)
 
 
 def parse_config(config: dict[str, Any], *, folder: Path) -> EncoderConfig:

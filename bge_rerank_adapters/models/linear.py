@@ -26,8 +26,10 @@ class Linear(Protocol):
 class PlainLinear:
     """torch's own linear layer."""
 
-    def __init__(self, weight: Tensor, bias: Tensor, activation: Activation | None = None) -> None:
-        """Keep the weight, shape (outputs, inputs), and the bias, shape (outputs,)."""
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, activation: Activation | None = None
+    ) -> None:
+        """Keep the weight, shape (outputs, inputs), and the bias, shape (outputs,), if any."""
         self._weight, self._bias, self._activation = weight, bias, activation
 
     def __call__(self, states: Tensor) -> Tensor:
@@ -39,7 +41,9 @@ class PlainLinear:
 class PackedLinear:
     """A layer on a processor whose weight lies in oneDNN's own order, activation included."""
 
-    def __init__(self, weight: Tensor, bias: Tensor, activation: Activation | None = None) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, activation: Activation | None = None
+    ) -> None:
         """Reorder the weight; the original is not kept."""
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight)  # noqa: SLF001
         self._bias = bias

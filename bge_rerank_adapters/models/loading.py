@@ -1,15 +1,37 @@
 """From a checkpoint's folder to models that are ready to run."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from tokenizers import Tokenizer
 
 from bge_rerank_adapters.errors import CheckpointError, UnsupportedCheckpointError
-from bge_rerank_adapters.models.encoder import EncoderModel, is_encoder, parse_config
+from bge_rerank_adapters.families import check_family_settings
+from bge_rerank_adapters.models.causal_config import parse_gemma
+from bge_rerank_adapters.models.decoder import DecoderModel
+from bge_rerank_adapters.models.devices import resolve_dtype
+from bge_rerank_adapters.models.encoder import ENCODER_TYPES, EncoderModel, parse_config
 from bge_rerank_adapters.models.weights import read_config
-from bge_rerank_adapters.tokenization import PairTokenizer, TokenPair, load_tokenizer
+from bge_rerank_adapters.prompts import YES, decoder_template
+from bge_rerank_adapters.settings import EngineSettings
+from bge_rerank_adapters.tokenization import (
+    PairTemplate,
+    PairTokenizer,
+    TokenPair,
+    load_tokenizer,
+    read_template,
+)
+from bge_rerank_adapters.windows import tokenizer_maker
+
+# The kinds of models that each family can run, by their `model_type`.
+_TYPES: dict[str, tuple[str, ...]] = {
+    "encoder": ENCODER_TYPES,
+    "decoder": ("gemma",),
+}
 
 
 class Model(Protocol):
@@ -23,60 +45,137 @@ class Model(Protocol):
         ...
 
 
-def read_encoder_config(folder: Path) -> dict[str, Any]:
-    """Return the `config.json` of an encoder.
+class _Sizes(Protocol):
+    """What tokenizing needs of a model's config."""
+
+    @property
+    def max_tokens(self) -> int: ...
+
+    @property
+    def vocabulary(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LocalCheckpoint:
+    """A checkpoint's folder, read as far as its config.
+
+    Attributes:
+        folder: Holds config, tokenizer and weights.
+        config: Its `config.json`.
+        family: How it is run.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    family: str
+
+
+def read_checkpoint(folder: Path, settings: EngineSettings) -> LocalCheckpoint:
+    """Return what a folder holds, and check that the settings fit it.
 
     Raises:
-        CheckpointError: It is missing or damaged.
+        CheckpointError: The config is missing or damaged.
         UnsupportedCheckpointError: It is one of another kind of model.
+        SettingsError: A setting does not belong to its family.
     """
     config = read_config(folder)
-    if not is_encoder(config):
-        raise UnsupportedCheckpointError(
-            f"{folder} is a {config.get('model_type', 'model of unknown type')!r} model "
-            f"({', '.join(config.get('architectures') or ['no architecture named'])}), which is "
-            "not supported yet; supported are one-label XLM-RoBERTa, RoBERTa and BERT "
-            "cross-encoders, such as BAAI/bge-reranker-v2-m3."
-        )
-    return config
+    found = _family(config)
+    family = settings.family or found
+    if family is None or config.get("model_type") not in _TYPES[family]:
+        raise UnsupportedCheckpointError(_not_supported(folder, config, settings.family))
+    check_family_settings(
+        family, {each.name: getattr(settings, each.name) for each in fields(settings)}
+    )
+    return LocalCheckpoint(folder, config, family)
 
 
-def load_pair_tokenizer(
-    folder: Path,
-    config: dict[str, Any],
-    *,
-    max_length: int,
-    query_max_length: int | None,
-    make: Callable[..., PairTokenizer] = PairTokenizer,
-) -> PairTokenizer:
+def load_pair_tokenizer(checkpoint: LocalCheckpoint, settings: EngineSettings) -> PairTokenizer:
     """Return the checkpoint's tokenizer, its lengths clamped to the model's positions.
 
     Raises:
         CheckpointError: The tokenizer is missing, damaged or of another model.
         SettingsError: The lengths leave no room for a document.
     """
-    parsed = parse_config(config, folder=folder)
+    folder, sizes = checkpoint.folder, _sizes(checkpoint)
     tokenizer = load_tokenizer(
         folder,
-        max_length=min(max_length, parsed.max_tokens),
-        query_max_length=query_max_length,
-        make=make,
+        max_length=min(settings.max_length, sizes.max_tokens),
+        query_max_length=settings.query_max_length,
+        template=_template(checkpoint, settings),
+        make=tokenizer_maker(settings),
     )
-    if tokenizer.vocabulary > parsed.vocabulary:
+    if tokenizer.vocabulary > sizes.vocabulary:
         raise CheckpointError(
             f"{folder}: the tokenizer has ids up to {tokenizer.vocabulary - 1}, but the model has "
-            f"embeddings for {parsed.vocabulary}; tokenizer and weights are not of one checkpoint."
+            f"embeddings for {sizes.vocabulary}; tokenizer and weights are not of one checkpoint."
         )
     return tokenizer
 
 
 def load_model(
-    folder: Path, config: dict[str, Any], *, device: torch.device, dtype: torch.dtype
+    checkpoint: LocalCheckpoint,
+    settings: EngineSettings,
+    *,
+    tokenizer: PairTokenizer,
+    device: torch.device,
 ) -> Model:
     """Return the model on a device.
 
     Raises:
         CheckpointError: Its weights are missing, damaged or do not fit the config.
         UnsupportedCheckpointError: It is no one-label reranker.
+        SettingsError: A layer is asked for that the model has not.
+        DeviceError: The device cannot run the dtype.
     """
-    return EncoderModel(config, folder, device=device, dtype=dtype)
+    config, folder = checkpoint.config, checkpoint.folder
+    is_encoder = checkpoint.family == "encoder"
+    dtype = resolve_dtype(settings.dtype, device, wide_range=not is_encoder)
+    if is_encoder:
+        return EncoderModel(config, folder, device=device, dtype=dtype)
+    return DecoderModel(config, folder, device=device, dtype=dtype, yes_id=tokenizer.first_id(YES))
+
+
+def _family(config: dict[str, Any]) -> str | None:
+    """Return the family that a config tells of, if any."""
+    for family, types in _TYPES.items():
+        if config.get("model_type") in types:
+            return family
+    return None
+
+
+def _sizes(checkpoint: LocalCheckpoint) -> _Sizes:
+    parse: dict[str, Callable[..., _Sizes]] = {"encoder": parse_config, "decoder": parse_gemma}
+    return parse[checkpoint.family](checkpoint.config, folder=checkpoint.folder)
+
+
+def _template(
+    checkpoint: LocalCheckpoint, settings: EngineSettings
+) -> Callable[[Tokenizer], PairTemplate]:
+    if checkpoint.family == "encoder":
+        return partial(
+            _with_instructions, settings.query_instruction or "", settings.passage_instruction or ""
+        )
+    return partial(
+        decoder_template,
+        folder=checkpoint.folder,
+        family=checkpoint.family,
+        prompt=settings.prompt,
+        query_instruction=settings.query_instruction,
+        passage_instruction=settings.passage_instruction,
+    )
+
+
+def _with_instructions(query: str, passage: str, tokenizer: Tokenizer) -> PairTemplate:
+    template = read_template(tokenizer)
+    return replace(template, query_instruction=query, passage_instruction=passage)
+
+
+def _not_supported(folder: Path, config: dict[str, Any], asked: str | None) -> str:
+    kind = config.get("model_type", "model of unknown type")
+    named = ", ".join(config.get("architectures") or ["no architecture named"])
+    types = "; ".join(f"{family}: {', '.join(each)}" for family, each in _TYPES.items())
+    wanted = "" if asked is None else f" as one of the {asked} family, which family= asks for"
+    return (
+        f"{folder} is a {kind!r} model ({named}), which is not supported{wanted}; supported are "
+        f"these model types of each family: {types}."
+    )

@@ -32,7 +32,7 @@ def texts() -> Iterator[str]:
 
 def build() -> Tokenizer:
     """Return the trained tokenizer."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer = Tokenizer(models.BPE(unk_token=SPECIALS[3], fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     # While it is trained alone: merges across words would fill the vocabulary with phrases.
     tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")

@@ -35,7 +35,9 @@ NAMES = {
 
 def scores(case: Case, folder: Path, *, batch_size: int) -> list[float]:
     """Return FlagEmbedding's logit of every pair."""
-    settings: dict[str, Any] = {NAMES.get(name, name): value for name, value in case.settings.items()}
+    settings: dict[str, Any] = {
+        NAMES.get(name, name): value for name, value in case.settings.items()
+    }
     if "cutoff_layers" in settings:
         settings["cutoff_layers"] = [settings["cutoff_layers"]]
     reranker = CLASSES[case.family](
