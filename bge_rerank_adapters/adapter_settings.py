@@ -46,6 +46,13 @@ class AdapterSettings(BaseModel):
         cache_dir: Folder of the hub's cache.
         local_files_only: Never ask the hub.
         token: Secret for the hub; in no repr, dump or pickle.
+        family: How the checkpoint is run; found from its config if `None`.
+        prompt: What a decoder is asked after the document.
+        query_instruction: Put before each query.
+        passage_instruction: Put before each document.
+        cutoff_layers: The layer whose logit is read, or a list of one.
+        compress_ratio: How many of a document's tokens are made one.
+        compress_layers: Before which layers that is done.
         pack_tokens: Token budget of one forward pass.
         max_queued_pairs: Most pairs that may wait in the engine.
     """
@@ -78,6 +85,15 @@ class AdapterSettings(BaseModel):
     cache_dir: str | None = Field(default=EngineSettings.cache_dir, frozen=True)
     local_files_only: bool = Field(default=EngineSettings.local_files_only, frozen=True)
     token: SecretStr | None = Field(default=None, exclude=True, repr=False, frozen=True)
+    family: str | None = Field(default=EngineSettings.family, frozen=True)
+    prompt: str | None = Field(default=EngineSettings.prompt, frozen=True)
+    query_instruction: str | None = Field(default=EngineSettings.query_instruction, frozen=True)
+    passage_instruction: str | None = Field(default=EngineSettings.passage_instruction, frozen=True)
+    cutoff_layers: int | list[int] | None = Field(default=EngineSettings.cutoff_layers, frozen=True)
+    compress_ratio: int | None = Field(default=EngineSettings.compress_ratio, frozen=True)
+    compress_layers: int | list[int] | None = Field(
+        default=cast(None, EngineSettings.compress_layers), frozen=True
+    )
     pack_tokens: int | str = Field(default=EngineSettings.pack_tokens, frozen=True)
     max_queued_pairs: int = Field(default=EngineSettings.max_queued_pairs, frozen=True)
 

@@ -20,7 +20,14 @@ from bge_rerank_adapters.ranking import RankedDocument, check_documents, check_q
 from bge_rerank_adapters.settings import EngineSettings
 
 _QUERY_MAX_LENGTH = 256
-_MODEL_CLASSES = (None, "encoder-only-base")
+# FlagEmbedding's names of the families (`inference/reranker/model_mapping.py`).
+_FAMILIES = {
+    None: None,
+    "encoder-only-base": "encoder",
+    "decoder-only-base": "decoder",
+    "decoder-only-layerwise": "layerwise",
+    "decoder-only-lightweight": "lightweight",
+}
 
 
 @dataclass(slots=True, repr=False)
@@ -74,6 +81,11 @@ class BGERerankFunction:
         query_instruction_format: str = "{}{}",
         passage_instruction_for_rerank: str | None = None,
         passage_instruction_format: str = "{}{}",
+        use_bf16: bool = False,
+        prompt: str | None = None,
+        cutoff_layers: int | Sequence[int] | None = None,
+        compress_ratio: int | None = None,
+        compress_layers: int | Sequence[int] | None = None,
     ) -> None:
         """Load the model, or share the one that is loaded with equal settings.
 
@@ -96,11 +108,18 @@ class BGERerankFunction:
             window_tokens: Most document tokens of a window; `None` is all that fit.
             window_overlap_tokens: Tokens that neighbouring windows share; `None` is a quarter.
             trust_remote_code: Must be False.
-            model_class: FlagEmbedding's name of the family; `None` or `"encoder-only-base"`.
-            query_instruction_for_rerank: Put before the query, in `query_instruction_format`.
+            model_class: FlagEmbedding's name of the family, such as `"decoder-only-layerwise"`;
+                `None` is found from the checkpoint.
+            query_instruction_for_rerank: Put before the query, in `query_instruction_format`;
+                `None` is `"A: "` for decoders.
             query_instruction_format: With two places: the instruction's and the query's.
             passage_instruction_for_rerank: The same for documents.
             passage_instruction_format: The same for documents.
+            use_bf16: bfloat16, whatever `use_fp16` says.
+            prompt: What a decoder is asked after the document; `None` is the family's own.
+            cutoff_layers: The layer whose logit is read, or a list of one.
+            compress_ratio: How many of a document's tokens are made one.
+            compress_layers: Before which layers that is done.
 
         Raises:
             SettingsError: A setting has a value that is not allowed.
@@ -111,10 +130,10 @@ class BGERerankFunction:
             raise SettingsError(f"batch_size must be at least 1, got {batch_size!r}.")
         if trust_remote_code:
             raise SettingsError("trust_remote_code must be False: no code of a checkpoint is run.")
-        if model_class not in _MODEL_CLASSES:
+        if model_class not in _FAMILIES:
             raise SettingsError(
-                f"model_class {model_class!r} is not supported yet; "
-                f"use one of {', '.join(map(repr, _MODEL_CLASSES))}."
+                f"model_class {model_class!r} is not known; "
+                f"use one of {', '.join(map(repr, _FAMILIES))}."
             )
         if query_max_length == _QUERY_MAX_LENGTH and max_length <= _QUERY_MAX_LENGTH:
             # The default was made for a max_length of 512; one who asks for less means the pair.
@@ -127,7 +146,7 @@ class BGERerankFunction:
         settings = EngineSettings(
             model=model_name,
             device=_devices(device if devices is None else devices),
-            dtype=dtype or ("auto" if use_fp16 else "float32"),
+            dtype=dtype or ("bfloat16" if use_bf16 else "auto" if use_fp16 else "float32"),
             max_length=max_length,
             query_max_length=query_max_length,
             long_documents=long_documents,
@@ -137,6 +156,14 @@ class BGERerankFunction:
             revision=revision,
             token=token,
             local_files_only=local_files_only,
+            family=_FAMILIES[model_class],
+            prompt=prompt,
+            # Where there is one it goes into the text here, in its format.
+            query_instruction=None if query_instruction_for_rerank is None else "",
+            passage_instruction=None if passage_instruction_for_rerank is None else "",
+            cutoff_layers=cutoff_layers,  # type: ignore[arg-type]
+            compress_ratio=compress_ratio,
+            compress_layers=compress_layers,  # type: ignore[arg-type]
         )
         # Imported here, so that a wrong setting is told before torch is loaded.
         from bge_rerank_adapters.sharing import shared_reranker

@@ -16,11 +16,12 @@ NAME = PACKAGE.name
 # A module may import those of lower numbers, and its own folder's.
 LAYERS = {
     **dict.fromkeys(("errors", "ranking_view"), 0),
-    **dict.fromkeys(("checkpoints", "ranking", "packing", "published", "progress"), 1),
-    **dict.fromkeys(("doors", "stats"), 1),
+    **dict.fromkeys(("checkpoints", "families", "ranking", "packing"), 1),
+    **dict.fromkeys(("published", "progress", "doors", "stats"), 1),
     **dict.fromkeys(("settings", "bulk"), 2),
     **dict.fromkeys(("tokenization", "hub"), 3),
-    **dict.fromkeys(("models", "backlog", "windows"), 4),
+    **dict.fromkeys(("prompts", "windows"), 3.5),
+    **dict.fromkeys(("models", "backlog"), 4),
     "worker": 5,
     "engine": 6,
     "sharing": 7,

@@ -16,7 +16,8 @@ from transformers import AutoModelForSequenceClassification
 from bge_rerank_adapters import CheckpointError, DeviceError, Reranker, UnsupportedCheckpointError
 from bge_rerank_adapters.models import devices
 from bge_rerank_adapters.models.encoder import ACTIVATIONS
-from bge_rerank_adapters.models.loading import load_model, load_pair_tokenizer, read_encoder_config
+from bge_rerank_adapters.models.loading import load_model, load_pair_tokenizer, read_checkpoint
+from bge_rerank_adapters.settings import EngineSettings
 from bge_rerank_adapters.tokenization import TokenPair
 from tests.checkpoints import (
     build_bert,
@@ -49,8 +50,8 @@ def own_logits(folder: Path, **settings) -> list[float]:
 
 
 def packed(folder: Path) -> list[TokenPair]:
-    config = read_encoder_config(folder)
-    tokenizer = load_pair_tokenizer(folder, config, max_length=512, query_max_length=None)
+    settings = EngineSettings(model=folder)
+    tokenizer = load_pair_tokenizer(read_checkpoint(folder, settings), settings)
     return sorted(tokenizer.tokenize(PAIRS).distinct, key=len)
 
 
@@ -93,9 +94,10 @@ def test_the_padding_token_is_among_the_texts_ids(folder):
 
 
 def test_a_whole_pack_equals_its_pairs_alone(folder):
-    model = load_model(
-        folder, read_encoder_config(folder), device=torch.device("cpu"), dtype=torch.float32
-    )
+    settings = EngineSettings(model=folder, dtype="float32")
+    checkpoint = read_checkpoint(folder, settings)
+    tokenizer = load_pair_tokenizer(checkpoint, settings)
+    model = load_model(checkpoint, settings, tokenizer=tokenizer, device=torch.device("cpu"))
     pairs = packed(folder)
     alone = [model.logits([pair])[0] for pair in pairs]
     assert_near(model.logits(pairs), alone, 1e-5)
@@ -151,7 +153,11 @@ def test_activations_equal_transformers(activation, tmp_path_factory):
             UnsupportedCheckpointError,
             "position_embedding_type must be 'absolute'",
         ),
-        ({"model_type": "gemma"}, UnsupportedCheckpointError, "'gemma' model .*not supported yet"),
+        (
+            {"model_type": "t5"},
+            UnsupportedCheckpointError,
+            "'t5' model .*is not supported; supported",
+        ),
         ({"hidden_size": None}, CheckpointError, "config.json: missing or unusable"),
         ({"hidden_size": 32}, CheckpointError, "has shape .* but config.json asks for"),
         ({"num_hidden_layers": 4}, CheckpointError, "the weights lack the tensor .*layer.3"),
@@ -187,8 +193,8 @@ def test_absent_pickled_and_damaged_weights_are_named(folder, tmp_path):
 
 def test_max_length_is_clamped_to_the_models_positions(tmp_path):
     folder = build_xlm_roberta(tmp_path, positions=66)
-    config = read_encoder_config(folder)
-    tokenizer = load_pair_tokenizer(folder, config, max_length=512, query_max_length=None)
+    settings = EngineSettings(model=folder)
+    tokenizer = load_pair_tokenizer(read_checkpoint(folder, settings), settings)
     assert tokenizer.max_length == 64
     with Reranker(str(folder), device="cpu", dtype="float32") as reranker:
         [result] = reranker.rerank("what?", ["a very long text " * 100])

@@ -55,6 +55,18 @@ def test_defaults():
         ("local_files_only", "no", "local_files_only must be True or False"),
         ("token", 5, "token must be a str or None, got a int"),
         ("token", True, "token must be a str or None"),
+        ("family", "gemma", "family must be one of 'encoder', 'decoder', 'layerwise'"),
+        ("family", True, "family must be one of"),
+        ("prompt", 5, "prompt must be a str or None, got 5"),
+        ("query_instruction", b"A", "query_instruction must be a str or None"),
+        ("passage_instruction", ["B"], "passage_instruction must be a str or None"),
+        ("cutoff_layers", 0, "cutoff_layers must be a whole number of at least 1"),
+        ("cutoff_layers", [8, 16], "cutoff_layers must be one layer, or a list of one"),
+        ("cutoff_layers", [], "cutoff_layers must be one layer, or a list of one"),
+        ("compress_ratio", 3, "compress_ratio must be one of 1, 2, 4, 8, or None, got 3"),
+        ("compress_ratio", True, "compress_ratio must be one of"),
+        ("compress_layers", [], "compress_layers must name at least one layer"),
+        ("compress_layers", [8, 0], "compress_layers must be a whole number"),
         ("pack_tokens", 0, "pack_tokens must be a whole number"),
         ("pack_tokens", "much", "pack_tokens must be a whole number"),
         ("max_queued_pairs", -1, "max_queued_pairs must be a whole number"),
@@ -68,6 +80,41 @@ def test_a_bad_value_is_refused_by_name(name, value, message):
 def test_every_setting_is_checked():
     [mark] = test_a_bad_value_is_refused_by_name.pytestmark
     assert {name for name, *_ in mark.args[1]} == set(setting_names())
+
+
+def test_layers_are_normalised():
+    settings = EngineSettings(model="m", cutoff_layers=[28], compress_layers=[24, 8, 8])
+    assert (settings.cutoff_layers, settings.compress_layers) == (28, (8, 24))
+    assert EngineSettings(model="m", compress_layers=8).compress_layers == (8,)
+    assert settings.to_dict()["compress_layers"] == [8, 24]
+    assert EngineSettings(**settings.to_dict()) == settings
+
+
+@pytest.mark.parametrize(
+    ("model", "setting", "value"),
+    [
+        ("BAAI/bge-reranker-base", "prompt", "?"),
+        ("BAAI/bge-reranker-v2-m3", "cutoff_layers", 8),
+        ("BAAI/bge-reranker-v2-gemma", "cutoff_layers", [8]),
+        ("BAAI/bge-reranker-v2-gemma", "compress_ratio", 2),
+        ("BAAI/bge-reranker-v2-gemma", "dtype", "int8"),
+        ("BAAI/bge-reranker-v2-minicpm-layerwise", "compress_layers", [8]),
+    ],
+)
+def test_what_does_not_belong_to_a_known_family_is_refused_by_name(model, setting, value):
+    with pytest.raises(SettingsError, match=f"{setting}.*famil.*leave|dtype 'int8'"):
+        EngineSettings(model=model, **{setting: value})
+
+
+def test_what_belongs_to_a_known_family_is_taken():
+    EngineSettings(model="BAAI/bge-reranker-v2-minicpm-layerwise", cutoff_layers=28, prompt="")
+    EngineSettings(
+        model="BAAI/bge-reranker-v2.5-gemma2-lightweight",
+        cutoff_layers=28,
+        compress_ratio=2,
+        compress_layers=[24, 40],
+    )
+    EngineSettings(model="BAAI/bge-reranker-v2-m3", query_instruction="Query: ")
 
 
 @pytest.mark.parametrize(

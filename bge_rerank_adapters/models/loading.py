@@ -31,6 +31,8 @@ from bge_rerank_adapters.windows import tokenizer_maker
 _TYPES: dict[str, tuple[str, ...]] = {
     "encoder": ENCODER_TYPES,
     "decoder": ("gemma",),
+    "layerwise": (),
+    "lightweight": (),
 }
 
 
