@@ -159,7 +159,7 @@ def test_lengths():
         ({"batch_size": "32"}, "batch_size must be at least 1, got '32'"),
         ({"batch_size": True}, "batch_size"),
         ({"trust_remote_code": True}, "trust_remote_code must be False"),
-        ({"model_class": "decoder-only"}, "model_class 'decoder-only-base' is not supported"),
+        ({"model_class": "decoder-only"}, "model_class 'decoder-only' is not known"),
         ({"query_instruction_format": "{}{}{}"}, "instruction format needs two places"),
         ({"passage_instruction_format": "{instruction}"}, "instruction format needs two places"),
         ({"device": "gpu"}, "device 'gpu' is not known"),
