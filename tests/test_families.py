@@ -13,8 +13,6 @@ from tests.family_checkpoints import CASES, build_family, case_pairs
 REFERENCE = json.loads((Path(__file__).parent / "reference" / "families.json").read_text("utf-8"))
 PARITY = 1e-4
 COMPANY = 1e-5
-FAMILIES = ("decoder",)
-NAMES = [name for name, case in CASES.items() if case.family in FAMILIES]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -65,7 +63,7 @@ def test_the_cases_scores_differ_enough_to_compare():
         assert max(scores) - min(scores) > 500 * PARITY, name
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES)
 def test_logits_equal_flagembedding_alone_and_in_company(folders, name):
     wanted = REFERENCE["cases"][name]
     pairs = case_pairs()

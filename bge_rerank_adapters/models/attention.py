@@ -56,17 +56,6 @@ class Layout:
         return self.bounds[:-1].long()
 
     @cached_property
-    def last(self) -> Tensor:
-        """Row of each pair's last token; int64, shape (n,)."""
-        return self.bounds[1:].long() - 1
-
-    @cached_property
-    def positions(self) -> Tensor:
-        """Each row's position within its pair, counted from 0; int64, shape (rows,)."""
-        positions = [np.arange(length, dtype=np.int64) for length in self.lengths]
-        return torch.from_numpy(np.concatenate(positions)).to(self.device)
-
-    @cached_property
     def counts(self) -> Tensor:
         """0 to n; int32, shape (n + 1,): the bounds of rows of one query each."""
         return torch.arange(len(self.lengths) + 1, dtype=torch.int32, device=self.device)

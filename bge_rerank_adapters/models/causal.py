@@ -14,8 +14,7 @@ from torch.nn import functional
 
 from bge_rerank_adapters.errors import CheckpointError
 from bge_rerank_adapters.models.activations import ACTIVATIONS
-from bge_rerank_adapters.models.attention import Layout
-from bge_rerank_adapters.models.causal_attention import causal_attention_for
+from bge_rerank_adapters.models.causal_attention import CausalLayout, causal_attention_for
 from bge_rerank_adapters.models.causal_config import CausalConfig
 from bge_rerank_adapters.models.linear import Linear, linear_maker
 from bge_rerank_adapters.models.weights import Weights
@@ -117,7 +116,7 @@ class CausalModel:
             pairs: n >= 1 pairs; best in order of length, since neighbours of equal length share
                 one attention call.
         """
-        layout = Layout([len(pair) for pair in pairs], self.device)
+        layout = CausalLayout([len(pair) for pair in pairs], self.device)
         states = self._embed(pairs)
         for index in range(self.depth):
             states, layout = self.before_layer(index, states, layout, pairs)
@@ -125,8 +124,8 @@ class CausalModel:
         return self._norm(states)
 
     def before_layer(
-        self, index: int, states: Tensor, layout: Layout, pairs: Sequence[TokenPair]
-    ) -> tuple[Tensor, Layout]:
+        self, index: int, states: Tensor, layout: CausalLayout, pairs: Sequence[TokenPair]
+    ) -> tuple[Tensor, CausalLayout]:
         """Return what a layer takes in; families that change tokens on the way do it here.
 
         Args:
@@ -144,7 +143,7 @@ class CausalModel:
         scale = torch.tensor(self.config.embedding_scale, dtype=self.dtype)
         return functional.embedding(ids, self._words) * scale
 
-    def _run_layer(self, index: int, states: Tensor, layout: Layout) -> Tensor:
+    def _run_layer(self, index: int, states: Tensor, layout: CausalLayout) -> Tensor:
         """Return the layer's output: of all tokens, or of each pair's last in the last layer."""
         layer, config = self._layers[index], self.config
         normed = layer.attention_norm(states)

@@ -2,12 +2,29 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from bge_rerank_adapters.models.attention import Group, Layout
+
+
+class CausalLayout(Layout):
+    """Where each pair of a pack begins and ends, and where each token stands in its pair."""
+
+    @cached_property
+    def last(self) -> Tensor:
+        """Row of each pair's last token; int64, shape (n,)."""
+        return self.bounds[1:].long() - 1
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Each row's position within its pair, counted from 0; int64, shape (rows,)."""
+        positions = [np.arange(length, dtype=np.int64) for length in self.lengths]
+        return torch.from_numpy(np.concatenate(positions)).to(self.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +157,7 @@ def _varlen_works(device: torch.device, dtype: torch.dtype, heads: Heads, width:
 
     Releases of torch differ in which windows, widths and shared heads it takes.
     """
-    layout = Layout([40, 3], device)
+    layout = CausalLayout([40, 3], device)
     generator = torch.Generator(device="cpu").manual_seed(0)
 
     def states(number: int) -> Tensor:

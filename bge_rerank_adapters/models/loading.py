@@ -11,10 +11,12 @@ from tokenizers import Tokenizer
 
 from bge_rerank_adapters.errors import CheckpointError, UnsupportedCheckpointError
 from bge_rerank_adapters.families import check_family_settings
-from bge_rerank_adapters.models.causal_config import parse_gemma
+from bge_rerank_adapters.models.causal_config import parse_gemma, parse_gemma2, parse_minicpm
 from bge_rerank_adapters.models.decoder import DecoderModel
 from bge_rerank_adapters.models.devices import resolve_dtype
 from bge_rerank_adapters.models.encoder import ENCODER_TYPES, EncoderModel, parse_config
+from bge_rerank_adapters.models.layerwise import LayerwiseModel
+from bge_rerank_adapters.models.lightweight import DEFAULT_COMPRESS_LAYERS, LightweightModel
 from bge_rerank_adapters.models.weights import read_config
 from bge_rerank_adapters.prompts import YES, decoder_template
 from bge_rerank_adapters.settings import EngineSettings
@@ -31,8 +33,8 @@ from bge_rerank_adapters.windows import tokenizer_maker
 _TYPES: dict[str, tuple[str, ...]] = {
     "encoder": ENCODER_TYPES,
     "decoder": ("gemma",),
-    "layerwise": (),
-    "lightweight": (),
+    "layerwise": ("minicpm",),
+    "lightweight": ("cost_wise_gemma",),
 }
 
 
@@ -129,12 +131,27 @@ def load_model(
         SettingsError: A layer is asked for that the model has not.
         DeviceError: The device cannot run the dtype.
     """
-    config, folder = checkpoint.config, checkpoint.folder
-    is_encoder = checkpoint.family == "encoder"
-    dtype = resolve_dtype(settings.dtype, device, wide_range=not is_encoder)
-    if is_encoder:
-        return EncoderModel(config, folder, device=device, dtype=dtype)
-    return DecoderModel(config, folder, device=device, dtype=dtype, yes_id=tokenizer.first_id(YES))
+    family = checkpoint.family
+    dtype = resolve_dtype(settings.dtype, device, wide_range=family != "encoder")
+    make = _makers(settings)[family]
+    if family == "decoder":
+        make = partial(make, yes_id=tokenizer.first_id(YES))
+    return make(checkpoint.config, checkpoint.folder, device=device, dtype=dtype)
+
+
+def _makers(settings: EngineSettings) -> dict[str, Callable[..., Model]]:
+    """Return for each family what makes its model, with the settings that are its own."""
+    return {
+        "encoder": EncoderModel,
+        "decoder": DecoderModel,
+        "layerwise": partial(LayerwiseModel, cutoff_layer=settings.cutoff_layers),
+        "lightweight": partial(
+            LightweightModel,
+            cutoff_layer=settings.cutoff_layers,
+            compress_ratio=settings.compress_ratio or 1,
+            compress_layers=settings.compress_layers or DEFAULT_COMPRESS_LAYERS,
+        ),
+    }
 
 
 def _family(config: dict[str, Any]) -> str | None:
@@ -146,7 +163,12 @@ def _family(config: dict[str, Any]) -> str | None:
 
 
 def _sizes(checkpoint: LocalCheckpoint) -> _Sizes:
-    parse: dict[str, Callable[..., _Sizes]] = {"encoder": parse_config, "decoder": parse_gemma}
+    parse: dict[str, Callable[..., _Sizes]] = {
+        "encoder": parse_config,
+        "decoder": parse_gemma,
+        "layerwise": parse_minicpm,
+        "lightweight": parse_gemma2,
+    }
     return parse[checkpoint.family](checkpoint.config, folder=checkpoint.folder)
 
 

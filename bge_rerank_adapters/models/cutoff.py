@@ -1,0 +1,59 @@
+"""At which layers a model with several heads gives a logit."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bge_rerank_adapters.errors import CheckpointError, SettingsError
+
+
+@dataclass(frozen=True, slots=True)
+class HeadLayers:
+    """The layers after which there is a head.
+
+    Attributes:
+        first: The first of them, counted as the number of layers run.
+        last: The model's number of layers.
+        step: From one to the next.
+    """
+
+    first: int
+    last: int
+    step: int = 1
+
+    @property
+    def layers(self) -> range:
+        """All of them, in order."""
+        return range(self.first, self.last + 1, self.step)
+
+    def check(self, cutoff_layer: int | None) -> int:
+        """Return how many layers to run.
+
+        Args:
+            cutoff_layer: What is asked for; `None` is the model's last layer.
+
+        Raises:
+            SettingsError: There is no head at that layer.
+        """
+        asked = self.last if cutoff_layer is None else cutoff_layer
+        if asked in self.layers and asked >= 1:
+            return asked
+        every = "" if self.step == 1 else f" in steps of {self.step}"
+        raise SettingsError(
+            f"cutoff_layers must be a layer from {self.first} to {self.layers[-1]}{every}, after "
+            f"which this checkpoint gives a logit, got {asked}."
+        )
+
+
+def read_entry(config: dict[str, Any], name: str, default: int, *, folder: Path) -> int:
+    """Return a whole number of at least 1 from a config.
+
+    Raises:
+        CheckpointError: It is none.
+    """
+    value = config.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: {name} must be a whole number of at least 1, got {value!r}."
+        )
+    return value
