@@ -117,6 +117,7 @@ class ScoringCore:
                 except RuntimeError as error:
                     raise ScoringError(f"The scoring thread cannot start: {error}.") from error
                 self._threads[place] = started
+                _threads.add(started)
 
     def _run(self, place: int, model: Model) -> None:
         try:
@@ -242,18 +243,24 @@ def _fail_pack(pack: TokenPack, error: Exception) -> None:
 
 
 _live_cores: "weakref.WeakSet[ScoringCore]" = weakref.WeakSet()
+# Python itself keeps those that run. They outlive a core that was dropped, whose weights they free.
+_threads: "weakref.WeakSet[threading.Thread]" = weakref.WeakSet()
 
 
 @atexit.register
-def _close_live_cores() -> None:
+def _end_threads() -> None:
     # A daemon thread inside torch while the interpreter goes away can crash the process.
     for core in list(_live_cores):
         core.close()
+    for thread in list(_threads):
+        if thread.is_alive():
+            thread.join(_JOIN_TIMEOUT_S)
 
 
 def _leave_cores_to_parent() -> None:
     for core in list(_live_cores):
         core.leave_to_parent()
+    _threads.clear()
 
 
 if hasattr(os, "register_at_fork"):

@@ -67,6 +67,20 @@ def test_a_program_that_ends_while_threads_and_tasks_wait_ends_cleanly(folder):
     assert_clean(run_script(code, folder))
 
 
+def test_a_program_that_ends_while_a_dropped_engine_is_freed_waits_for_that(folder):
+    code = """
+    class Slow:
+        def __del__(self):
+            print("begun", flush=True)
+            time.sleep(1)
+            print("freed", flush=True)
+    engine._core._models[0].slow = Slow()
+    del engine
+    time.sleep(0.5)
+    """
+    assert_clean(run_script(code, folder), out="begun\nfreed\n")
+
+
 def test_a_thread_of_the_program_is_served_to_its_end(folder):
     code = """
     import concurrent.futures.thread as pools
