@@ -1,4 +1,4 @@
-"""Both ways to attend over a pack, against attention over each pair alone."""
+"""The ways to attend over a pack, against attention over each pair alone."""
 
 import sys
 from types import ModuleType
@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch.nn import functional
 
+from bge_rerank_adapters.models import attention as attention_module
 from bge_rerank_adapters.models.attention import (
     Layout,
     attention_for,
     grouped_attention,
+    product_attention,
     varlen_attention,
 )
 
@@ -49,11 +51,15 @@ def reference_varlen(query, key, value, bounds_query, bounds_key, max_query, max
     return torch.cat(outputs)
 
 
-@pytest.fixture(params=["grouped", "varlen"])
+@pytest.fixture(params=["grouped", "products", "products, one pair at a time", "varlen"])
 def attention(request, monkeypatch):
-    """The two ways; varlen's kernel, which runs on CUDA alone, replaced by what it computes."""
+    """The three ways; varlen's kernel, which runs on CUDA alone, replaced by what it computes."""
     if request.param == "grouped":
         return grouped_attention
+    if request.param.startswith("products"):
+        if request.param.endswith("at a time"):
+            monkeypatch.setattr(attention_module, "_SCORES_AT_ONCE", 1)
+        return product_attention
     module = ModuleType("varlen")
     module.varlen_attn = reference_varlen
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
@@ -82,16 +88,16 @@ def test_projections_may_be_slices_of_one_matrix(attention):
 @pytest.mark.parametrize(
     ("device", "dtype", "capability", "chosen"),
     [
-        ("cpu", torch.bfloat16, (9, 0), grouped_attention),
+        ("cpu", torch.bfloat16, (9, 0), product_attention),
+        ("cpu", torch.float32, (9, 0), grouped_attention),
+        ("cpu", torch.float16, (9, 0), grouped_attention),
         ("cuda", torch.float32, (9, 0), grouped_attention),
         ("cuda", torch.float16, (7, 5), grouped_attention),
         ("cuda", torch.float16, (8, 0), varlen_attention),
         ("cuda", torch.bfloat16, (9, 0), varlen_attention),
     ],
 )
-def test_the_varlen_kernel_is_for_half_precision_on_recent_cuda(
-    monkeypatch, device, dtype, capability, chosen
-):
+def test_each_device_and_dtype_gets_the_fastest(monkeypatch, device, dtype, capability, chosen):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     assert attention_for(torch.device(device), dtype) is chosen
 
