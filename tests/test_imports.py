@@ -26,7 +26,7 @@ LAYERS = {
     "engine": 6,
     "sharing": 7,
     "adapter_settings": 8,
-    **dict.fromkeys(("langchain", "llama_index", "milvus", "verification"), 9),
+    **dict.fromkeys(("langchain", "llama_index", "milvus", "verification", "evaluation"), 9),
     "demo": 10,
     "cli": 11,
     "__main__": 12,

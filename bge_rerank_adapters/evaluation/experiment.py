@@ -1,0 +1,150 @@
+"""Scores a first stage's documents with one engine after the other."""
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from bge_rerank_adapters.checkpoints import TINY, TINY_FOLDER
+from bge_rerank_adapters.errors import SettingsError
+from bge_rerank_adapters.evaluation.collection import Collection
+from bge_rerank_adapters.evaluation.report import Report
+from bge_rerank_adapters.evaluation.runs import Run, file_name
+from bge_rerank_adapters.evaluation.scored import Scored
+from bge_rerank_adapters.evaluation.state import State, weights_stamp
+from bge_rerank_adapters.progress import ProgressBar
+from bge_rerank_adapters.ranking import Scorer, check_top_k
+from bge_rerank_adapters.settings import EngineSettings
+
+
+def evaluate(
+    collection: Collection,
+    first_stage: Run,
+    engines: Mapping[str, EngineSettings | Scorer],
+    *,
+    depth: int | None = None,
+    folder: str | Path | None = None,
+    progress: bool = False,
+) -> Report:
+    """Return what each engine makes of a first stage's documents.
+
+    Queries are scored one after the other, as they would come in one at a time, and each is timed.
+
+    Args:
+        collection: Documents, queries and judgements.
+        first_stage: For each query the documents to rerank, best first; others are ignored.
+        engines: What is compared, by the name it has in reports: settings, of which an engine is
+            loaded and closed again, or a ready engine.
+        depth: How many documents of each query are reranked; `None` is all there are.
+        folder: Where scores are kept, so that a run that was killed continues; `None` for nowhere.
+            It is made if need be.
+        progress: Whether to show a bar on standard error.
+
+    Raises:
+        SettingsError: A value is out of range, the run names a document that the collection
+            lacks, or the folder holds another experiment under the same name.
+        RerankError: A model cannot be loaded, or failed.
+    """
+    depth = check_top_k(depth, name="depth")
+    if not engines:
+        raise SettingsError("engines is empty; name at least one, like {'tiny': EngineSettings()}.")
+    candidates = _candidates(collection, first_stage, depth)
+    scored = []
+    for name, engine in engines.items():
+        header = _header(collection, candidates, engine)
+        state = None if folder is None else State(_state_path(folder, name), header)
+        scored.append(_score(name, engine, collection, candidates, state=state, progress=progress))
+    return Report(collection, candidates, scored)
+
+
+def _candidates(collection: Collection, first_stage: Run, depth: int | None) -> Run:
+    candidates: Run = {}
+    for query in collection.queries:
+        found = first_stage.get(query, {})
+        unknown = next((name for name in found if name not in collection.documents), None)
+        if unknown is not None:
+            raise SettingsError(
+                f"The first stage found document {unknown!r} for query {query!r}, which is not in "
+                f"{collection.name}; use a run of the same collection."
+            )
+        candidates[query] = dict(islice(found.items(), depth))
+    return candidates
+
+
+def _score(
+    name: str,
+    engine: EngineSettings | Scorer,
+    collection: Collection,
+    candidates: Run,
+    *,
+    state: State | None,
+    progress: bool,
+) -> Scored:
+    rows = [] if state is None else list(state.rows)
+    done = {row["query"] for row in rows}
+    waiting = [query for query in candidates if query not in done]
+    if not waiting:
+        return Scored.from_rows(name, rows)
+    with _opened(engine) as reranker, ProgressBar(waiting, shown=progress) as bar:
+        for query in waiting:
+            row = _score_query(reranker, query, collection, list(candidates[query]))
+            rows.append(row)
+            if state is not None:
+                state.add(row)
+            bar.advance(1)
+    return Scored.from_rows(name, rows)
+
+
+def _score_query(
+    reranker: Scorer, query: str, collection: Collection, names: list[str]
+) -> dict[str, Any]:
+    texts = [collection.documents[name] for name in names]
+    begin = time.perf_counter()
+    ranked = reranker.rerank(collection.queries[query], texts)
+    seconds = time.perf_counter() - begin
+    logits = [each.score if each.logit is None else each.logit for each in ranked]
+    return {
+        "query": query,
+        "documents": [names[each.index] for each in ranked],
+        "logits": logits,
+        "truncated": sum(each.truncated for each in ranked),
+        "seconds": seconds,
+        "engine": repr(reranker),
+    }
+
+
+def _opened(engine: EngineSettings | Scorer) -> AbstractContextManager[Scorer]:
+    if isinstance(engine, Scorer):
+        return nullcontext(engine)
+    # Imported here, so that reading reports needs no torch.
+    from bge_rerank_adapters.engine import Reranker
+
+    reranker = Reranker.from_settings(engine)
+    reranker.warm_up()
+    return reranker
+
+
+def _state_path(folder: str | Path, name: str) -> Path:
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return Path(folder) / f"{file_name(name)}.scores.jsonl"
+
+
+def _header(
+    collection: Collection, candidates: Run, engine: EngineSettings | Scorer
+) -> dict[str, Any]:
+    settings = engine if isinstance(engine, EngineSettings) else getattr(engine, "settings", None)
+    asked, model = type(engine).__name__, ""
+    if isinstance(settings, EngineSettings):
+        asked = json.dumps(settings.to_dict())
+        model = str(TINY_FOLDER) if settings.model == TINY else settings.model
+    found = json.dumps([[query, *names] for query, names in candidates.items()])
+    return {
+        "settings": asked,
+        "weights": [list(each) for each in weights_stamp(model)] if model else [],
+        "collection": collection.fingerprint(),
+        "first_stage": hashlib.sha256(found.encode()).hexdigest()[:16],
+    }

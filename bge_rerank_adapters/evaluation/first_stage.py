@@ -1,0 +1,57 @@
+"""BM25 as a first stage."""
+
+import numpy as np
+
+from bge_rerank_adapters.errors import SettingsError
+from bge_rerank_adapters.evaluation.collection import Collection
+from bge_rerank_adapters.evaluation.extra import require
+from bge_rerank_adapters.evaluation.runs import Run
+from bge_rerank_adapters.ranking import check_top_k
+
+# Lucene's variant with the parameters that BEIR's baselines use (Thakur et al., 2021).
+_K1, _B = 0.9, 0.4
+
+
+def bm25(collection: Collection, *, depth: int = 100, language: str | None = "english") -> Run:
+    """Return BM25's best documents of each query.
+
+    Args:
+        collection: What is searched.
+        depth: How many documents for each query at most.
+        language: Whose Snowball stems words are cut to; `None` for none.
+
+    Returns:
+        Documents best first; equal scores in the collection's order. Documents that share no word
+        with the query are left out.
+
+    Raises:
+        SettingsError: There is no stemmer for the language, or `depth` is below 1.
+    """
+    require("bm25s", "Stemmer")
+    import bm25s
+    import Stemmer
+
+    depth = check_top_k(depth, name="depth") or len(collection.documents)
+    if language is not None and language not in Stemmer.algorithms():
+        raise SettingsError(
+            f"language {language!r} has no stemmer; use None, or one of "
+            f"{', '.join(Stemmer.algorithms())}."
+        )
+    stemmer = None if language is None else Stemmer.Stemmer(language)
+
+    def words(texts: list[str]) -> list[list[str]]:
+        tokens: list[list[str]] = bm25s.tokenize(
+            texts, stopwords=None, stemmer=stemmer, return_ids=False, show_progress=False
+        )
+        return tokens
+
+    names = list(collection.documents)
+    index = bm25s.BM25(method="lucene", k1=_K1, b=_B)
+    index.index(words(list(collection.documents.values())), show_progress=False)
+    run: Run = {}
+    terms = words(list(collection.queries.values()))
+    for query, each in zip(collection.queries, terms, strict=True):
+        scores = index.get_scores(each)
+        best = np.argsort(-scores, kind="stable")[:depth]
+        run[query] = {names[place]: float(scores[place]) for place in best if scores[place] > 0}
+    return run

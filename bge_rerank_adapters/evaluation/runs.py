@@ -1,0 +1,71 @@
+"""Runs: what was found for each query, and TREC's file format for them."""
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from bge_rerank_adapters.errors import SettingsError
+
+Run = dict[str, dict[str, float]]
+"""For each query its documents with their scores, best first."""
+
+
+def read_run(path: str | Path) -> Run:
+    """Return the run of a TREC file, each query's documents ordered by score, best first.
+
+    Raises:
+        SettingsError: The file cannot be read, or a line of it is not query, Q0, document, rank,
+            score and tag; the message names the line.
+    """
+    run: Run = {}
+    try:
+        with Path(path).open(encoding="utf-8") as lines:
+            for query, document, score in parse_run(lines, name=str(path)):
+                run.setdefault(query, {})[document] = score
+    except OSError as error:
+        raise SettingsError(f"The run {path} cannot be read: {error.strerror}.") from error
+    return {query: in_order(found) for query, found in run.items()}
+
+
+def parse_run(lines: Iterable[str], *, name: str) -> Iterator[tuple[str, str, float]]:
+    """Yield query, document and score of each line of a run; errors as of `read_run`."""
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            query, _, document, _, score, *_ = line.split()
+            yield query, document, float(score)
+        except ValueError as error:
+            raise SettingsError(
+                f"{name}, line {number}: must be query, Q0, document, rank, score and tag, "
+                f"got {line.strip()[:80]!r}."
+            ) from error
+
+
+def in_order(found: dict[str, float]) -> dict[str, float]:
+    """Return the documents by score, highest first, equal ones as they came."""
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def run_lines(query: str, found: dict[str, float], *, tag: str) -> Iterator[str]:
+    """Yield the lines of one query's documents, which are best first."""
+    for rank, (document, score) in enumerate(found.items(), start=1):
+        yield f"{query} Q0 {document} {rank} {score!r} {tag}\n"
+
+
+def write_run(path: str | Path, run: Run, *, tag: str) -> None:
+    """Write a TREC run.
+
+    Args:
+        path: The file to write or replace.
+        run: Each query's documents, best first.
+        tag: What the run is called; one word.
+    """
+    with Path(path).open("w", encoding="utf-8") as file:
+        for query, found in run.items():
+            file.writelines(run_lines(query, found, tag=tag))
+
+
+def file_name(name: str) -> str:
+    """Return an engine's name as one of a file."""
+    return re.sub(r"[^\w.=+-]+", "-", name).strip("-.") or "engine"

@@ -1,0 +1,83 @@
+"""What one engine said of a first stage's documents."""
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from bge_rerank_adapters.evaluation.runs import Run, in_order
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What one engine said of a first stage's documents.
+
+    Attributes:
+        name: What reports call the engine.
+        engine: Its model, device and dtype, as the engine itself told them.
+        logits: For each query its documents with their logits, best first.
+        seconds: For each query how long its reranking took.
+        truncated: How many pairs had their document cut.
+    """
+
+    name: str
+    engine: str
+    logits: Run
+    seconds: dict[str, float]
+    truncated: int
+
+    @classmethod
+    def from_rows(cls, name: str, rows: Iterable[dict[str, Any]]) -> "Scored":
+        """Put together what was kept of each query."""
+        kept = list(rows)
+        return cls(
+            name=name,
+            engine=kept[-1]["engine"] if kept else "",
+            logits={
+                row["query"]: dict(zip(row["documents"], row["logits"], strict=True))
+                for row in kept
+            },
+            seconds={row["query"]: row["seconds"] for row in kept},
+            truncated=sum(row["truncated"] for row in kept),
+        )
+
+    @property
+    def passages(self) -> int:
+        """How many pairs were scored."""
+        return sum(map(len, self.logits.values()))
+
+    @property
+    def passages_per_s(self) -> float:
+        """Pairs by the seconds that they took; 0 for none."""
+        total = sum(self.seconds.values())
+        return self.passages / total if total else 0.0
+
+    def latency_s(self, part: float = 0.5) -> float:
+        """Return the seconds within which that part of the queries was done; 0.5 is the median."""
+        times = sorted(self.seconds.values())
+        if len(times) < 2:
+            return times[0] if times else 0.0
+        if part == 0.5:
+            return statistics.median(times)
+        return times[min(round(part * len(times)), len(times) - 1)]
+
+    def run(self, first_stage: Run, *, depth: int | None = None) -> Run:
+        """Return the ranking where only so many documents of the first stage are reranked.
+
+        The others follow in the order in which they came, with scores below.
+
+        Args:
+            first_stage: The documents that were scored, best first.
+            depth: How many of each query; `None` is all.
+        """
+        ranking: Run = {}
+        for query, found in first_stage.items():
+            logits = self.logits[query]
+            best = in_order({name: logits[name] for name in islice(found, depth)})
+            lowest = min(best.values(), default=0.0)
+            rest = islice(found, len(best), None)
+            ranking[query] = best | {
+                name: lowest - place for place, name in enumerate(rest, start=1)
+            }
+        return ranking

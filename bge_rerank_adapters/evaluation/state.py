@@ -1,0 +1,60 @@
+"""What an experiment has scored so far, in a file that a killed run continues from."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bge_rerank_adapters.errors import SettingsError
+
+
+class State:
+    """A file of JSON lines: first what was asked for, then one line for each scored query."""
+
+    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+        """Open the file for continuing, or begin it.
+
+        Args:
+            path: The file; its folder exists.
+            header: What must be the same for the lines to be of use.
+
+        Raises:
+            SettingsError: The file is of an experiment with another header.
+        """
+        self._path = path
+        self.rows: list[dict[str, Any]] = []
+        if not path.exists() or not path.stat().st_size:
+            self._append(header)
+            return
+        whole = path.read_bytes().rpartition(b"\n")[0]
+        lines = [json.loads(line) for line in whole.splitlines()]
+        if not lines:
+            path.write_bytes(b"")
+            self._append(header)
+            return
+        if lines[0] != json.loads(json.dumps(header)):
+            changed = sorted(name for name in header if lines[0].get(name) != header[name])
+            raise SettingsError(
+                f"{path} is of an experiment that differs in {', '.join(changed) or 'its layout'}; "
+                "choose another folder, or delete the file to begin anew."
+            )
+        self.rows = lines[1:]
+        # A line that a killed run did not finish is done again.
+        os.truncate(path, len(whole) + 1)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Keep a row for good, before this returns."""
+        self.rows.append(row)
+        self._append(row)
+
+    def _append(self, row: dict[str, Any]) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def weights_stamp(model: str) -> Iterator[tuple[str, int, int]]:
+    """Yield name, size and time of the weights in a folder: other weights are another model."""
+    for path in sorted(Path(model).glob("*.safetensors")):
+        status = path.stat()
+        yield path.name, status.st_size, status.st_mtime_ns

@@ -1,0 +1,322 @@
+"""Experiments: trec_eval's numbers, the same ones after a kill, and pictures that are drawn."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import t as student
+
+from bge_rerank_adapters import Reranker, evaluation
+from bge_rerank_adapters.errors import SettingsError
+from bge_rerank_adapters.evaluation import (
+    Report,
+    best_threshold,
+    bm25,
+    compare,
+    evaluate,
+    measure,
+    plots,
+    read_collection,
+    read_run,
+    write_run,
+)
+from bge_rerank_adapters.settings import EngineSettings
+from tests.checkpoints import XQUAD
+from tests.test_imports import run_python
+
+pytrec_eval = pytest.importorskip("pytrec_eval")
+
+NAMES = {"nDCG@10": "ndcg_cut_10", "MAP": "map", "R@10": "recall_10", "R@5": "recall_5"}
+TINY = {"tiny": EngineSettings(model="tiny", device="cpu", dtype="float32")}
+
+
+@pytest.fixture(scope="module")
+def collection():
+    return read_collection(XQUAD).sample(24)
+
+
+@pytest.fixture(scope="module")
+def first_stage(collection):
+    return bm25(collection, depth=12)
+
+
+@pytest.fixture(scope="module")
+def report(collection, first_stage, reranker) -> Report:
+    return evaluate(collection, first_stage, {"tiny": reranker})
+
+
+def trec_order(found):
+    return sorted(found, key=lambda name: (np.float32(found[name]), name), reverse=True)
+
+
+ids = st.sampled_from([f"d{i}" for i in range(30)])
+grades = st.dictionaries(ids, st.integers(0, 3), min_size=1, max_size=8)
+# Few distinct scores, so that ties are common; some that only 64 bits tell apart.
+scores = st.sampled_from([0.0, 1.0, 1.0 + 1e-12, -2.5, 7.25, 1e-9])
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    judgements=st.dictionaries(st.sampled_from("abc"), grades, min_size=1),
+    run=st.dictionaries(st.sampled_from("abcx"), st.dictionaries(ids, scores, min_size=1)),
+)
+def test_metrics_are_those_of_trec_eval(judgements, run):
+    got = measure(judgements, run, recall_at=[5, 10])
+    evaluator = pytrec_eval.RelevanceEvaluator(judgements, {"ndcg_cut", "map", "recall"})
+    wanted = evaluator.evaluate({query: run[query] for query in run if query in judgements})
+    top = {q: {d: found[d] for d in trec_order(found)[:10]} for q, found in run.items()}
+    first = pytrec_eval.RelevanceEvaluator(judgements, {"recip_rank"}).evaluate(
+        {query: top[query] for query in top if query in judgements}
+    )
+    for query in judgements:
+        for name, theirs in NAMES.items():
+            expected = wanted.get(query, {}).get(theirs, 0.0)
+            assert got.per_query[name][query] == pytest.approx(expected, abs=1e-12)
+        expected = first.get(query, {}).get("recip_rank", 0.0)
+        assert got.per_query["MRR@10"][query] == pytest.approx(expected, abs=1e-12)
+    assert got.mean["MAP"] == pytest.approx(sum(got.per_query["MAP"].values()) / len(judgements))
+
+
+def test_a_beir_folder_is_read_whole(collection):
+    whole = read_collection(XQUAD)
+    assert (len(whole.documents), len(whole.queries)) == (600, 260)
+    assert (len(collection.documents), len(collection.queries)) == (600, 24)
+    assert [*collection.queries][:1] == [*whole.queries][:1]
+    assert [*collection.queries][-1:] == [*whole.queries][-1:]
+    assert whole.sample(1000) is whole
+    assert whole.fingerprint() != collection.fingerprint()
+
+
+def write_folder(folder, *, corpus="", queries="", qrels="", under="qrels.tsv"):
+    (folder / under).parent.mkdir(exist_ok=True)
+    (folder / "corpus.jsonl").write_text(corpus)
+    (folder / "queries.jsonl").write_text(queries)
+    (folder / under).write_text(qrels)
+    return folder
+
+
+def test_titles_go_before_texts_and_qrels_may_stand_in_a_folder(tmp_path):
+    folder = write_folder(
+        tmp_path,
+        corpus='{"_id": "1", "title": "Faust", "text": "A play."}\n\n{"_id": "2", "text": "Rain."}',
+        queries='{"_id": "a", "text": "Faust?"}\n{"_id": "b", "text": "not judged"}\n',
+        qrels="query-id\tcorpus-id\tscore\na\t1\t2\na\t2\t0\n",
+        under="qrels/test.tsv",
+    )
+    read = read_collection(folder)
+    assert read.documents == {"1": "Faust A play.", "2": "Rain."}
+    assert (read.queries, read.judgements) == ({"a": "Faust?"}, {"a": {"1": 2, "2": 0}})
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ({"corpus": '{"_id": "1", "text": "x"}\nnonsense'}, r"corpus\.jsonl, line 2: must be a"),
+        ({"corpus": '{"_id": "1"}'}, r"corpus\.jsonl, line 1: .*KeyError"),
+        ({"queries": '{"_id": "a", "text": 5}'}, r"queries\.jsonl, line 1: .*TypeError"),
+        ({"qrels": "a\t1\t1\na 1 1"}, r"qrels\.tsv, line 2: must be query"),
+        ({"qrels": "other\t1\t1"}, "no query of queries.jsonl has a judgement"),
+    ],
+)
+def test_damaged_folders_are_told_by_file_and_line(tmp_path, broken, message):
+    good = {
+        "corpus": '{"_id": "1", "text": "x"}',
+        "queries": '{"_id": "a", "text": "x"}',
+        "qrels": "a\t1\t1",
+    }
+    with pytest.raises(SettingsError, match=message):
+        read_collection(write_folder(tmp_path, **good | broken))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(SettingsError, match=r"corpus\.jsonl cannot be read .* BEIR folder holds"):
+        read_collection(tmp_path)
+
+
+def test_bm25_finds_most_answers_the_same_way_twice(collection, first_stage):
+    assert bm25(collection, depth=12) == first_stage
+    assert measure(collection.judgements, first_stage).mean["R@10"] > 0.8
+    for found in first_stage.values():
+        assert list(found.values()) == sorted(found.values(), reverse=True)
+        assert 0 < len(found) <= 12
+    with pytest.raises(SettingsError, match="language 'klingon' has no stemmer"):
+        bm25(collection, language="klingon")
+    assert bm25(collection, depth=3, language=None).keys() == first_stage.keys()
+
+
+def test_runs_survive_writing_and_reading(tmp_path, report, first_stage):
+    run = report["tiny"].run(first_stage)
+    write_run(tmp_path / "a.trec", run, tag="tiny")
+    assert read_run(tmp_path / "a.trec") == run
+    (tmp_path / "b.trec").write_text("q Q0 d 1 0.5 t\n\nq Q0 d 1\n")
+    with pytest.raises(SettingsError, match=r"b\.trec, line 3: must be query, Q0"):
+        read_run(tmp_path / "b.trec")
+    with pytest.raises(SettingsError, match="cannot be read"):
+        read_run(tmp_path / "none.trec")
+
+
+def test_reranking_helps_and_the_report_says_by_how_much(report, first_stage, collection):
+    before, after = report.before.mean, report.after["tiny"].mean
+    assert before.keys() == {"nDCG@10", "MRR@10", "MAP", "R@10", "R@12"} == after.keys()
+    assert before["R@12"] == after["R@12"], "reranking finds nothing new"
+    first, tiny = report.to_records()
+    assert (first["engine"], tiny["engine"]) == ("first stage", "tiny")
+    assert tiny["gain"] == pytest.approx(after["nDCG@10"] - before["nDCG@10"])
+    assert tiny["better"] + tiny["worse"] <= 24
+    assert tiny["passages_per_s"] > 0 < tiny["latency_ms"] <= tiny["latency_p95_ms"]
+    queries = report.per_query()
+    assert [each["query"] for each in queries] == list(collection.queries)
+    text = str(report)
+    assert "24 queries, 600 documents, 12 candidates" in text
+    assert f"{after['nDCG@10']:.4f}" in text
+    assert f"{after['nDCG@10']:.4f}" in report._repr_html_()
+
+
+def test_fewer_candidates_are_cut_from_one_scoring(report, reranker, collection, first_stage):
+    curve = report.by_depth("tiny")
+    assert list(curve) == [1, 2, 3, 5, 10, 12]
+    assert curve[1] == pytest.approx(report.before.mean["nDCG@10"])
+    assert curve[12] == pytest.approx(report.after["tiny"].mean["nDCG@10"])
+    alone = evaluate(collection, first_stage, {"five": reranker}, depth=5)
+    assert alone.depth == 5
+    found = {
+        query: list(names)[:5] for query, names in report["tiny"].run(first_stage, depth=5).items()
+    }
+    assert found == {
+        query: list(names) for query, names in alone["five"].run(alone.first_stage).items()
+    }
+
+
+def test_significance_is_a_paired_t_test():
+    judgements = {str(i): {"a": 1} for i in range(20)}
+    worse = {query: {"b": 2.0, "a": 1.0} for query in judgements}
+    better = {query: {"a": 2.0, "b": 1.0} for query in judgements}
+    mixed = better | {str(i): worse[str(i)] for i in range(4)}
+    before = measure(judgements, worse)
+    test = compare(before, measure(judgements, mixed))
+    # By hand: 16 gains of g and 4 of 0; t = mean / (sd / sqrt(20)) = 0.8g / (0.4104g / 4.472).
+    assert test.p_value == pytest.approx(2 * student.sf(0.8 / (0.41039 / 20**0.5), 19), rel=1e-3)
+    assert test.low < test.difference < test.high
+    assert (test.better, test.worse) == (16, 0)
+    same = compare(before, before)
+    assert (same.difference, same.p_value, same.better) == (0.0, 1.0, 0)
+    assert compare(before, measure(judgements, better)).p_value == 0.0
+
+
+def test_a_killed_experiment_continues_without_scoring_twice(
+    tmp_path, collection, first_stage, report
+):
+    class Failing:
+        settings = None
+
+        def __init__(self, engine, calls):
+            self.engine, self.left, self.calls = engine, calls, 0
+
+        def rerank(self, query, documents, **limits):
+            if not self.left:
+                raise KeyboardInterrupt
+            self.left, self.calls = self.left - 1, self.calls + 1
+            return self.engine.rerank(query, documents, **limits)
+
+        async def arerank(self, query, documents, **limits):
+            raise NotImplementedError
+
+    with Reranker("tiny", device="cpu", dtype="float32") as engine:
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(collection, first_stage, {"tiny": Failing(engine, 10)}, folder=tmp_path)
+        path = tmp_path / "tiny.scores.jsonl"
+        os.truncate(path, path.stat().st_size - 7)  # killed within a line
+        rest = Failing(engine, 100)
+        again = evaluate(collection, first_stage, {"tiny": rest}, folder=tmp_path)
+        assert rest.calls == 24 - 9
+        idle = Failing(engine, 0)
+        once_more = evaluate(collection, first_stage, {"tiny": idle}, folder=tmp_path)
+    assert again.after == report.after == once_more.after
+    assert again["tiny"].seconds == once_more["tiny"].seconds
+
+
+def test_another_experiment_in_the_folder_is_refused(tmp_path, collection, first_stage):
+    few = collection.sample(2)
+    evaluate(few, first_stage, TINY, folder=tmp_path, depth=2)
+    with pytest.raises(SettingsError, match="differs in first_stage; choose another folder"):
+        evaluate(few, first_stage, TINY, folder=tmp_path, depth=3)
+    shorter = {"tiny": EngineSettings(model="tiny", device="cpu", dtype="float32", max_length=64)}
+    with pytest.raises(SettingsError, match="differs in settings"):
+        evaluate(few, first_stage, shorter, folder=tmp_path, depth=2)
+    with pytest.raises(SettingsError, match="differs in collection, first_stage"):
+        evaluate(collection.sample(3), first_stage, TINY, folder=tmp_path, depth=2)
+
+
+def test_bad_arguments_are_refused(collection, first_stage, reranker):
+    with pytest.raises(SettingsError, match="engines is empty"):
+        evaluate(collection, first_stage, {})
+    with pytest.raises(SettingsError, match="depth must be at least 1"):
+        evaluate(collection, first_stage, {"tiny": reranker}, depth=0)
+    query = next(iter(collection.queries))
+    with pytest.raises(SettingsError, match="found document 'nowhere' for query"):
+        evaluate(collection, {query: {"nowhere": 1.0}}, {"tiny": reranker})
+    with pytest.raises(SettingsError, match="queries must be at least 1"):
+        collection.sample(0)
+
+
+def test_a_query_without_candidates_counts_as_zero(collection, reranker):
+    few = collection.sample(2)
+    report = evaluate(few, {}, {"tiny": reranker})
+    assert set(report.after["tiny"].mean.values()) == {0.0}
+    assert str(report)
+
+
+def test_saved_runs_measure_as_reported(tmp_path, report, collection):
+    paths = report.save(tmp_path / "out")
+    assert {path.name for path in paths} == {
+        *("report.json", "per-query.jsonl", "first-stage.trec", "tiny.trec")
+    }
+    again = measure(
+        collection.judgements, read_run(tmp_path / "out" / "tiny.trec"), recall_at=[10, 12]
+    )
+    assert again == report.after["tiny"]
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == report.to_records()
+
+
+@pytest.mark.parametrize(
+    ("relevant", "other", "wanted"),
+    [
+        ([0.9, 0.8], [0.1, 0.2], (0.8, 1.0)),
+        ([0.9, 0.3], [0.5, 0.1], (0.3, 0.8)),
+        ([0.5], [0.5], (0.5, 2 / 3)),
+        ([], [0.5], (1.0, 0.0)),
+        ([], [], (1.0, 0.0)),
+    ],
+)
+def test_the_best_threshold_maximises_f1(relevant, other, wanted):
+    assert best_threshold(relevant, other) == pytest.approx(wanted)
+
+
+def test_every_picture_is_drawn_and_saved(tmp_path, report):
+    paths = plots.save_plots(report, tmp_path)
+    assert {path.stem for path in paths} == {
+        *("gain-per-query", "depth", "quality-and-time", "scores-tiny")
+    }
+    assert all(path.stat().st_size > 10_000 for path in paths)
+    axes = plots.plot_depth(report)
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["tiny", "first stage"]
+    relevant, other = report.scores("tiny")
+    labels = [
+        text.get_text() for text in plots.plot_scores(report, "tiny").get_legend().get_texts()
+    ]
+    assert {f"relevant ({len(relevant)})", f"other ({len(other)})"} < set(labels)
+
+
+def test_missing_packages_are_told_with_the_command_that_mends_it():
+    done = run_python(
+        "from bge_rerank_adapters.evaluation import measure; measure({}, {})",
+        blocked=("ir_measures",),
+    )
+    assert 'needs ir_measures; run: pip install "bge-rerank-adapters[eval]"' in done.stderr
+
+
+def test_all_names_are_exported():
+    assert all(hasattr(evaluation, name) for name in evaluation.__all__)
