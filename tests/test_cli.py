@@ -1,5 +1,6 @@
 """The command line, as a user calls it."""
 
+import json
 import re
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 from bge_rerank_adapters import Reranker, published, verification
 from bge_rerank_adapters.cli import app
 from bge_rerank_adapters.published import PublishedScores
-from tests.checkpoints import build_xlm_roberta
+from tests.checkpoints import XQUAD, build_xlm_roberta, read_queries, read_sentences
 from tests.test_imports import PACKAGE, run_python
 from tests.texts import DOCUMENTS, QUERY
 
@@ -46,13 +47,19 @@ def plain(text: str) -> str:
 @pytest.mark.parametrize("arguments", [(), ("--help",)])
 def test_help_names_the_commands(arguments):
     result = invoke(*arguments)
-    assert "demo" in result.output
-    assert "verify" in result.output
+    for name in ("demo", "rerank", "evaluate", "verify", "info"):
+        assert name in result.output
     assert result.exit_code == (0 if arguments else 2)
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [("demo", {"--model"}), ("verify", {"--model", "--device", "--dtype"})]
+    ("name", "options"),
+    [
+        ("demo", {"--model"}),
+        ("verify", {"--model", "--device", "--dtype"}),
+        ("rerank", {"--model", "--output", "--resume", "--quiet"}),
+        ("evaluate", {"--model", "--dtype", "--run", "--depth", "--plots", "--json"}),
+    ],
 )
 def test_help_names_the_options(name, options):
     result = invoke(name, "--help")
@@ -163,3 +170,60 @@ def test_verify_passes_and_fails(monkeypatch, reranker: Reranker, shift, dtype, 
     assert f"tiny, cpu, {dtype}" in text
     assert "the [bench]" in text
     assert f"{logits[1]:.4f}" in text
+
+
+def evaluate(*arguments: str):
+    options = ("--model", "tiny", "--device", "cpu", "--queries", "3", "--depth", "4")
+    return invoke("evaluate", str(XQUAD), *options, *arguments)
+
+
+def test_evaluate_prints_a_table_of_all_models_and_dtypes():
+    result = evaluate("--dtype", "float32", "--dtype", "bfloat16")
+    assert result.exit_code == 0, result.output
+    text = plain(result.output)
+    for wanted in ("3 queries, 600 documents, 4 candidates", "first stage", "nDCG@10", "p_value"):
+        assert wanted in text
+    assert "tiny float32" in text
+    assert "tiny bfloat16" in text
+
+
+def test_evaluate_fills_a_folder_from_a_run_and_continues(tmp_path):
+    queries, sentences = [*read_queries()], [*read_sentences()]
+    run = tmp_path / "first.trec"
+    run.write_text("".join(f"{query} Q0 {sentences[0]} 1 1.0 x\n" for query in queries))
+    arguments = ("--run", str(run), "-o", str(tmp_path / "out"), "--json", "--plots")
+    first = evaluate(*arguments)
+    assert first.exit_code == 0, first.output
+    assert json.loads(first.stdout)[1]["engine"] == "tiny"
+    assert json.loads(evaluate(*arguments).stdout) == json.loads(first.stdout), "times too"
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"report.json", "per-query.jsonl", "tiny.trec", "depth.png"} < names
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("evaluate", "nowhere"), 1, "corpus.jsonl cannot be read"),
+        (("evaluate", str(XQUAD), "--plots"), 2, "needs --output"),
+        (("evaluate", str(XQUAD), "--language", "latin"), 1, "has no stemmer"),
+    ],
+)
+def test_wrong_evaluations_are_told(arguments, code, message):
+    done = command(*arguments)
+    assert done.returncode == code
+    assert message in plain(done.stderr)
+    assert done.stdout == ""
+
+
+def test_info_names_devices_dtypes_and_what_auto_takes():
+    result = invoke("info")
+    assert result.exit_code == 0, result.output
+    text = plain(result.output)
+    for wanted in ('device "auto": ', 'dtype "auto": ', "float32", "bfloat16", "picked", "torch"):
+        assert wanted in text
+    assert text.count("picked") == 2, "one dtype, and the rule"
+
+
+def test_no_colour_where_it_is_not_wanted(tmp_path):
+    done = command("info")
+    assert "\x1b" not in done.stdout

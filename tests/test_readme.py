@@ -10,14 +10,22 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), flags=re.
 
 
 def test_readme_shows_engine_and_every_host():
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 6
 
 
 @pytest.mark.parametrize(
-    "block", BLOCKS, ids=["engine", "langchain", "llama_index", "milvus", "windows"]
+    "block", BLOCKS[:5], ids=["engine", "langchain", "llama_index", "milvus", "windows"]
 )
 def test_example_runs_and_puts_goethe_first(block, capsys):
     exec(block.replace("BAAI/bge-reranker-v2-m3", "tiny"), {"__name__": "example"})  # noqa: S102
     shown = capsys.readouterr().out
     assert "Goethe wrote Faust." in shown
     assert "It rains" not in shown.split("Goethe")[0]
+
+
+def test_the_experiment_runs(capsys, monkeypatch):
+    monkeypatch.chdir(README.parent)
+    exec(BLOCKS[5].replace("BAAI/bge-reranker-v2-m3", "tiny"), {"__name__": "example"})  # noqa: S102
+    shown = capsys.readouterr().out
+    assert "10 queries, 600 documents, 5 candidates" in shown
+    assert "p_value" in shown

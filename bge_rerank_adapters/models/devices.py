@@ -10,7 +10,8 @@ from bge_rerank_adapters.errors import DeviceError
 from bge_rerank_adapters.models.linear import int8_works
 
 # A faster dtype costs some exactness, so it has to be worth it.
-_WORTHWHILE_SPEEDUP = 1.3
+WORTHWHILE_SPEEDUP = 1.3
+"""How many times as fast as float32 a half type must be to be picked."""
 # A dtype whose first run takes so many times the limit is emulated; it is not timed further, since
 # that could take a second.
 _HOPELESS = 3.0
@@ -98,6 +99,13 @@ def release_memory(device: torch.device) -> None:
         empty_cache()
 
 
+def dtype_timings(device: torch.device) -> dict[torch.dtype, float]:
+    """Return the seconds that each dtype takes for one feed-forward block; infinity if it fails."""
+    return {
+        dtype: _seconds(device, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    }
+
+
 def _accelerator() -> str | None:
     for kind in ("cuda", "xpu", "mps"):
         if _device_count(kind):
@@ -121,7 +129,7 @@ def _fastest_dtype(
     device = torch.device(kind, index) if index is not None else torch.device(kind)
     if kind != "cpu":
         halves = halves[::-1]
-    limit = _seconds(device, torch.float32) / _WORTHWHILE_SPEEDUP
+    limit = _seconds(device, torch.float32) / WORTHWHILE_SPEEDUP
     timed = [
         (seconds, half) for half in halves if (seconds := _seconds(device, half, limit)) < limit
     ]

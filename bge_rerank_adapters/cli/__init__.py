@@ -1,12 +1,14 @@
 """The command line: `bge-rerank`."""
 
-from typing import Annotated
-
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from bge_rerank_adapters.checkpoints import DEFAULT_MODEL, TINY
+from bge_rerank_adapters.cli import evaluate as evaluate_command
+from bge_rerank_adapters.cli import rerank as rerank_command
+from bge_rerank_adapters.cli.info import info
+from bge_rerank_adapters.cli.options import Device, Dtype, Model
 from bge_rerank_adapters.errors import RerankError
 
 app = typer.Typer(
@@ -15,10 +17,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-
-Model = Annotated[str, typer.Option(help='A folder, a name on the hub, or "tiny".')]
-Device = Annotated[str, typer.Option(help='"auto", "cpu", "cuda", "cuda:1", "mps", ...')]
-Dtype = Annotated[str, typer.Option(help='"auto", "float32", "bfloat16" or "float16".')]
 
 
 @app.callback()
@@ -47,11 +45,16 @@ def verify(
         raise typer.Exit(code=1)
 
 
+app.command(epilog=rerank_command.EXAMPLES)(rerank_command.rerank)
+app.command("evaluate", epilog=evaluate_command.EXAMPLES)(evaluate_command.evaluate_folder)
+app.command()(info)
+
+
 def main() -> None:
     """Run the command line; the package's own errors are told in one line."""
     try:
         app()
-    except RerankError as error:
+    except (RerankError, ImportError) as error:
         told = f"[red]error:[/red] {escape(str(error))}"
         Console(stderr=True).print(told, highlight=False, soft_wrap=True)
         raise SystemExit(1) from error

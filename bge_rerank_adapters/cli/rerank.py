@@ -1,0 +1,248 @@
+"""`bge-rerank rerank`: a file or a stream of queries with documents, reranked."""
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import islice
+from pathlib import Path
+from typing import IO, Annotated, Any
+
+import typer
+
+from bge_rerank_adapters.checkpoints import DEFAULT_MODEL
+from bge_rerank_adapters.cli import options
+from bge_rerank_adapters.cli.items import Bad, Item, RunReader, read_jsonl
+from bge_rerank_adapters.cli.journal import Journal, Mark
+from bge_rerank_adapters.errors import RerankError, ScoringError, SettingsError
+from bge_rerank_adapters.progress import ProgressBar
+from bge_rerank_adapters.ranking import RankedDocument, check_score_threshold, check_top_k
+from bge_rerank_adapters.settings import EngineSettings
+
+# What is read before anything is scored; memory is bounded by it, and by the longest line.
+_CHUNK_PAIRS = 1024
+_CHUNK_SIZE = 4_000_000
+PUT_ASIDE = 3
+"""Exit code of a run that finished, but put something aside."""
+
+EXAMPLES = """
+Examples:
+
+    bge-rerank rerank questions.jsonl -o ranked.jsonl --top-k 3
+
+    cat questions.jsonl | bge-rerank rerank --model tiny | jq .results[0].text
+
+    bge-rerank rerank bm25.trec --collection scifact -o reranked.trec --resume
+
+Input lines: {"query": "...", "documents": ["...", {"text": "...", "id": 7}], ...}; with
+--collection a TREC run whose texts are in a BEIR folder.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but bad lines were put aside.
+"""
+
+
+class OnError(StrEnum):
+    """What becomes of a run that meets a bad line."""
+
+    STOP = "stop"
+    SKIP = "skip"
+
+
+class Format(StrEnum):
+    """How results are written."""
+
+    JSONL = "jsonl"
+    TREC = "trec"
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """What to do with the items, and how to tell it."""
+
+    settings: EngineSettings
+    limits: dict[str, Any]
+    on_error: OnError
+    write: Callable[[Item, Iterable[RankedDocument]], bytes]
+    quiet: bool
+
+
+def rerank(
+    source: Annotated[
+        Path | None, typer.Argument(help="JSONL, or a TREC run; - or nothing for standard input.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write; else standard output.")
+    ] = None,
+    collection: Annotated[
+        Path | None, typer.Option(help="BEIR folder with the texts of a TREC run.")
+    ] = None,
+    output_format: Annotated[
+        Format | None, typer.Option("--format", help="As the input is, if not given.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Most results of a query; else all.")] = None,
+    score_threshold: Annotated[float | None, typer.Option(help="Lowest score to keep.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue a run that was stopped; needs --output.")
+    ] = False,
+    on_error: Annotated[
+        OnError, typer.Option(help="At a bad line: stop, or skip it and put it aside.")
+    ] = OnError.STOP,
+    model: options.Model = DEFAULT_MODEL,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    max_length: options.MaxLength = EngineSettings.max_length,
+    long_documents: options.Long = options.LongDocuments.TRUNCATE,
+    window_tokens: options.WindowTokens = None,
+    quiet: options.Quiet = False,
+) -> None:
+    """Rerank the documents of each query of a file or a stream."""
+    if resume and output is None:
+        raise SettingsError("--resume needs --output: a stream cannot be continued.")
+    settings = options.engine_settings(
+        model,
+        device=device,
+        dtype=dtype,
+        max_length=max_length,
+        long_documents=long_documents,
+        window_tokens=window_tokens,
+    )
+    limits = {
+        "top_k": check_top_k(top_k),
+        "score_threshold": check_score_threshold(score_threshold),
+    }
+    kind = output_format or (Format.JSONL if collection is None else Format.TREC)
+    write = Item.to_json if kind is Format.JSONL else Item.to_trec
+    task = _Task(settings, limits, on_error, write, quiet)
+    with ExitStack() as files:
+        lines = _opened(source, files)
+        items = read_jsonl(lines) if collection is None else RunReader(collection).read(lines)
+        if output is None:
+            bad = _run(task, items, sys.stdout.buffer, None, None) > 0
+        else:
+            asked = {"settings": settings.to_dict(), "format": str(kind), **limits}
+            journal = Journal(output, asked=asked, resume=resume)
+            if journal.finished:
+                _tell(task, f"{output} is complete already.")
+                return
+            bad = _run_into_file(task, items, journal, files)
+    if bad:
+        raise typer.Exit(code=PUT_ASIDE)
+
+
+def _opened(source: Path | None, files: ExitStack) -> Iterable[bytes]:
+    if source is None or str(source) == "-":
+        return sys.stdin.buffer
+    try:
+        return files.enter_context(source.open("rb"))
+    except OSError as error:
+        raise SettingsError(f"{source} cannot be read: {error.strerror}.") from error
+
+
+def _run_into_file(
+    task: _Task, items: Iterator[Item | Bad], journal: Journal, files: ExitStack
+) -> bool:
+    """Rerank what the journal has not; return whether anything was ever put aside."""
+    done = sum(1 for _ in islice(items, journal.mark.items))
+    if done < journal.mark.items:
+        raise SettingsError(
+            f"The input ends after {done} queries, but {journal.mark.items} of it are done "
+            "already; give the input that the run began with."
+        )
+    results = files.enter_context(journal.output.open("ab"))
+    put_aside = files.enter_context(journal.bad.open("ab"))
+    _run(task, items, results, put_aside, journal)
+    put_aside.close()
+    bad = journal.mark.bad_bytes > 0
+    if not bad:
+        journal.bad.unlink()
+    journal.finish()
+    return bad
+
+
+def _run(
+    task: _Task,
+    items: Iterator[Item | Bad],
+    results: IO[bytes],
+    put_aside: IO[bytes] | None,
+    journal: Journal | None,
+) -> int:
+    """Rerank all items; return how many were bad."""
+    from bge_rerank_adapters.engine import Reranker
+
+    bad = pairs = count = 0
+    shown = not task.quiet and sys.stderr.isatty()
+    with Reranker.from_settings(task.settings) as engine, ProgressBar(items, shown=shown) as bar:
+        for chunk in _chunks(items):
+            for told in _ranked(task, engine, chunk):
+                if isinstance(told, Bad):
+                    bad += 1
+                    _refuse_or_report(task, told)
+                    if put_aside is not None:
+                        put_aside.write(told.to_json())
+                else:
+                    results.write(told)
+            results.flush()
+            count += len(chunk)
+            pairs += sum(len(each.texts) for each in chunk if isinstance(each, Item))
+            if journal is not None and put_aside is not None:
+                put_aside.flush()
+                items_done = journal.mark.items + len(chunk)
+                journal.set(Mark(items_done, results.tell(), put_aside.tell()))
+            bar.advance(len(chunk))
+    _tell(task, f"{count} queries, {pairs} pairs" + (f", {bad} put aside" if bad else "") + ".")
+    return bad
+
+
+def _chunks(items: Iterator[Item | Bad]) -> Iterator[list[Item | Bad]]:
+    chunk: list[Item | Bad] = []
+    pairs = size = 0
+    for item in items:
+        chunk.append(item)
+        if isinstance(item, Item):
+            pairs += len(item.texts)
+            size += item.size
+        if pairs >= _CHUNK_PAIRS or size >= _CHUNK_SIZE or len(chunk) >= _CHUNK_PAIRS:
+            yield chunk
+            chunk, pairs, size = [], 0, 0
+    if chunk:
+        yield chunk
+
+
+def _ranked(task: _Task, engine: Any, chunk: list[Item | Bad]) -> Iterator[bytes | Bad]:
+    """Yield what to write for each item of a chunk, in order, or why there is nothing to write."""
+    good = [item for item in chunk if isinstance(item, Item)]
+    rankings: dict[int, Any] = {}
+    try:
+        many = engine.rerank_many([(item.query, item.texts) for item in good], **task.limits)
+        rankings = {item.line: ranking for item, ranking in zip(good, many, strict=True)}
+    except ScoringError:
+        # One of them is to blame, and the others need not suffer for it.
+        rankings = {item.line: _alone(task, engine, item) for item in good}
+    for item in chunk:
+        if isinstance(item, Bad):
+            yield item
+            continue
+        ranking = rankings[item.line]
+        yield ranking if isinstance(ranking, Bad) else task.write(item, ranking)
+
+
+def _alone(task: _Task, engine: Any, item: Item) -> Any:
+    try:
+        return engine.rerank(item.query, item.texts, **task.limits)
+    except ScoringError as error:
+        return Bad(item.line, str(error), json.dumps({"query": item.query, **item.extra}))
+
+
+def _refuse_or_report(task: _Task, bad: Bad) -> None:
+    told = f"line {bad.line}: {bad.reason}"
+    if task.on_error is OnError.STOP:
+        raise RerankError(f"{told} (--on-error skip puts such lines aside and goes on.)")
+    if not task.quiet:
+        typer.echo(told, err=True)
+
+
+def _tell(task: _Task, text: str) -> None:
+    if not task.quiet:
+        typer.echo(text, err=True)
