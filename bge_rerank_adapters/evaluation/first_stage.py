@@ -1,7 +1,5 @@
 """BM25 as a first stage."""
 
-import numpy as np
-
 from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.evaluation.collection import Collection
 from bge_rerank_adapters.evaluation.extra import require
@@ -29,6 +27,7 @@ def bm25(collection: Collection, *, depth: int = 100, language: str | None = "en
     """
     require("bm25s", "Stemmer")
     import bm25s
+    import numpy as np
     import Stemmer
 
     depth = check_top_k(depth, name="depth") or len(collection.documents)

@@ -99,11 +99,17 @@ def release_memory(device: torch.device) -> None:
         empty_cache()
 
 
-def dtype_timings(device: torch.device) -> dict[torch.dtype, float]:
+def device_name(device: torch.device) -> str:
+    """Return what a device is called, or how many threads a processor computes with."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+
+
+def dtype_timings(device: torch.device) -> dict[str, float]:
     """Return the seconds that each dtype takes for one feed-forward block; infinity if it fails."""
-    return {
-        dtype: _seconds(device, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)
-    }
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    return {str(dtype).removeprefix("torch."): _seconds(device, dtype) for dtype in dtypes}
 
 
 def _accelerator() -> str | None:
