@@ -75,6 +75,16 @@ def test_an_8_bit_layer_is_within_a_hundredth(dtype, lowest):
 
 
 @needs_int8
+def test_an_8_bit_layer_gives_a_row_the_same_in_any_block():
+    weight, bias, states = parts(rows=600)
+    given = states.clone()
+    layer = Int8Linear(weight, bias, functional.gelu)
+    whole = layer(states)
+    torch.testing.assert_close(whole, torch.cat([layer(row[None]) for row in states]))
+    assert torch.equal(states, given)
+
+
+@needs_int8
 def test_one_large_token_does_not_blur_the_others():
     weight, bias, states = parts()
     exact = functional.linear(states, weight, bias)

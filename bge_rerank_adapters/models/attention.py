@@ -127,8 +127,8 @@ def _products(query: Tensor, key: Tensor, value: Tensor, pairs: int, heads: int)
         return by_head.reshape(pairs * heads, -1, width)
 
     scores = torch.bmm(split(query * width**-0.5), split(key).transpose(1, 2))
-    # In float32, whatever the dtype: exponents of rounded sums would add to the rounding.
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    # It sums in float32, whatever the dtype.
+    weights = torch.softmax(scores, dim=-1)
     out = torch.bmm(weights, split(value)).reshape(pairs, heads, -1, width)
     return out.transpose(1, 2).reshape(-1, query.shape[-1])
 
