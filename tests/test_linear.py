@@ -13,7 +13,13 @@ from torch.nn import functional
 
 from bge_rerank_adapters import DeviceError, Reranker
 from bge_rerank_adapters.models import devices, linear
-from bge_rerank_adapters.models.linear import Int8Linear, PackedLinear, PlainLinear, smoothing
+from bge_rerank_adapters.models.linear import (
+    Int8Linear,
+    PackedLinear,
+    PlainLinear,
+    few_sizes,
+    smoothing,
+)
 from tests.checkpoints import build_xlm_roberta, read_queries, read_sentences
 
 needs_packed = pytest.mark.skipif(
@@ -212,3 +218,11 @@ def test_int8_is_for_processors_alone(monkeypatch):
     monkeypatch.setattr(devices, "int8_works", lambda: False)
     with pytest.raises(DeviceError, match="oneDNN"):
         devices.resolve_dtype("int8", torch.device("cpu"))
+
+
+def test_products_come_in_few_sizes_that_are_hardly_larger():
+    sizes = {few_sizes(rows) for rows in range(1, 4097)}
+    assert len(sizes) < 120
+    for rows in range(1, 4097):
+        assert rows <= few_sizes(rows) <= max(rows + 7, rows * 17 / 16)
+        assert few_sizes(few_sizes(rows)) == few_sizes(rows)
