@@ -46,6 +46,7 @@ class AdapterSettings(BaseModel):
         cache_dir: Folder of the hub's cache.
         local_files_only: Never ask the hub.
         token: Secret for the hub; in no repr, dump or pickle.
+        backend: `"native"`, or `"flagembedding"`.
         family: How the checkpoint is run; found from its config if `None`.
         prompt: What a decoder is asked after the document.
         query_instruction: Put before each query.
@@ -85,6 +86,7 @@ class AdapterSettings(BaseModel):
     cache_dir: str | None = Field(default=EngineSettings.cache_dir, frozen=True)
     local_files_only: bool = Field(default=EngineSettings.local_files_only, frozen=True)
     token: SecretStr | None = Field(default=None, exclude=True, repr=False, frozen=True)
+    backend: str = Field(default=EngineSettings.backend, frozen=True)
     family: str | None = Field(default=EngineSettings.family, frozen=True)
     prompt: str | None = Field(default=EngineSettings.prompt, frozen=True)
     query_instruction: str | None = Field(default=EngineSettings.query_instruction, frozen=True)

@@ -104,6 +104,7 @@ class Reranker:
         cache_dir: str | None = EngineSettings.cache_dir,
         local_files_only: bool = EngineSettings.local_files_only,
         token: str | None = EngineSettings.token,
+        backend: str = EngineSettings.backend,
         family: str | None = EngineSettings.family,
         prompt: str | None = EngineSettings.prompt,
         query_instruction: str | None = EngineSettings.query_instruction,
@@ -135,6 +136,8 @@ class Reranker:
             cache_dir: Folder of the hub's cache.
             local_files_only: Never ask the hub.
             token: Secret for the hub.
+            backend: `"native"`, or `"flagembedding"` to run FlagEmbedding's own classes, from
+                the extra of that name.
             family: `"encoder"`, `"decoder"`, `"layerwise"` or `"lightweight"`; `None` is found
                 from the checkpoint's config.
             prompt: What a decoder is asked after the document; `None` is the family's own.
@@ -168,6 +171,7 @@ class Reranker:
                 cache_dir=cache_dir,
                 local_files_only=local_files_only,
                 token=token,
+                backend=backend,
                 family=family,
                 prompt=prompt,
                 query_instruction=query_instruction,

@@ -5,6 +5,7 @@ from typing import Any
 
 from bge_rerank_adapters.errors import SettingsError
 
+BACKENDS = ("native", "flagembedding")
 FAMILIES = ("encoder", "decoder", "layerwise", "lightweight")
 _DECODERS = ("decoder", "layerwise", "lightweight")
 # Settings that only some families have; all others belong to every one.
@@ -38,3 +39,22 @@ def check_family_settings(family: str, settings: Mapping[str, Any]) -> None:
             f"dtype 'int8' runs checkpoints of the encoder family alone, not of the {family} "
             'family; use dtype="auto", "bfloat16" or "float32".'
         )
+
+
+def check_backend_settings(settings: Mapping[str, Any]) -> None:
+    """Check that what FlagEmbedding itself cannot do is not asked of it.
+
+    Args:
+        settings: Of the engine, by their names.
+
+    Raises:
+        SettingsError: It is; the message names the setting.
+    """
+    if settings["backend"] == "native":
+        return
+    for name, value in (("long_documents", "window"), ("dtype", "int8")):
+        if settings[name] == value:
+            raise SettingsError(
+                f"{name}={value!r} needs backend='native', got {settings['backend']!r}; "
+                "leave one of the two out."
+            )

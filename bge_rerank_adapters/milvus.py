@@ -86,6 +86,7 @@ class BGERerankFunction:
         cutoff_layers: int | Sequence[int] | None = None,
         compress_ratio: int | None = None,
         compress_layers: int | Sequence[int] | None = None,
+        backend: str = EngineSettings.backend,
     ) -> None:
         """Load the model, or share the one that is loaded with equal settings.
 
@@ -120,6 +121,7 @@ class BGERerankFunction:
             cutoff_layers: The layer whose logit is read, or a list of one.
             compress_ratio: How many of a document's tokens are made one.
             compress_layers: Before which layers that is done.
+            backend: `"native"`, or `"flagembedding"` to run FlagEmbedding's own classes.
 
         Raises:
             SettingsError: A setting has a value that is not allowed.
@@ -156,6 +158,7 @@ class BGERerankFunction:
             revision=revision,
             token=token,
             local_files_only=local_files_only,
+            backend=backend,
             family=_FAMILIES[model_class],
             prompt=prompt,
             # Where there is one it goes into the text here, in its format.

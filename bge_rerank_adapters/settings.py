@@ -10,7 +10,12 @@ from typing import Any
 
 from bge_rerank_adapters.checkpoints import CHECKPOINTS, DEFAULT_MODEL
 from bge_rerank_adapters.errors import SettingsError
-from bge_rerank_adapters.families import FAMILIES, check_family_settings
+from bge_rerank_adapters.families import (
+    BACKENDS,
+    FAMILIES,
+    check_backend_settings,
+    check_family_settings,
+)
 
 DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu", "npu", "hpu", "mtia")
 LONG_DOCUMENTS = ("truncate", "window")
@@ -39,6 +44,7 @@ class EngineSettings:
         cache_dir: Folder of the hub's cache; `None` is the hub library's own.
         local_files_only: Never ask the hub, use folders and the cache alone.
         token: Secret for a private or gated checkpoint; in no repr, comparison aside.
+        backend: `"native"`, or `"flagembedding"` to run FlagEmbedding's own classes.
         family: `"encoder"`, `"decoder"`, `"layerwise"` or `"lightweight"`; `None` is found from the
             checkpoint's config.
         prompt: What a decoder is asked after the document; `None` is the family's own.
@@ -66,6 +72,7 @@ class EngineSettings:
     cache_dir: str | None = None
     local_files_only: bool = False
     token: str | None = field(default=None, repr=False)
+    backend: str = "native"
     family: str | None = None
     prompt: str | None = None
     query_instruction: str | None = None
@@ -89,6 +96,7 @@ class EngineSettings:
         family = self.family or (known and known.family)
         if family:
             check_family_settings(family, vars(self))
+        check_backend_settings(vars(self))
         self._check_windows()
 
     def _check_windows(self) -> None:
@@ -208,6 +216,14 @@ def _optional_line(name: str, value: object) -> str | None:
     return value
 
 
+def _backend(name: str, value: object) -> str:
+    if value not in BACKENDS:
+        raise SettingsError(
+            f"{name} must be one of {', '.join(map(repr, BACKENDS))}, got {value!r}."
+        )
+    return str(value)
+
+
 def _family(name: str, value: object) -> str | None:
     return None if value is None else _one_of(name, value, FAMILIES)
 
@@ -264,6 +280,7 @@ _CHECKS = {
     "cache_dir": _optional_text,
     "local_files_only": _flag,
     "token": _secret,
+    "backend": _backend,
     "family": _family,
     "prompt": _optional_line,
     "query_instruction": _optional_line,

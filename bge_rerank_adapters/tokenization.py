@@ -222,11 +222,13 @@ class PairTokenizer:
         return encoded
 
     def _encode_batch(self, texts: list[str]) -> list[Encoding]:
+        # Releases of tokenizers before 0.20 have only the one that keeps offsets as well.
+        encode = getattr(self._tokenizer, "encode_batch_fast", self._tokenizer.encode_batch)
         try:
-            return self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            return list(encode(texts, add_special_tokens=False))
         except (TypeError, UnicodeEncodeError):
             valid = [without_surrogates(text) for text in texts]
-            return self._tokenizer.encode_batch_fast(valid, add_special_tokens=False)
+            return list(encode(valid, add_special_tokens=False))
 
 
 def without_surrogates(text: str) -> str:

@@ -55,6 +55,8 @@ def test_defaults():
         ("local_files_only", "no", "local_files_only must be True or False"),
         ("token", 5, "token must be a str or None, got a int"),
         ("token", True, "token must be a str or None"),
+        ("backend", "vllm", "backend must be one of 'native', 'flagembedding', got 'vllm'"),
+        ("backend", None, "backend must be one of"),
         ("family", "gemma", "family must be one of 'encoder', 'decoder', 'layerwise'"),
         ("family", True, "family must be one of"),
         ("prompt", 5, "prompt must be a str or None, got 5"),

@@ -1,5 +1,6 @@
 """From a checkpoint's folder to models that are ready to run."""
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -15,6 +16,7 @@ from bge_rerank_adapters.models.causal_config import parse_gemma, parse_gemma2, 
 from bge_rerank_adapters.models.decoder import DecoderModel
 from bge_rerank_adapters.models.devices import resolve_dtype
 from bge_rerank_adapters.models.encoder import ENCODER_TYPES, EncoderModel, parse_config
+from bge_rerank_adapters.models.flag import FlagModel, TextPairTokenizer
 from bge_rerank_adapters.models.layerwise import LayerwiseModel
 from bge_rerank_adapters.models.lightweight import DEFAULT_COMPRESS_LAYERS, LightweightModel
 from bge_rerank_adapters.models.weights import read_config
@@ -83,9 +85,11 @@ def read_checkpoint(folder: Path, settings: EngineSettings) -> LocalCheckpoint:
         SettingsError: A setting does not belong to its family.
     """
     config = read_config(folder)
-    found = _family(config)
-    family = settings.family or found
-    if family is None or config.get("model_type") not in _TYPES[family]:
+    family = settings.family or _family(config)
+    if settings.backend == "flagembedding":
+        # It has encoders of many more kinds.
+        family = family or "encoder"
+    elif family is None or config.get("model_type") not in _TYPES[family]:
         raise UnsupportedCheckpointError(_not_supported(folder, config, settings.family))
     check_family_settings(
         family, {each.name: getattr(settings, each.name) for each in fields(settings)}
@@ -106,7 +110,9 @@ def load_pair_tokenizer(checkpoint: LocalCheckpoint, settings: EngineSettings) -
         max_length=min(settings.max_length, sizes.max_tokens),
         query_max_length=settings.query_max_length,
         template=_template(checkpoint, settings),
-        make=tokenizer_maker(settings),
+        make=(
+            TextPairTokenizer if settings.backend == "flagembedding" else tokenizer_maker(settings)
+        ),
     )
     if tokenizer.vocabulary > sizes.vocabulary:
         raise CheckpointError(
@@ -132,6 +138,15 @@ def load_model(
         DeviceError: The device cannot run the dtype.
     """
     family = checkpoint.family
+    if settings.backend == "flagembedding":
+        return FlagModel(
+            checkpoint.folder,
+            settings,
+            family=family,
+            max_length=tokenizer.max_length,
+            query_max_length=tokenizer.query_max_length,
+            device=device,
+        )
     dtype = resolve_dtype(settings.dtype, device, wide_range=family != "encoder")
     make = _makers(settings)[family]
     if family == "decoder":
@@ -162,7 +177,17 @@ def _family(config: dict[str, Any]) -> str | None:
     return None
 
 
+@dataclass(frozen=True, slots=True)
+class _UnknownSizes:
+    """Of a kind of model that FlagEmbedding runs and this package does not."""
+
+    max_tokens: int = sys.maxsize
+    vocabulary: int = sys.maxsize
+
+
 def _sizes(checkpoint: LocalCheckpoint) -> _Sizes:
+    if checkpoint.config.get("model_type") not in _TYPES[checkpoint.family]:
+        return _UnknownSizes()
     parse: dict[str, Callable[..., _Sizes]] = {
         "encoder": parse_config,
         "decoder": parse_gemma,

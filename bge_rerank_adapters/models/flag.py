@@ -1,0 +1,242 @@
+"""Any model through FlagEmbedding itself: the reference, behind the engine's own doors.
+
+Its classes are called as they are (FlagEmbedding 1.4, `inference/auto_reranker.py`), but with one
+device, no progress bars, and never with an empty list or code of a checkpoint.
+"""
+
+import importlib
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bge_rerank_adapters.errors import DeviceError, UnsupportedCheckpointError
+from bge_rerank_adapters.settings import EngineSettings
+from bge_rerank_adapters.tokenization import (
+    PairTokenizer,
+    TokenizedPairs,
+    TokenPair,
+    without_surrogates,
+)
+
+# The release of transformers on which all of FlagEmbedding 1.4.2's classes run.
+_WORKING_TRANSFORMERS = "4.44.2"
+_CLASSES = {
+    "encoder": "FlagReranker",
+    "decoder": "FlagLLMReranker",
+    "layerwise": "LayerWiseFlagLLMReranker",
+    "lightweight": "LightWeightFlagLLMReranker",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TextPair(TokenPair):
+    """A tokenised pair that keeps its texts, which FlagEmbedding tokenises for itself.
+
+    Attributes:
+        query: The query.
+        document: The document.
+    """
+
+    query: str = ""
+    document: str = ""
+
+
+class TextPairTokenizer(PairTokenizer):
+    """Counts tokens and tells what is cut, by the same rule, and keeps the texts."""
+
+    def tokenize(self, pairs: Sequence[tuple[str, str]]) -> TokenizedPairs:
+        """Return the distinct pairs with their texts; see `PairTokenizer.tokenize`."""
+        tokenized = super().tokenize(pairs)
+        return TokenizedPairs(
+            [_with_texts(pair, *pairs[pair.index]) for pair in tokenized.distinct],
+            tokenized.positions,
+        )
+
+
+def _with_texts(pair: TokenPair, query: str, document: str) -> TextPair:
+    values = {each.name: getattr(pair, each.name) for each in fields(TokenPair)}
+    return TextPair(
+        **values, query=without_surrogates(query), document=without_surrogates(document)
+    )
+
+
+class FlagModel:
+    """A reranker of FlagEmbedding's on one device.
+
+    Attributes:
+        device: Where it runs.
+        dtype: Of weights and activations.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: EngineSettings,
+        *,
+        family: str,
+        max_length: int,
+        query_max_length: int,
+        device: torch.device,
+    ) -> None:
+        """Load the model.
+
+        Args:
+            folder: The checkpoint's.
+            settings: The engine's.
+            family: Chooses the class.
+            max_length: Most tokens of a pair.
+            query_max_length: Most tokens of the query.
+            device: Where to run.
+
+        Raises:
+            ImportError: FlagEmbedding is not installed.
+            UnsupportedCheckpointError: Its class does not run with this release of transformers,
+                or cannot load the checkpoint.
+            DeviceError: It cannot run the dtype on the device.
+        """
+        self.device = device
+        self.dtype = _dtype(settings.dtype, family, device)
+        make = _flag_class(family)
+        options = _options(settings, family, self.dtype, device) | {
+            "max_length": max_length,
+            "query_max_length": query_max_length,
+        }
+        # The lightweight class ends the process where its modelling code cannot be imported.
+        with _told_as_unsupported(folder, family), _without_loading_bar():
+            self._reranker = make(str(folder), **options)
+            self._reranker.use_fp16 = self.dtype == torch.float16
+        with _told_as_unsupported(folder, family):
+            # Some classes can be made, and fail when they are run.
+            self._score([("query", "document")])
+
+    def logits(self, pairs: Sequence[TokenPair]) -> list[float]:
+        """Return the logit of each pair of a pack.
+
+        Args:
+            pairs: n >= 1 pairs of `TextPairTokenizer`.
+        """
+        texts = [(pair.query, pair.document) for pair in pairs if isinstance(pair, TextPair)]
+        return self._score(texts)
+
+    def _score(self, texts: list[tuple[str, str]]) -> list[float]:
+        with _without_bars(sys.modules[type(self._reranker).__module__]):
+            # One more than there are: below that its bars are off, where they can be.
+            scores = self._reranker.compute_score(texts, batch_size=len(texts) + 1)
+        return [float(score) for score in scores]
+
+
+def _flag_class(family: str) -> Callable[..., Any]:
+    try:
+        module = importlib.import_module("FlagEmbedding")
+    except ImportError as error:
+        raise ImportError(
+            'backend="flagembedding" needs FlagEmbedding; '
+            'run: pip install "bge-rerank-adapters[flagembedding]"'
+        ) from error
+    found: Callable[..., Any] = getattr(module, _CLASSES[family])
+    return found
+
+
+def _options(
+    settings: EngineSettings, family: str, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """Return what its constructor is given, by its own names; what is left open stays so."""
+    options: dict[str, Any] = {
+        # The layerwise and lightweight classes warn where neither half type is asked for; what
+        # counts is the attribute, which is set once the model is made.
+        "use_fp16": dtype != torch.bfloat16,
+        "devices": str(device),
+        "trust_remote_code": False,
+    }
+    if family != "encoder":
+        options["use_bf16"] = dtype == torch.bfloat16
+    cutoff = settings.cutoff_layers
+    given = {
+        "query_instruction_for_rerank": settings.query_instruction,
+        "passage_instruction_for_rerank": settings.passage_instruction,
+        "prompt": settings.prompt,
+        "cutoff_layers": None if cutoff is None else [cutoff],
+        "compress_ratio": settings.compress_ratio,
+        "compress_layers": settings.compress_layers and list(settings.compress_layers),
+    }
+    return options | {name: value for name, value in given.items() if value is not None}
+
+
+def _dtype(name: str, family: str, device: torch.device) -> torch.dtype:
+    """Return the dtype; `"auto"` is the half type of FlagEmbedding's own examples on a GPU."""
+    if name == "auto":
+        if device.type == "cpu":
+            return torch.float32
+        return torch.float16 if family == "encoder" else torch.bfloat16
+    dtype: torch.dtype = getattr(torch, name)
+    if device.type == "cpu" and dtype == torch.float16:
+        raise DeviceError(
+            "FlagEmbedding runs float32 on a processor where it is asked for float16; "
+            'use dtype="float32".'
+        )
+    if family == "encoder" and dtype == torch.bfloat16:
+        raise DeviceError(
+            "FlagEmbedding's encoder class has no bfloat16; "
+            'use dtype="float32", or "float16" on a GPU.'
+        )
+    return dtype
+
+
+@contextmanager
+def _told_as_unsupported(folder: Path, family: str) -> Iterator[None]:
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        import transformers
+
+        raise UnsupportedCheckpointError(
+            f"FlagEmbedding's {_CLASSES[family]} cannot run {folder} with transformers "
+            f"{transformers.__version__} ({type(error).__name__}: {error}). All of its classes run "
+            f"with transformers {_WORKING_TRANSFORMERS}; install that, or use "
+            'backend="native", which runs every family.'
+        ) from error
+
+
+# Held while bars are off, since two calls at once would put the wrong ones back.
+_bars = threading.Lock()
+
+
+@contextmanager
+def _without_loading_bar() -> Iterator[None]:
+    """Turn off the progress bar that transformers 5 shows while it loads, and on again after."""
+    from transformers.utils import logging
+
+    with _bars:
+        # Not to be asked for in every release: where it cannot be, nothing is changed.
+        shown = getattr(logging, "is_progress_bar_enabled", lambda: False)()
+        if shown:
+            logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            if shown:
+                logging.enable_progress_bar()
+
+
+@contextmanager
+def _without_bars(module: types.ModuleType) -> Iterator[None]:
+    """Turn off the progress bars that a module shows unasked, for the time of a call."""
+    with _bars:
+        shown = {
+            name: getattr(module, name) for name in ("tqdm", "trange") if hasattr(module, name)
+        }
+        try:
+            for name, bar in shown.items():
+                setattr(module, name, partial(bar, disable=True))
+            yield
+        finally:
+            for name, bar in shown.items():
+                setattr(module, name, bar)
