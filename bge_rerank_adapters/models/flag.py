@@ -212,8 +212,7 @@ _bars = threading.Lock()
 @contextmanager
 def _without_loading_bar() -> Iterator[None]:
     """Turn off the progress bar that transformers 5 shows while it loads, and on again after."""
-    from transformers.utils import logging
-
+    logging: Any = importlib.import_module("transformers.utils.logging")
     with _bars:
         # Not to be asked for in every release: where it cannot be, nothing is changed.
         shown = getattr(logging, "is_progress_bar_enabled", lambda: False)()
