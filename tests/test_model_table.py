@@ -1,0 +1,37 @@
+"""The table of checkpoints, as `bge-rerank models` shows it."""
+
+import pytest
+from rich.console import Console
+
+from bge_rerank_adapters import model_table
+from bge_rerank_adapters.checkpoints import CHECKPOINTS
+
+
+def table(width: int = 200) -> list[list[str]]:
+    console = Console(width=width, record=True, file=None, quiet=False)
+    with console.capture() as shown:
+        model_table.run(console)
+    rows = [line.split("│") for line in shown.get().splitlines() if line.startswith("│")]
+    return [[cell.strip() for cell in row[1:-1]] for row in rows]
+
+
+def test_every_checkpoint_has_a_row():
+    rows = {row[0]: row[1:] for row in table()}
+    assert list(rows) == list(CHECKPOINTS)
+    assert rows["BAAI/bge-reranker-v2-m3"] == [
+        *("encoder", "multilingual", "568 M", "8,192"),
+        *("2.3", "1.1", "1.4"),
+    ]
+    assert rows["BAAI/bge-reranker-v2.5-gemma2-lightweight"] == [
+        *("lightweight", "multilingual", "9.2 B", "8,192"),
+        *("37.0", "18.5", "-"),
+    ]
+
+
+@pytest.mark.parametrize("known", CHECKPOINTS.values(), ids=lambda each: each.name)
+def test_memory_is_what_the_weights_take(known):
+    memory = known.gigabytes
+    assert memory["float16"] == memory["bfloat16"] == memory["float32"] / 2
+    assert ("int8" in memory) == (known.family == "encoder")
+    assert memory.get("int8", 0.0) < memory["float32"]
+    assert known.embeddings < known.parameters
