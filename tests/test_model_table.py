@@ -2,9 +2,11 @@
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from bge_rerank_adapters import model_table
 from bge_rerank_adapters.checkpoints import CHECKPOINTS
+from bge_rerank_adapters.cli import app
 
 
 def table(width: int = 200) -> list[list[str]]:
@@ -35,3 +37,11 @@ def test_memory_is_what_the_weights_take(known):
     assert ("int8" in memory) == (known.family == "encoder")
     assert memory.get("int8", 0.0) < memory["float32"]
     assert known.embeddings < known.parameters
+
+
+def test_the_command_shows_the_table():
+    result = CliRunner().invoke(app, ["models"], env={"COLUMNS": "200", "NO_COLOR": "1"})
+    assert result.exit_code == 0
+    for known in CHECKPOINTS.values():
+        assert known.name in result.output
+        assert known.family in result.output

@@ -45,6 +45,14 @@ def verify(
         raise typer.Exit(code=1)
 
 
+@app.command()
+def models() -> None:
+    """List the BGE rerankers: family, languages, size, and memory needed in each dtype."""
+    from bge_rerank_adapters.model_table import run
+
+    run(Console())
+
+
 app.command(epilog=rerank_command.EXAMPLES)(rerank_command.rerank)
 app.command("evaluate", epilog=evaluate_command.EXAMPLES)(evaluate_command.evaluate_folder)
 app.command()(info)
