@@ -1,6 +1,7 @@
 """How engines end with their processes: a clean exit in the midst of work, and forked children."""
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -149,3 +150,51 @@ def test_a_child_forked_while_all_locks_are_held_ends_cleanly_and_loads_its_own(
     sys.stdout.flush()
     """
     assert_clean(run_script(code, folder), out="told\ntold\n3\nchild 0\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are for POSIX")
+def test_an_interrupt_ends_the_callers_wait_and_the_engine_goes_on(folder):
+    code = """
+    import signal
+    def interrupt():
+        wait_until_busy()
+        os.kill(os.getpid(), signal.SIGINT)
+    threading.Thread(target=interrupt, daemon=True).start()
+    try:
+        engine.rerank("query", LONG)
+    except KeyboardInterrupt:
+        print("interrupted", engine.stats().queued_pairs)
+    print(len(engine.rerank("query", LONG[:5], timeout_s=60)))
+    """
+    assert_clean(run_script(code, folder), out="interrupted 0\n5\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are for POSIX")
+def test_a_process_that_is_terminated_at_work_is_gone_at_once(folder):
+    code = """
+    import signal
+    ask_in_thread()
+    wait_until_busy()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+    """
+    done = run_script(code, folder)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGTERM, "", "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are for POSIX")
+def test_a_process_whose_event_loop_is_interrupted_ends_cleanly(folder):
+    code = """
+    import signal
+    async def ask_many():
+        asyncio.get_running_loop().call_later(0.3, os.kill, os.getpid(), signal.SIGINT)
+        await asyncio.gather(*(engine.arerank("query", LONG) for _ in range(4)))
+    try:
+        asyncio.run(ask_many())
+    except KeyboardInterrupt:
+        print("interrupted")
+    while engine.stats().queued_pairs:
+        time.sleep(0.01)
+    print(len(engine.rerank("query", LONG[:5], timeout_s=60)))
+    """
+    assert_clean(run_script(code, folder), out="interrupted\n5\n")
