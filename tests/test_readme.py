@@ -10,11 +10,13 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), flags=re.
 
 
 def test_readme_shows_engine_and_every_host():
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 7
 
 
 @pytest.mark.parametrize(
-    "block", BLOCKS[:5], ids=["engine", "langchain", "llama_index", "milvus", "windows"]
+    "block",
+    BLOCKS[:6],
+    ids=["engine", "langchain", "llama_index", "milvus", "windows", "callers"],
 )
 def test_example_runs_and_puts_goethe_first(block, capsys):
     exec(block.replace("BAAI/bge-reranker-v2-m3", "tiny"), {"__name__": "example"})  # noqa: S102
@@ -25,7 +27,7 @@ def test_example_runs_and_puts_goethe_first(block, capsys):
 
 def test_the_experiment_runs(capsys, monkeypatch):
     monkeypatch.chdir(README.parent)
-    exec(BLOCKS[5].replace("BAAI/bge-reranker-v2-m3", "tiny"), {"__name__": "example"})  # noqa: S102
+    exec(BLOCKS[6].replace("BAAI/bge-reranker-v2-m3", "tiny"), {"__name__": "example"})  # noqa: S102
     shown = capsys.readouterr().out
     assert "10 queries, 600 documents, 5 candidates" in shown
     assert "p_value" in shown
