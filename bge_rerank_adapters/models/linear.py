@@ -133,7 +133,7 @@ class Int8Linear:
     def __call__(self, states: Tensor) -> Tensor:
         """Return the outputs for states of shape (rows, inputs)."""
         out = states.new_empty(len(states), len(self._scale))
-        blocks = zip(states.split(_BLOCK_ROWS), out.split(_BLOCK_ROWS), strict=True)
+        blocks = zip(*(torch.split(each, _BLOCK_ROWS) for each in (states, out)), strict=True)
         for block, block_out in blocks:
             block_out.copy_(self._block(block.float()))
         return out
