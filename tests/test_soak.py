@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from bge_rerank_adapters import RankedDocument, Reranker
-from tests.checkpoints import read_queries, read_sentences
+from tests.checkpoints import build_xlm_roberta, read_queries, read_sentences
 
 THREADS, TASKS = 64, 64
 SHORT_REQUESTS, LONG_REQUESTS = 2 * (THREADS + TASKS), 20_000
@@ -175,3 +175,20 @@ def test_every_request_gets_its_own_scores(engine):
 @pytest.mark.timeout(7200)
 def test_every_one_of_many_requests_gets_its_own_scores(engine):
     soak(engine, requests=LONG_REQUESTS, limit_s=7000)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_packs_of_ever_new_sizes_do_not_make_memory_grow(tmp_path):
+    """oneDNN keeps code for each number of rows that a product has had."""
+    dice = random.Random(5)
+    sentences = [text[:70] for text in read_sentences().values()]
+
+    def run(engine: Reranker, packs: int) -> int:
+        for _ in range(packs):
+            engine.logits(QUERIES[0], dice.sample(sentences, dice.randint(8, 50)))
+        return resident_bytes()
+
+    folder = str(build_xlm_roberta(tmp_path / "checkpoint"))
+    with Reranker(folder, device="cpu", dtype="float32") as engine:
+        grown = -run(engine, 80) + run(engine, 160)
+    assert grown < 100e6
