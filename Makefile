@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-oldest lint clean
 
 # torch comes first and by its number alone: any other request brings gigabytes of GPU libraries
 # that a machine without a GPU has no use for.
@@ -23,5 +23,17 @@ lint: .venv/installed
 test: lint
 	$(BIN)/python -m pytest
 
+# The oldest transformers that works, on which FlagEmbedding runs all of its classes.
+.venv-oldest/installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --constraint constraints-oldest.txt torch==2.13.0
+	.venv-oldest/bin/pip install --quiet --constraint constraints-oldest.txt \
+		--editable ".[flagembedding,langchain,llama-index]" hypothesis pytest pytest-asyncio pytest-timeout
+	touch $@
+
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest tests/test_families.py tests/test_flag.py tests/test_models.py \
+		tests/test_tokenization.py tests/test_hub.py
+
 clean:
-	rm -rf .venv build dist
+	rm -rf .venv .venv-oldest build dist

@@ -222,13 +222,16 @@ class PairTokenizer:
         return encoded
 
     def _encode_batch(self, texts: list[str]) -> list[Encoding]:
-        # Releases of tokenizers before 0.20 have only the one that keeps offsets as well.
-        encode = getattr(self._tokenizer, "encode_batch_fast", self._tokenizer.encode_batch)
+        fast = getattr(self._tokenizer, "encode_batch_fast", None)
+        if fast is None:
+            # tokenizers before 0.20, which reads surrogates in a way of its own.
+            valid = [without_surrogates(text) for text in texts]
+            return list(self._tokenizer.encode_batch(valid, add_special_tokens=False))
         try:
-            return list(encode(texts, add_special_tokens=False))
+            return list(fast(texts, add_special_tokens=False))
         except (TypeError, UnicodeEncodeError):
             valid = [without_surrogates(text) for text in texts]
-            return list(encode(valid, add_special_tokens=False))
+            return list(fast(valid, add_special_tokens=False))
 
 
 def without_surrogates(text: str) -> str:
