@@ -277,13 +277,19 @@ def _cases() -> list[Case]:
 CASES = {case.name: case for case in _cases()}
 
 
-def case_pairs() -> list[tuple[str, str]]:
-    """Return the pairs that every case scores: short, cut, empty, and with unknown characters."""
+def family_texts() -> tuple[list[str], list[str]]:
+    """Return the questions and the sentences of the English XQuAD-R subset, in file order."""
     xquad = Path(__file__).parent / "data" / "xquad-r-en"
     queries, sentences = (
         [json.loads(line)["text"] for line in (xquad / name).read_text("utf-8").splitlines()]
         for name in ("queries.jsonl", "corpus.jsonl")
     )
+    return queries, sentences
+
+
+def case_pairs() -> list[tuple[str, str]]:
+    """Return the pairs that every case scores: short, cut, empty, and with unknown characters."""
+    queries, sentences = family_texts()
     pairs = [(queries[i * 7], sentences[i * 11]) for i in range(12)]
     pairs += [(queries[5], " ".join(sentences[:12])), (" ".join(queries[:30]), sentences[5])]
     pairs += [(" ".join(queries[:9]), " ".join(sentences[:30])), ("", sentences[9])]
