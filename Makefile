@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-oldest lint clean
+.PHONY: demo notebooks test test-oldest lint clean
 
 # torch comes first and by its number alone: any other request brings gigabytes of GPU libraries
 # that a machine without a GPU has no use for.
@@ -14,6 +14,9 @@ BIN := .venv/bin
 
 demo: .venv/installed
 	$(BIN)/bge-rerank demo
+
+notebooks: .venv/installed
+	$(BIN)/python notebooks/execute.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .
