@@ -47,7 +47,7 @@ def plain(text: str) -> str:
 @pytest.mark.parametrize("arguments", [(), ("--help",)])
 def test_help_names_the_commands(arguments):
     result = invoke(*arguments)
-    for name in ("demo", "rerank", "evaluate", "verify", "info"):
+    for name in ("demo", "rerank", "evaluate", "models", "verify", "info"):
         assert name in result.output
     assert result.exit_code == (0 if arguments else 2)
 

@@ -68,7 +68,7 @@ def plot_quality_and_time(report: Report, axes: "Axes | None" = None) -> "Axes":
             fontsize=8,
         )
     _first_stage_line(axes, report)
-    axes.set_xscale("log")
+    _plain_log_scale(axes)
     return _labelled(axes, "Quality and time", "median time of a query, ms", NDCG)
 
 
@@ -137,6 +137,16 @@ def _new_axes() -> "Axes":
     from matplotlib.figure import Figure
 
     return Figure(figsize=_INCHES, layout="constrained").subplots()
+
+
+def _plain_log_scale(axes: "Axes") -> None:
+    """Scale the times by their logarithm, and write 20, 50, 100 instead of powers of ten."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _coloured(report: Report) -> list[tuple[str, str]]:

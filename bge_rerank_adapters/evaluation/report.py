@@ -133,6 +133,9 @@ class Report:
         ]
         return "\n".join([head, *lines])
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text("Report(...)" if cycle else str(self))
+
     def _repr_html_(self) -> str:
         columns = list(self.to_records()[-1])
         head = "".join(f"<th>{name}</th>" for name in columns)
