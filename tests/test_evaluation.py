@@ -61,7 +61,10 @@ scores = st.sampled_from([0.0, 1.0, 1.0 + 1e-12, -2.5, 7.25, 1e-9])
 @settings(max_examples=150, deadline=None)
 @given(
     judgements=st.dictionaries(st.sampled_from("abc"), grades, min_size=1),
-    run=st.dictionaries(st.sampled_from("abcx"), st.dictionaries(ids, scores, min_size=1)),
+    run=st.dictionaries(
+        st.sampled_from("abcx"),
+        st.dictionaries(ids, scores, min_size=1) | st.dictionaries(ids, scores, min_size=14),
+    ),
 )
 def test_metrics_are_those_of_trec_eval(judgements, run):
     got = measure(judgements, run, recall_at=[5, 10])
@@ -78,6 +81,13 @@ def test_metrics_are_those_of_trec_eval(judgements, run):
         expected = first.get(query, {}).get("recip_rank", 0.0)
         assert got.per_query["MRR@10"][query] == pytest.approx(expected, abs=1e-12)
     assert got.mean["MAP"] == pytest.approx(sum(got.per_query["MAP"].values()) / len(judgements))
+
+
+@pytest.mark.parametrize(("rank", "wanted"), [(1, 1.0), (3, 1 / 3), (10, 0.1), (11, 0.0)])
+def test_mrr_looks_at_ten_documents(rank, wanted):
+    run = {"q": {f"d{place}": -float(place) for place in range(1, 31)}}
+    got = measure({"q": {f"d{rank}": 1}}, run)
+    assert got.mean["MRR@10"] == pytest.approx(wanted)
 
 
 def test_a_beir_folder_is_read_whole(collection):
