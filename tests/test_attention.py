@@ -51,14 +51,15 @@ def reference_varlen(query, key, value, bounds_query, bounds_key, max_query, max
     return torch.cat(outputs)
 
 
-@pytest.fixture(params=["grouped", "products", "products, one pair at a time", "varlen"])
+@pytest.fixture(params=["grouped", "products", "products of short pairs too", "varlen"])
 def attention(request, monkeypatch):
     """The three ways; varlen's kernel, which runs on CUDA alone, replaced by what it computes."""
     if request.param == "grouped":
         return grouped_attention
     if request.param.startswith("products"):
-        if request.param.endswith("at a time"):
-            monkeypatch.setattr(attention_module, "_SCORES_AT_ONCE", 1)
+        if request.param.endswith("too"):
+            monkeypatch.setattr(attention_module, "_SHORT_TOKENS", 1)
+            monkeypatch.setattr(attention_module, "_ROWS_STEP", 4)
         return product_attention
     module = ModuleType("varlen")
     module.varlen_attn = reference_varlen
@@ -83,6 +84,18 @@ def test_projections_may_be_slices_of_one_matrix(attention):
     query, key, value = stacked.chunk(3, dim=-1)
     out = attention(query, key, value, Layout(LENGTHS, CPU), HEADS)
     torch.testing.assert_close(out, alone(query, key, value, False), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("attend", [grouped_attention, product_attention])
+def test_what_is_not_finite_stays_within_its_pair(attend, monkeypatch):
+    monkeypatch.setattr(attention_module, "_SHORT_TOKENS", 1)
+    query, key, value = (torch.randn(sum(LENGTHS), HEADS * WIDTH) for _ in range(3))
+    for states in (query, key, value):
+        states[LENGTHS[0] : LENGTHS[0] + LENGTHS[1]] = float("nan")
+    out = attend(query, key, value, Layout(LENGTHS, CPU), HEADS)
+    assert [bool(part.isfinite().all()) for part in out.split(LENGTHS)] == [
+        index != 1 for index in range(len(LENGTHS))
+    ]
 
 
 @pytest.mark.parametrize(

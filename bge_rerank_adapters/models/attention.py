@@ -61,9 +61,9 @@ class Layout:
         return torch.arange(len(self.lengths) + 1, dtype=torch.int32, device=self.device)
 
 
-# A megabyte or two of scores, as much as a core's own cache holds; measured best from 20 to 500
-# tokens a pair.
-_SCORES_AT_ONCE = 500_000
+# Pairs below this are served by torch's fused kernel in any dtype.
+_SHORT_TOKENS = 64
+_ROWS_STEP = 32
 
 # From query, key and value of shapes (rows, heads * width) to the attended values; query has
 # either as many rows as key and value, or one per pair, which is the pair's first token's.
@@ -96,41 +96,53 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, pairs: int, heads: int) -
 def product_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, heads: int
 ) -> Tensor:
-    """Attend by plain matrix products of few pairs at a time: for bfloat16 on a processor.
+    """Attend by plain matrix products, one pair at a time: for bfloat16 on a processor.
 
     There torch's fused kernel takes nearly twice as long as oneDNN's own products, which run here;
-    in float32 it is as fast. What a softmax reads stays in the cache, since no more pairs are
-    taken at once than have so many scores.
+    in float32, and for short pairs, it is as fast.
     """
-    single = len(query) != len(key)
+    if len(query) != len(key):
+        return grouped_attention(query, key, value, layout, heads)
     attended = torch.empty_like(query)
-    begin = 0
     for group in layout.groups:
-        asked = 1 if single else group.tokens
-        at_once = max(1, _SCORES_AT_ONCE // (heads * asked * group.tokens))
-        for first in range(0, group.pairs, at_once):
-            pairs = min(at_once, group.pairs - first)
-            rows = slice(
-                group.start + first * group.tokens, group.start + (first + pairs) * group.tokens
-            )
-            end = begin + pairs * asked
-            attended[begin:end] = _products(query[begin:end], key[rows], value[rows], pairs, heads)
-            begin = end
+        end = group.start + group.pairs * group.tokens
+        if group.tokens < _SHORT_TOKENS:
+            rows = slice(group.start, end)
+            attended[rows] = _attend(query[rows], key[rows], value[rows], group.pairs, heads)
+            continue
+        for start in range(group.start, end, group.tokens):
+            rows = slice(start, start + group.tokens)
+            attended[rows] = _products(query[start:], key[start:], value[rows], heads)
     return attended
 
 
-def _products(query: Tensor, key: Tensor, value: Tensor, pairs: int, heads: int) -> Tensor:
-    width = query.shape[-1] // heads
+def _products(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    """Attend over one pair.
 
-    def split(rows: Tensor) -> Tensor:
-        by_head = rows.reshape(pairs, -1, heads, width).transpose(1, 2)
-        return by_head.reshape(pairs * heads, -1, width)
+    oneDNN makes code for each size of a product and keeps it, so a pair is taken with the rows
+    after it that bring it to one of few sizes: those of other pairs for query and key, whose
+    scores are not used, and zeros for the value, which no weight can turn into something else.
 
-    scores = torch.bmm(split(query * width**-0.5), split(key).transpose(1, 2))
+    Args:
+        query: Rows that begin with the pair's.
+        key: Likewise.
+        value: The rows of the pair alone.
+        heads: Number of attention heads.
+    """
+    tokens, hidden = value.shape
+    rows = -(-tokens // _ROWS_STEP) * _ROWS_STEP
+
+    def split(states: Tensor) -> Tensor:
+        taken = states[:rows]
+        if len(taken) < rows:
+            taken = functional.pad(taken, (0, 0, 0, rows - len(taken)))
+        return taken.view(rows, heads, -1).transpose(0, 1)
+
+    scores = torch.bmm(split(query) * (hidden // heads) ** -0.5, split(key).transpose(1, 2))
+    scores[:, :, tokens:] = float("-inf")
     # It sums in float32, whatever the dtype.
-    weights = torch.softmax(scores, dim=-1)
-    out = torch.bmm(weights, split(value)).reshape(pairs, heads, -1, width)
-    return out.transpose(1, 2).reshape(-1, query.shape[-1])
+    out = torch.bmm(torch.softmax(scores, dim=-1), split(value))
+    return out[:, :tokens].transpose(0, 1).reshape(tokens, hidden)
 
 
 def varlen_attention(
