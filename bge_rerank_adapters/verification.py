@@ -13,10 +13,10 @@ from bge_rerank_adapters.errors import CheckpointNotFoundError
 from bge_rerank_adapters.published import PUBLISHED_SCORES, PublishedScores
 from bge_rerank_adapters.ranking import sigmoid
 
-# How far a logit may move in half precision, beside what the source's own rounding allows.
-# Estimated from the significant bits of the formats at logits up to 10; to be replaced by what is
-# measured on the real weights.
-HALF_TOLERANCE = {"float32": 0.0, "float16": 0.05, "bfloat16": 0.3}
+# How far a logit may move in other dtypes, beside what the source's own rounding allows.
+LOGIT_TOLERANCE = {"float32": 0.0, "float16": 0.05, "bfloat16": 0.3, "int8": 0.6}
+# A sigmoid is nowhere steeper, so a score moves by that part of its logit at most.
+_STEEPEST = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +59,18 @@ def compare(reranker: Reranker, published: Iterable[PublishedScores]) -> list[Co
             query, document = entry.pairs[index]
             logit = reranker.logits(query, [document])[0]
             got = sigmoid(logit) if entry.kind == "score" else logit
-            tolerance = entry.tolerance + HALF_TOLERANCE[reranker.dtype]
+            rounding = LOGIT_TOLERANCE[reranker.dtype]
+            rounding *= _STEEPEST if entry.kind == "score" else 1.0
             compared.append(
-                Comparison(entry.source, entry.kind, query, document, expected, got, tolerance)
+                Comparison(
+                    entry.source,
+                    entry.kind,
+                    query,
+                    document,
+                    expected,
+                    got,
+                    entry.tolerance + rounding,
+                )
             )
     return compared
 

@@ -7,7 +7,8 @@ import pytest
 from bge_rerank_adapters import CheckpointNotFoundError, Reranker
 from bge_rerank_adapters.checkpoints import CHECKPOINTS
 from bge_rerank_adapters.published import PUBLISHED_SCORES, PublishedScores
-from bge_rerank_adapters.verification import compare, published_for
+from bge_rerank_adapters.settings import DTYPES
+from bge_rerank_adapters.verification import LOGIT_TOLERANCE, compare, published_for
 from tests.texts import DOCUMENTS, QUERY
 
 
@@ -64,6 +65,21 @@ def test_a_comparison_passes_within_the_tolerance_and_fails_beyond(reranker, kin
     for shift, passed in ((0.0009, True), (0.0011, False), (-0.0011, False)):
         shifted = replace(entry, expected={2: figures[2] + shift})
         assert [each.passed for each in compare(reranker, [shifted])] == [passed]
+
+
+@pytest.mark.parametrize(("kind", "share"), [("score", 0.25), ("logit", 1.0)])
+def test_half_precision_is_allowed_its_rounding(kind, share):
+    pairs = ((QUERY, DOCUMENTS[0]),)
+    with Reranker("tiny", device="cpu", dtype="bfloat16") as half:
+        got = (half.score if kind == "score" else half.logits)(*pairs[0][:1], [pairs[0][1]])[0]
+        limit = 0.001 + share * LOGIT_TOLERANCE["bfloat16"]
+        for shift, passed in ((0.99 * limit, True), (1.01 * limit, False)):
+            entry = PublishedScores("tiny", "here", kind, 0.001, pairs, {0: got + shift})
+            assert [each.passed for each in compare(half, [entry])] == [passed]
+
+
+def test_every_dtype_has_a_tolerance():
+    assert {*LOGIT_TOLERANCE, "auto"} == set(DTYPES)
 
 
 def test_a_folder_is_known_by_its_name():
