@@ -14,7 +14,7 @@ TokenIds = npt.NDArray[np.int64]
 
 # Bounds the memory that the tokenizer's own records take for a call with very many documents.
 _TEXTS_PER_BATCH = 1024
-_SLOW_VOCABULARIES = ("sentencepiece.bpe.model", "vocab.txt", "vocab.json")
+_SLOW_VOCABULARIES = ("sentencepiece.bpe.model", "tokenizer.model", "vocab.txt", "vocab.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,12 +137,10 @@ class PairTokenizer:
         self.query_max_length = (
             max_length * 3 // 4 if query_max_length is None else query_max_length
         )
-        if self._room(self.query_max_length) < 1:
-            raise SettingsError(
-                f"max_length {max_length} leaves no room for a document beside a query of "
-                f"query_max_length {self.query_max_length} and {self._template.tokens} special "
-                "tokens; make max_length larger or query_max_length smaller."
-            )
+        # The space that ends it goes with the document's first word.
+        instruction = self._template.passage_instruction.rstrip()
+        self._instruction_tokens = len(tokenizer.encode(instruction, add_special_tokens=False).ids)
+        self._check_room()
         # Set once and never again: changing it while another thread encodes is what raises
         # "Already borrowed" elsewhere. Longer texts need not cross over into Python; one token
         # more than is kept tells that a text was cut.
@@ -204,8 +202,20 @@ class PairTokenizer:
         truncated = len(document) > room
         return TokenPair(ids, start, truncated, index, tokens_after=len(template.after))
 
+    def _check_room(self) -> None:
+        """Refuse lengths at which documents would be cut to nothing, and all score alike."""
+        if self._room(self.query_max_length) - self._instruction_tokens < 1:
+            instruction = self._instruction_tokens
+            beside = f", {instruction} tokens of passage_instruction" if instruction else ""
+            shorter = " or passage_instruction shorter" if instruction else ""
+            raise SettingsError(
+                f"max_length {self.max_length} leaves no room for a document beside a query of "
+                f"query_max_length {self.query_max_length}{beside} and {self._template.tokens} "
+                f"special tokens; make max_length larger or query_max_length smaller{shorter}."
+            )
+
     def _room(self, query_tokens: int) -> int:
-        """Return how many tokens of a document fit beside a query."""
+        """Return how many tokens of a document and its instruction fit beside a query."""
         template = self._template
         room = self.max_length + template.extra_tokens - template.tokens - query_tokens
         return min(self.max_length, room)

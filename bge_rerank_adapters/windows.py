@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
+from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.settings import EngineSettings, check_window_sizes
 from bge_rerank_adapters.tokenization import (
     PairTemplate,
@@ -97,13 +98,14 @@ class WindowTokenizer(PairTokenizer):
 
         Args:
             tokenizer: It must put special tokens around a pair.
-            max_length: Most tokens of a row, special tokens included.
+            max_length: Most tokens of a row, special tokens included, but for the `extra_tokens`
+                that a template may add.
             query_max_length: Most tokens of a query; `None` is three quarters of `max_length`.
             template: What stands around a pair; `None` is what the tokenizer puts there.
-            window_tokens: Most document tokens of a window; `None` is all that fit beside the
-                query, and more than fit count as that.
+            window_tokens: Most document tokens of a window; `None`, like a number that is too
+                large, is all that fit beside the query.
             window_overlap_tokens: How many tokens two neighbours have in common at least; `None`
-                is a quarter of a window, and more than half of one count as half.
+                is a quarter of a window, and a number above half of one is taken as half.
 
         Raises:
             SettingsError: The lengths leave no room for a document, or windows cannot advance.
@@ -117,9 +119,6 @@ class WindowTokenizer(PairTokenizer):
         self._window_tokens = window_tokens
         self._overlap_tokens = window_overlap_tokens
         self._instruction = self._template.passage_instruction
-        # The space that ends it goes with the document's first word.
-        bare = tokenizer.encode(self._instruction.rstrip(), add_special_tokens=False)
-        self._instruction_tokens = len(bare.ids)
 
     def tokenize(self, pairs: Sequence[tuple[str, str]]) -> TokenizedPairs:
         """Return the windows of (query, document) pairs; each distinct text is read once.
@@ -226,7 +225,15 @@ def cut_windows(
         size: Most tokens of a window, at least 1.
         overlap: At least 0 and below `size`.
         starts_word: Whether a cut before the token at a place, from 1 to `tokens - 1`, is allowed.
+
+    Raises:
+        SettingsError: No window could advance with such a size and overlap.
     """
+    if not 0 <= overlap < size:
+        raise SettingsError(
+            f"Windows need a size of at least 1 and an overlap from 0 to below it, got {size} and "
+            f"{overlap}; make max_length larger or the overlap smaller."
+        )
     windows: list[Span] = []
     start = end = 0
     while tokens - start > size:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from bge_rerank_adapters import Reranker
 from bge_rerank_adapters.checkpoints import TINY_FOLDER
 from bge_rerank_adapters.errors import CheckpointError, SettingsError
 from bge_rerank_adapters.tokenization import PairTokenizer, load_tokenizer
@@ -169,6 +170,33 @@ def test_settings_without_room_for_a_document_are_refused(max_length, query_max_
         return
     with pytest.raises(SettingsError, match=f"max_length {max_length} leaves no room"):
         make()
+
+
+@pytest.mark.parametrize("long_documents", ["truncate", "window"])
+def test_an_instruction_that_leaves_no_room_for_documents_is_refused(long_documents):
+    """Documents would be cut to nothing, and windows of no length would never end."""
+    for words_before, kept in ((6, True), (12, False), (60, False)):
+        chosen = {
+            "device": "cpu",
+            "dtype": "float32",
+            "max_length": 32,
+            "passage_instruction": "the " * words_before,
+            "long_documents": long_documents,
+        }
+        if kept:
+            with Reranker("tiny", query_max_length=16, **chosen) as engine:
+                query = "the " * 40
+                assert len(set(engine.score(query, ["one", "two of them", "three"]))) == 3
+            continue
+        with pytest.raises(SettingsError, match=r"no room for a document .*passage_instruction"):
+            Reranker("tiny", query_max_length=16, **chosen)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "vocab.txt"])
+def test_a_vocabulary_that_cannot_be_converted_is_named(tmp_path, name):
+    (tmp_path / name).write_bytes(b"\0 nothing of the kind")
+    with pytest.raises(CheckpointError, match=rf"\({name}\) cannot be converted"):
+        load_tokenizer(tmp_path, max_length=64)
 
 
 def test_threads_do_not_disturb_each_other(tiny):

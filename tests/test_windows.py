@@ -72,6 +72,12 @@ def test_windows_begin_and_end_between_words_and_the_last_is_no_short_rest(token
     assert all(end - start > size - 2 * word for start, end in windows)
 
 
+@pytest.mark.parametrize(("size", "overlap"), [(0, 0), (-3, 0), (4, 4), (4, -1)])
+def test_windows_that_could_not_advance_are_refused(size, overlap):
+    with pytest.raises(SettingsError, match=f"got {size} and {overlap}"):
+        cut_windows(9, size=size, overlap=overlap, starts_word=lambda _: True)
+
+
 def test_rows_are_slices_of_the_documents_tokens_behind_the_query():
     tokenizer = WindowTokenizer(
         words_tokenizer(), max_length=20, window_tokens=8, window_overlap_tokens=2
