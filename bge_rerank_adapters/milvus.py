@@ -214,12 +214,17 @@ class _Instruction:
     template: str
 
     def __post_init__(self) -> None:
+        places = ("\ue000instruction", "\ue000text")
         try:
-            self.template.format("", "")
+            # One that has a single place would drop the text without a word.
+            filled = self.template.format(*places)
+            cause = None
         except (IndexError, KeyError, ValueError, AttributeError) as error:
+            filled, cause = "", error
+        if not all(place in filled for place in places):
             raise SettingsError(
                 f"An instruction format needs two places, like '{{}}{{}}', got {self.template!r}."
-            ) from error
+            ) from cause
 
     def apply(self, text: str) -> str:
         if self.instruction is None:
