@@ -60,3 +60,11 @@ CHECKPOINTS = {
         ),
     )
 }
+
+
+def known_family(model: str) -> str | None:
+    """Return the family of a checkpoint that is known by name; `None` for any other."""
+    if model == TINY:
+        return "encoder"
+    known = CHECKPOINTS.get(model)
+    return known.family if known else None

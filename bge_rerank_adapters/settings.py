@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from bge_rerank_adapters.checkpoints import CHECKPOINTS, DEFAULT_MODEL
+from bge_rerank_adapters.checkpoints import DEFAULT_MODEL, known_family
 from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.families import (
     BACKENDS,
@@ -43,7 +43,8 @@ class EngineSettings:
         revision: Branch, tag or commit of a checkpoint on the hub.
         cache_dir: Folder of the hub's cache; `None` is the hub library's own.
         local_files_only: Never ask the hub, use folders and the cache alone.
-        token: Secret for a private or gated checkpoint; in no repr, comparison aside.
+        token: Secret for a private or gated checkpoint; in no repr or dump, though it counts
+            where settings are compared.
         backend: `"native"`, or `"flagembedding"` to run FlagEmbedding's own classes.
         family: `"encoder"`, `"decoder"`, `"layerwise"` or `"lightweight"`; `None` is found from the
             checkpoint's config.
@@ -51,11 +52,11 @@ class EngineSettings:
         query_instruction: Put before each query; `None` is `"A: "` in the decoder families, and
             nothing in the encoder family.
         passage_instruction: Put before each document; `None` is `"B: "`, or nothing.
-        cutoff_layers: The layer whose logit is read, in the layerwise and lightweight families;
-            `None` is the last.
+        cutoff_layers: After how many layers the logit is read, in the layerwise and lightweight
+            families; `None` is the last.
         compress_ratio: How many of a document's tokens are made one in the lightweight family: 1,
             2, 4 or 8; `None` is 1, which leaves them as they are.
-        compress_layers: Before which layers that is done; `None` is `(8,)`.
+        compress_layers: Before which layers, counted from 0, that is done; `None` is `(8,)`.
         pack_tokens: Token budget of one forward pass; `"auto"` fits it to the device.
         max_queued_pairs: Most pairs that may wait; past it a call raises `Overloaded`.
     """
@@ -92,12 +93,16 @@ class EngineSettings:
                 f"query_max_length ({self.query_max_length}) leaves no room for a document within "
                 f"max_length ({self.max_length}); make it smaller, or max_length larger."
             )
-        known = CHECKPOINTS.get(self.model)
-        family = self.family or (known and known.family)
+        family = self.family or known_family(self.model)
         if family:
             check_family_settings(family, vars(self))
         check_backend_settings(vars(self))
         self._check_windows()
+        if self.compress_layers is not None and self.compress_ratio is None:
+            raise SettingsError(
+                f"compress_layers={self.compress_layers!r} had no effect without compress_ratio; "
+                "set compress_ratio as well, or leave it out."
+            )
 
     def _check_windows(self) -> None:
         sizes = {"window_tokens", "window_overlap_tokens"}
@@ -192,7 +197,13 @@ def _optional_count(name: str, value: object) -> int | None:
 
 
 def _auto_or_count(name: str, value: object) -> int | str:
-    return value if value == "auto" and isinstance(value, str) else _count(name, value)
+    if isinstance(value, str) and value == "auto":
+        return value
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise SettingsError(
+            f'{name} must be "auto" or a whole number of at least 1, got {value!r}.'
+        )
+    return int(value)
 
 
 def _optional_whole(name: str, value: object) -> int | None:
@@ -229,7 +240,9 @@ def _family(name: str, value: object) -> str | None:
 
 
 def _one_of(name: str, value: object, allowed: tuple[Any, ...]) -> Any:
-    if isinstance(value, bool) or value not in allowed:
+    # True and 2.0 are equal to numbers that are allowed.
+    is_kind = isinstance(value, type(allowed[0])) and not isinstance(value, bool)
+    if not is_kind or value not in allowed:
         raise SettingsError(
             f"{name} must be one of {', '.join(map(repr, allowed))}, or None, got {value!r}."
         )

@@ -275,7 +275,13 @@ def test_flagembeddings_class_names_choose_the_family(tmp_path):
     [
         ("decoder", {"cutoff_layers": 2}, "cutoff_layers=2 is a setting of the layerwise"),
         ("decoder", {"compress_ratio": 2}, "compress_ratio=2 is a setting of the lightweight fam"),
-        ("layerwise", {"compress_layers": [2]}, r"compress_layers=\(2,\) is a setting"),
+        ("layerwise", {"compress_ratio": 1}, "compress_ratio=1 is a setting of the light"),
+        ("lightweight", {"compress_layers": [2]}, "had no effect without compress_ratio"),
+        (
+            "lightweight",
+            {"compress_ratio": 2, "compress_layers": [2, 99]},
+            "compress_layers must be from 1 to 5, .*got 99",
+        ),
         ("layerwise", {"dtype": "int8"}, "dtype 'int8' runs checkpoints of the encoder family"),
         ("layerwise", {"cutoff_layers": 1}, "from 2 to 6, .*got 1"),
         ("layerwise", {"cutoff_layers": [7]}, "from 2 to 6, .*got 7"),

@@ -67,10 +67,12 @@ def test_defaults():
         ("cutoff_layers", [], "cutoff_layers must be one layer, or a list of one"),
         ("compress_ratio", 3, "compress_ratio must be one of 1, 2, 4, 8, or None, got 3"),
         ("compress_ratio", True, "compress_ratio must be one of"),
+        ("compress_ratio", 2.0, "compress_ratio must be one of 1, 2, 4, 8, or None, got 2.0"),
         ("compress_layers", [], "compress_layers must name at least one layer"),
         ("compress_layers", [8, 0], "compress_layers must be a whole number"),
-        ("pack_tokens", 0, "pack_tokens must be a whole number"),
-        ("pack_tokens", "much", "pack_tokens must be a whole number"),
+        ("pack_tokens", 0, 'pack_tokens must be "auto" or a whole number of at least 1, got 0'),
+        ("pack_tokens", "much", 'pack_tokens must be "auto" or a whole number'),
+        ("pack_tokens", True, 'pack_tokens must be "auto" or a whole number'),
         ("max_queued_pairs", -1, "max_queued_pairs must be a whole number"),
     ],
 )
@@ -85,9 +87,12 @@ def test_every_setting_is_checked():
 
 
 def test_layers_are_normalised():
-    settings = EngineSettings(model="m", cutoff_layers=[28], compress_layers=[24, 8, 8])
+    settings = EngineSettings(
+        model="m", cutoff_layers=[28], compress_ratio=2, compress_layers=[24, 8, 8]
+    )
     assert (settings.cutoff_layers, settings.compress_layers) == (28, (8, 24))
-    assert EngineSettings(model="m", compress_layers=8).compress_layers == (8,)
+    one = EngineSettings(model="m", compress_ratio=1, compress_layers=8)
+    assert one.compress_layers == (8,)
     assert settings.to_dict()["compress_layers"] == [8, 24]
     assert EngineSettings(**settings.to_dict()) == settings
 
@@ -96,6 +101,7 @@ def test_layers_are_normalised():
     ("model", "setting", "value"),
     [
         ("BAAI/bge-reranker-base", "prompt", "?"),
+        ("tiny", "cutoff_layers", 2),
         ("BAAI/bge-reranker-v2-m3", "cutoff_layers", 8),
         ("BAAI/bge-reranker-v2-gemma", "cutoff_layers", [8]),
         ("BAAI/bge-reranker-v2-gemma", "compress_ratio", 2),
@@ -106,6 +112,11 @@ def test_layers_are_normalised():
 def test_what_does_not_belong_to_a_known_family_is_refused_by_name(model, setting, value):
     with pytest.raises(SettingsError, match=f"{setting}.*famil.*leave|dtype 'int8'"):
         EngineSettings(model=model, **{setting: value})
+
+
+def test_layers_without_a_ratio_are_refused():
+    with pytest.raises(SettingsError, match=r"\(8,\) had no effect without compress_ratio"):
+        EngineSettings(model="m", compress_layers=[8])
 
 
 def test_what_belongs_to_a_known_family_is_taken():

@@ -139,7 +139,8 @@ class CausalModel:
 
     def _embed(self, pairs: Sequence[TokenPair]) -> Tensor:
         ids = torch.from_numpy(np.concatenate([pair.ids for pair in pairs])).to(self.device)
-        # Rounded to the dtype first, as Gemma was trained (huggingface/transformers#29402).
+        # Rounded to the dtype first, as Gemma was trained (huggingface/transformers#29402);
+        # MiniCPM's is a small whole number, or 1, which rounding leaves as it is.
         scale = torch.tensor(self.config.embedding_scale, dtype=self.dtype)
         return functional.embedding(ids, self._words) * scale
 

@@ -213,27 +213,17 @@ class EncoderModel:
         compute = resolve_dtype("auto", device) if dtype == torch.int8 else dtype
         self._attend = attention_for(device, compute)
         with open_weights(folder) as weights:
-            _check_one_label(weights, self.config)
+            check_one_label(weights, self.config)
             _check_last_layer(weights, self.config)
             self._load(_Reader(weights, self.config, device, compute, int8=dtype == torch.int8))
-
-    @property
-    def max_tokens(self) -> int:
-        """Most tokens of a pair."""
-        return self.config.max_tokens
-
-    @property
-    def vocabulary(self) -> int:
-        """Number of token ids that have an embedding."""
-        return self.config.vocabulary
 
     @torch.inference_mode()
     def logits(self, pairs: Sequence[TokenPair]) -> list[float]:
         """Return the logit of each pair of a pack.
 
         Args:
-            pairs: n >= 1 pairs of at most `max_tokens` tokens; best in order of length, since
-                neighbours of equal length share one attention call.
+            pairs: n >= 1 pairs of at most `config.max_tokens` tokens; best in order of length,
+                since neighbours of equal length share one attention call.
 
         Returns:
             n floats, which are NaN or infinite where the model gives that.
@@ -317,7 +307,13 @@ def _token_types(pair: TokenPair) -> TokenIds:
     return (np.arange(len(pair)) >= pair.document_start).astype(np.int64)
 
 
-def _check_one_label(weights: Weights, config: EncoderConfig) -> None:
+def check_one_label(weights: Weights, config: EncoderConfig) -> None:
+    """Check that the head gives one logit.
+
+    Raises:
+        CheckpointError: There is no head.
+        UnsupportedCheckpointError: It gives several.
+    """
     name = "classifier.out_proj.weight" if config.counts_from_pad else "classifier.weight"
     shape = weights.shape(name)
     if len(shape) == 2 and shape[0] > 1:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from bge_rerank_adapters.errors import CheckpointError, UnsupportedCheckpointError
+from bge_rerank_adapters.errors import CheckpointError, SettingsError, UnsupportedCheckpointError
 from bge_rerank_adapters.models.causal import CausalModel, CausalReader
 from bge_rerank_adapters.models.causal_attention import CausalLayout
 from bge_rerank_adapters.models.causal_config import parse_gemma2
@@ -28,7 +28,7 @@ from bge_rerank_adapters.models.cutoff import HeadLayers, read_entry
 from bge_rerank_adapters.models.weights import open_weights
 from bge_rerank_adapters.tokenization import TokenPair
 
-DEFAULT_COMPRESS_LAYERS = (8,)
+_DEFAULT_COMPRESS_LAYERS = (8,)
 
 
 class LightweightModel(CausalModel):
@@ -43,7 +43,7 @@ class LightweightModel(CausalModel):
         dtype: torch.dtype,
         cutoff_layer: int | None = None,
         compress_ratio: int = 1,
-        compress_layers: Sequence[int] = DEFAULT_COMPRESS_LAYERS,
+        compress_layers: Sequence[int] | None = None,
     ) -> None:
         """Load the layers that are needed.
 
@@ -54,12 +54,13 @@ class LightweightModel(CausalModel):
             dtype: A floating-point dtype.
             cutoff_layer: After how many layers the logit is read; `None` is the last.
             compress_ratio: How many of a document's tokens become one.
-            compress_layers: Before which layers, counted from 0, they do.
+            compress_layers: Before which layers, counted from 0, they do; `None` is layer 8,
+                if there is one.
 
         Raises:
             CheckpointError: Tensors are missing, damaged or of the wrong shape.
             UnsupportedCheckpointError: The config asks for something that is not known.
-            SettingsError: There is no logit at that layer.
+            SettingsError: There is no logit at that layer, or no layer to compress before.
         """
         parsed = parse_gemma2(config, folder=folder)
         if not config.get("layer_wise", False):
@@ -72,7 +73,8 @@ class LightweightModel(CausalModel):
         )
         depth = HeadLayers(first, parsed.layers, step).check(cutoff_layer)
         self._ratio = compress_ratio
-        self._compress_at = frozenset(compress_layers) if compress_ratio > 1 else frozenset()
+        layers = _check_compress_layers(compress_layers, parsed.layers)
+        self._compress_at = frozenset(layers) if compress_ratio > 1 else frozenset()
         self._cap = _cap(config, folder)
         with open_weights(folder) as weights:
             super().__init__(parsed, weights, device=device, dtype=dtype, depth=depth)
@@ -155,6 +157,19 @@ class Compression:
         for members, share in zip(sources[1:], weights[1:], strict=True):
             averaged += states[members] * share
         return averaged
+
+
+def _check_compress_layers(given: Sequence[int] | None, layers: int) -> Sequence[int]:
+    """Return before which layers to compress; refuse those that the model does not have."""
+    if given is None:
+        return _DEFAULT_COMPRESS_LAYERS
+    for each in given:
+        if each >= layers:
+            raise SettingsError(
+                f"compress_layers must be from 1 to {layers - 1}, the last layer of this "
+                f"checkpoint counted from 0, got {each}."
+            )
+    return given
 
 
 def _cap(config: dict[str, Any], folder: Path) -> float | None:

@@ -18,7 +18,7 @@ from bge_rerank_adapters.models.devices import resolve_dtype
 from bge_rerank_adapters.models.encoder import ENCODER_TYPES, EncoderModel, parse_config
 from bge_rerank_adapters.models.flag import FlagModel, TextPairTokenizer
 from bge_rerank_adapters.models.layerwise import LayerwiseModel
-from bge_rerank_adapters.models.lightweight import DEFAULT_COMPRESS_LAYERS, LightweightModel
+from bge_rerank_adapters.models.lightweight import LightweightModel
 from bge_rerank_adapters.models.weights import read_config
 from bge_rerank_adapters.prompts import YES, decoder_template
 from bge_rerank_adapters.settings import EngineSettings
@@ -164,7 +164,7 @@ def _makers(settings: EngineSettings) -> dict[str, Callable[..., Model]]:
             LightweightModel,
             cutoff_layer=settings.cutoff_layers,
             compress_ratio=settings.compress_ratio or 1,
-            compress_layers=settings.compress_layers or DEFAULT_COMPRESS_LAYERS,
+            compress_layers=settings.compress_layers,
         ),
     }
 
