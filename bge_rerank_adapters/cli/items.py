@@ -3,13 +3,14 @@
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from bge_rerank_adapters.errors import InputTypeError, SettingsError
 from bge_rerank_adapters.evaluation.runs import parse_run, run_lines
 from bge_rerank_adapters.ranking import RankedDocument
+
+# What a result tells of a document.
+_TOLD = ("index", "score", "logit", "truncated", "span")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,7 @@ class Item:
         texts: The documents' texts.
         documents: What is known of each document besides, its id among it.
         extra: What is known of the query besides.
+        source: The part of the input that it is, without the last line's end.
         size: How much of the input it is, in bytes or characters.
     """
 
@@ -30,25 +32,33 @@ class Item:
     texts: list[str]
     documents: list[dict[str, Any]]
     extra: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
     size: int = 0
 
     def to_json(self, ranked: Iterable[RankedDocument]) -> bytes:
         """Return the line that tells the results, with all else that was in the input."""
         results = [
-            {**self.documents[each.index], "text": each.text, **_told(each)} for each in ranked
+            {**_kept(self.documents[each.index]), "text": each.text, **_told(each)}
+            for each in ranked
         ]
         return _line({**self.extra, "query": self.query, "results": results})
 
     def to_trec(self, ranked: Iterable[RankedDocument]) -> bytes:
         """Return a TREC run's lines; what has no id is called by line number or index."""
-        query = _id(self.extra, self.line)
-        found = {
-            _id(self.documents[each.index], each.index): (
-                each.score if each.logit is None else each.logit
-            )
-            for each in ranked
-        }
-        return "".join(run_lines(query, found, tag="bge-rerank")).encode("utf-8", "replace")
+        names = self.document_names()
+        found = [
+            (names[each.index], each.score if each.logit is None else each.logit) for each in ranked
+        ]
+        lines = run_lines(self.query_name(), found, tag="bge-rerank")
+        return "".join(lines).encode("utf-8", "replace")
+
+    def query_name(self) -> str:
+        """Return what a TREC run calls the query."""
+        return _id(self.extra, self.line)
+
+    def document_names(self) -> list[str]:
+        """Return what a TREC run calls each document."""
+        return [_id(known, index) for index, known in enumerate(self.documents)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +68,7 @@ class Bad:
     Attributes:
         line: Its number, counted from 1.
         reason: What is wrong with it.
-        text: The line itself.
+        text: The line itself, or the lines, to be mended and given again.
     """
 
     line: int
@@ -79,13 +89,51 @@ def read_jsonl(lines: Iterable[bytes]) -> Iterator[Item | Bad]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
+        source = line.decode("utf-8", "replace").rstrip("\r\n")
         try:
-            yield replace(_item(number, json.loads(line)), size=len(line))
+            yield replace(_item(number, json.loads(line)), source=source, size=len(line))
         except (ValueError, RecursionError) as error:
             # json's own error, bytes that are not UTF-8, or brackets within brackets without end
-            yield Bad(number, f"not JSON: {error}", line.decode("utf-8", "replace").rstrip("\n"))
+            yield Bad(number, f"not JSON: {error}{_run_hint(source)}", source)
         except InputTypeError as error:
-            yield Bad(number, str(error), line.decode("utf-8", "replace").rstrip("\n"))
+            yield Bad(number, str(error), source)
+
+
+def with_own_names(items: Iterable[Item | Bad]) -> Iterator[Item | Bad]:
+    """Yield the items that a TREC run can tell apart; others as what is bad about them.
+
+    A run knows queries and documents by their ids alone: equal ones would be one.
+    """
+    seen: dict[str, int] = {}
+    for item in items:
+        wrong = "" if isinstance(item, Bad) else _shared_name(item, seen)
+        yield Bad(item.line, wrong, item.source) if wrong and isinstance(item, Item) else item
+
+
+def _shared_name(item: Item, seen: dict[str, int]) -> str:
+    ways_out = "give each an id of its own, or write --format jsonl."
+    query = item.query_name()
+    if query in seen:
+        return f"a TREC run calls this query {query}, as that of line {seen[query]}; {ways_out}"
+    places: dict[str, int] = {}
+    for place, name in enumerate(item.document_names()):
+        if name in places:
+            return (
+                f"a TREC run calls both documents[{places[name]}] and documents[{place}] {name}; "
+                f"{ways_out}"
+            )
+        places[name] = place
+    seen[query] = item.line
+    return ""
+
+
+def _run_hint(line: str) -> str:
+    """Return what to do about a line of a TREC run, and nothing about others."""
+    try:
+        found = list(parse_run([line], name="the run"))
+    except SettingsError:
+        return ""
+    return "; a TREC run needs --collection, the BEIR folder with its texts" if found else ""
 
 
 def _item(number: int, row: Any) -> Item:
@@ -110,105 +158,6 @@ def _item(number: int, row: Any) -> Item:
     return Item(number, query, texts, known, extra)
 
 
-class RunReader:
-    """Reads a TREC run, with the texts of a BEIR folder, a query at a time.
-
-    Of the corpus only ids and places in the file are held in memory.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        """Find every document of `corpus.jsonl`, and read `queries.jsonl`.
-
-        Raises:
-            SettingsError: One of the files is missing or cannot be read; the message names it.
-        """
-        try:
-            self._corpus = (folder / "corpus.jsonl").open("rb")
-            self._places = _places(self._corpus, folder / "corpus.jsonl")
-            with (folder / "queries.jsonl").open("rb") as lines:
-                rows = map(json.loads, filter(bytes.strip, lines))
-                self._queries = {str(row["_id"]): str(row["text"]) for row in rows}
-        except OSError as error:
-            raise SettingsError(
-                f"{error.filename} cannot be read ({error.strerror}); a BEIR folder holds "
-                "corpus.jsonl and queries.jsonl."
-            ) from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise SettingsError(
-                f"{folder / 'queries.jsonl'}: every line must be an object with _id and text "
-                f"({type(error).__name__}: {error})."
-            ) from error
-
-    def read(self, lines: Iterable[bytes]) -> Iterator[Item | Bad]:
-        """Yield the item of each query; the lines of a query must stand together."""
-        seen: set[str] = set()
-        parsed = _parsed(lines)
-        for query, rows in groupby(parsed, key=lambda row: row[1]):
-            found = list(rows)
-            number = found[0][0]
-            bad = next((reason for _, _, _, reason in found if reason), "")
-            if not bad and query in seen:
-                bad = f"query {query} came before; sort the run by query."
-            if not bad and query not in self._queries:
-                bad = f"query {query} is not in queries.jsonl."
-            unknown = next((name for _, _, name, _ in found if name not in self._places), None)
-            if not bad and unknown is not None:
-                bad = f"document {unknown} of query {query} is not in corpus.jsonl."
-            seen.add(query)
-            if bad:
-                yield Bad(number, bad, query)
-                continue
-            names = [name for _, _, name, _ in found]
-            texts = [self._text(name) for name in names]
-            yield Item(
-                number,
-                self._queries[query],
-                texts,
-                [{"id": name} for name in names],
-                {"id": query},
-                size=sum(map(len, texts)),
-            )
-
-    def _text(self, name: str) -> str:
-        self._corpus.seek(self._places[name])
-        row = json.loads(self._corpus.readline())
-        return f"{row.get('title') or ''} {row['text']}".strip()
-
-
-def _places(corpus: Iterable[bytes], path: Path) -> dict[str, int]:
-    places: dict[str, int] = {}
-    place = 0
-    for number, line in enumerate(corpus, start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-                places[str(row["_id"])] = place
-                row["text"] + ""
-            except (ValueError, KeyError, TypeError) as error:
-                raise SettingsError(
-                    f"{path}, line {number}: must be an object with _id and text."
-                ) from error
-        place += len(line)
-    return places
-
-
-def _parsed(lines: Iterable[bytes]) -> Iterator[tuple[int, str, str, str]]:
-    """Yield line number, query, document and what is wrong, if anything, of each line of a run."""
-    for number, line in enumerate(lines, start=1):
-        text = line.decode("utf-8", "replace")
-        try:
-            for query, document, _ in parse_run([text], name="the run"):
-                yield number, query, document, ""
-        except SettingsError:
-            shown = text.strip()[:80]
-            yield (
-                number,
-                shown,
-                "",
-                f"must be query, Q0, document, rank, score, tag, got {shown!r}.",
-            )
-
-
 def _line(row: dict[str, Any]) -> bytes:
     try:
         return (json.dumps(row, ensure_ascii=False) + "\n").encode()
@@ -226,9 +175,19 @@ def _told(ranked: RankedDocument) -> dict[str, Any]:
     return told
 
 
+def _kept(document: dict[str, Any]) -> dict[str, Any]:
+    """Return a document's fields but what an earlier ranking said, of which the score is kept."""
+    kept = {name: value for name, value in document.items() if name not in _TOLD}
+    if "score" in document:
+        kept.setdefault("retrieval_score", document["score"])
+    return kept
+
+
 def _id(known: dict[str, Any], otherwise: int) -> str:
+    named = (str(known[name]) for name in ("_id", "id") if known.get(name) is not None)
     # A TREC run parts its columns by spaces.
-    return "_".join(str(known.get("_id", known.get("id", otherwise))).split())
+    words = next(filter(None, (each.split() for each in named)), [str(otherwise)])
+    return "_".join(words)
 
 
 def _kind(value: object) -> str:

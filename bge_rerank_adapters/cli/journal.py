@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,53 +26,74 @@ class Mark:
 
 
 class Journal:
-    """Keeps the last mark of a run in a file that is replaced as a whole."""
+    """Keeps the last mark of a run in a file that is replaced as a whole.
+
+    Attributes:
+        output: What the run writes.
+        bad: What is put aside: `output` with ".bad.jsonl".
+        mark: How far an earlier run came; the beginning where there is none to be continued.
+        finished: Whether there is nothing to continue, as the output is whole.
+    """
 
     def __init__(self, output: Path, *, asked: dict[str, Any], resume: bool) -> None:
-        """Look for an earlier run's mark, and cut what it wrote after that.
+        """Look for an earlier run's mark; nothing is written before `begin`.
 
         Args:
-            output: What the run writes; `output` with ".progress" is the journal, and with
-                ".bad.jsonl" what is put aside.
+            output: What the run writes; `output` with ".progress" is the journal.
             asked: What must be the same for a run to be continued.
             resume: Whether to continue.
 
         Raises:
-            SettingsError: There is an unfinished run, and it is not to be continued, or was asked
-                for otherwise.
+            SettingsError: The output cannot be where it is asked for, or there is an unfinished
+                run, and it is not to be continued, or was asked for otherwise.
         """
         self.output = output
         self.bad = output.with_name(output.name + ".bad.jsonl")
         self._path = output.with_name(output.name + ".progress")
+        self._following = output.with_name(output.name + ".progress.new")
         self._asked = json.loads(json.dumps(asked))
-        self.finished = resume and output.exists() and not self._path.exists()
-        if self.finished:
-            self.mark = Mark()
-            return
-        if not self._path.exists():
-            self._begin()
-            return
-        kept = json.loads(self._path.read_text(encoding="utf-8"))
-        if not resume:
-            raise SettingsError(
-                f"{output} is of an unfinished run; continue it with --resume, or delete "
-                f"{self._path} to begin anew."
-            )
-        if kept["asked"] != self._asked:
-            changed = sorted(n for n in self._asked if kept["asked"].get(n) != self._asked[n])
-            raise SettingsError(
-                f"{output} is of a run that differs in {', '.join(changed)}; give the same "
-                f"options, or delete {self._path} to begin anew."
-            )
-        self.mark = Mark(**kept["mark"])
-        _cut(output, self.mark.bytes)
-        _cut(self.bad, self.mark.bad_bytes)
+        self._check_folder()
+        self._begun = self._path.exists()
+        self.finished = resume and output.exists() and not self._begun
+        self.mark = self._kept(resume=resume) if self._begun else Mark()
 
-    def _begin(self) -> None:
-        # The journal first: an output without one is that of a finished run.
-        self.set(Mark())
-        self.output.write_bytes(b"")
-        self.bad.unlink(missing_ok=True)
+    def refuse_inputs(self, inputs: Iterable[os.stat_result]) -> None:
+        """Refuse to write over what is read.
+
+        Args:
+            inputs: Of each file that is read, what the system says of it.
+
+        Raises:
+            SettingsError: A file that the run would write, cut or delete is one of them.
+        """
+        read = list(inputs)
+        for path in (self.output, self.bad, self._path, self._following):
+            if path.exists() and any(os.path.samestat(path.stat(), each) for each in read):
+                raise SettingsError(
+                    f"{path} is read by this run, which would overwrite it; give --output another "
+                    "name."
+                )
+
+    def begin(self) -> None:
+        """Empty the output, or cut what an earlier run wrote after its last mark.
+
+        Raises:
+            SettingsError: A file cannot be written, or is shorter than the mark says.
+        """
+        try:
+            if self._begun:
+                _cut(self.output, self.mark.bytes)
+                _cut(self.bad, self.mark.bad_bytes)
+                return
+            # The journal first: an output without one is that of a finished run.
+            self.set(self.mark)
+            self.output.write_bytes(b"")
+            self.bad.unlink(missing_ok=True)
+        except OSError as error:
+            raise SettingsError(
+                f"{error.filename} cannot be written ({error.strerror}); give --output a file in a "
+                "folder where you may write."
+            ) from error
 
     def set(self, mark: Mark) -> None:
         """Keep a mark; what it speaks of must have been written before."""
@@ -80,13 +102,44 @@ class Journal:
             "asked": self._asked,
             "mark": {"items": mark.items, "bytes": mark.bytes, "bad_bytes": mark.bad_bytes},
         }
-        following = self._path.with_name(self._path.name + ".new")
-        following.write_text(json.dumps(kept), encoding="utf-8")
-        following.replace(self._path)
+        self._following.write_text(json.dumps(kept), encoding="utf-8")
+        self._following.replace(self._path)
 
     def finish(self) -> None:
         """Forget the journal: the output is complete."""
         self._path.unlink(missing_ok=True)
+
+    def _check_folder(self) -> None:
+        if not self.output.parent.is_dir():
+            raise SettingsError(
+                f"{self.output} cannot be written: there is no folder {self.output.parent}; make "
+                "it first."
+            )
+        if self.output.is_dir():
+            raise SettingsError(f"{self.output} is a folder; give --output the name of a file.")
+
+    def _kept(self, *, resume: bool) -> Mark:
+        if not resume:
+            raise SettingsError(
+                f"{self.output} is of an unfinished run; continue it with --resume, or delete "
+                f"{self._path} to begin anew."
+            )
+        try:
+            kept = json.loads(self._path.read_bytes())
+            mark, asked = Mark(**kept["mark"]), dict(kept["asked"])
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise SettingsError(
+                f"{self._path} is damaged ({type(error).__name__}: {error}), so the run cannot be "
+                "continued; delete it to begin anew."
+            ) from error
+        if asked != self._asked:
+            names = {*self._asked, *asked}
+            changed = sorted(n for n in names if asked.get(n) != self._asked.get(n))
+            raise SettingsError(
+                f"{self.output} is of a run that differs in {', '.join(changed)}; give the same "
+                f"options, or delete {self._path} to begin anew."
+            )
+        return mark
 
 
 def _cut(path: Path, length: int) -> None:

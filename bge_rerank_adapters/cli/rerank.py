@@ -1,25 +1,29 @@
 """`bge-rerank rerank`: a file or a stream of queries with documents, reranked."""
 
-import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import islice
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bge_rerank_adapters.checkpoints import DEFAULT_MODEL
 from bge_rerank_adapters.cli import options
-from bge_rerank_adapters.cli.items import Bad, Item, RunReader, read_jsonl
+from bge_rerank_adapters.cli.items import Bad, Item, read_jsonl, with_own_names
 from bge_rerank_adapters.cli.journal import Journal, Mark
+from bge_rerank_adapters.cli.trec_input import RunReader
 from bge_rerank_adapters.errors import RerankError, ScoringError, SettingsError
 from bge_rerank_adapters.progress import ProgressBar
 from bge_rerank_adapters.ranking import RankedDocument, check_score_threshold, check_top_k
 from bge_rerank_adapters.settings import EngineSettings
+
+if TYPE_CHECKING:
+    from bge_rerank_adapters.engine import Reranker
 
 # What is read before anything is scored; memory is bounded by it, and by the longest line.
 _CHUNK_PAIRS = 1024
@@ -38,6 +42,10 @@ Examples:
 
 Input lines: {"query": "...", "documents": ["...", {"text": "...", "id": 7}], ...}; with
 --collection a TREC run whose texts are in a BEIR folder.
+
+Bad lines that --on-error skip put aside can be mended and given again:
+
+    jq -r .input ranked.jsonl.bad.jsonl > again.jsonl
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but bad lines were put aside.
 """
@@ -99,7 +107,10 @@ def rerank(
 ) -> None:
     """Rerank the documents of each query of a file or a stream."""
     if resume and output is None:
-        raise SettingsError("--resume needs --output: a stream cannot be continued.")
+        raise typer.BadParameter(
+            "needs --output: a stream cannot be continued", param_hint="--resume"
+        )
+    limits = _limits(top_k, score_threshold)
     settings = options.engine_settings(
         model,
         device=device,
@@ -108,30 +119,53 @@ def rerank(
         long_documents=long_documents,
         window_tokens=window_tokens,
     )
-    limits = {
-        "top_k": check_top_k(top_k),
-        "score_threshold": check_score_threshold(score_threshold),
-    }
     kind = output_format or (Format.JSONL if collection is None else Format.TREC)
     write = Item.to_json if kind is Format.JSONL else Item.to_trec
     task = _Task(settings, limits, on_error, write, quiet)
     with ExitStack() as files:
         lines = _opened(source, files)
-        items = read_jsonl(lines) if collection is None else RunReader(collection).read(lines)
+        run = None if collection is None else files.enter_context(RunReader(collection))
+        items = read_jsonl(lines) if run is None else run.read(lines)
+        items = items if kind is Format.JSONL else with_own_names(items)
         if output is None:
-            bad = _run(task, items, sys.stdout.buffer, None, None) > 0
+            bad = _run_into_stream(task, items)
         else:
-            asked = {"settings": settings.to_dict(), "format": str(kind), **limits}
+            asked = {
+                "settings": settings.to_dict(),
+                "format": str(kind),
+                "input": _named(source),
+                "collection": _named(collection),
+                **limits,
+            }
             journal = Journal(output, asked=asked, resume=resume)
-            if journal.finished:
-                _tell(task, f"{output} is complete already.")
-                return
-            bad = _run_into_file(task, items, journal, files)
+            journal.refuse_inputs(_inputs(lines, run))
+            bad = _run_into_file(task, items, journal)
     if bad:
         raise typer.Exit(code=PUT_ASIDE)
 
 
-def _opened(source: Path | None, files: ExitStack) -> Iterable[bytes]:
+def _limits(top_k: int | None, score_threshold: float | None) -> dict[str, Any]:
+    """Return the limits of each ranking; a bad one is told as wrong usage."""
+    limits: dict[str, Any] = {}
+    checks: dict[str, tuple[Callable[[object], Any], object]] = {
+        "top_k": (check_top_k, top_k),
+        "score_threshold": (check_score_threshold, score_threshold),
+    }
+    for name, (check, value) in checks.items():
+        try:
+            limits[name] = check(value)
+        except SettingsError as error:
+            hint = f"--{name.replace('_', '-')}"
+            raise typer.BadParameter(str(error), param_hint=hint) from error
+    return limits
+
+
+def _named(path: Path | None) -> str | None:
+    """Return what a journal calls an input; `None` for a stream, or for none."""
+    return None if path is None or str(path) == "-" else str(path.resolve())
+
+
+def _opened(source: Path | None, files: ExitStack) -> IO[bytes]:
     if source is None or str(source) == "-":
         return sys.stdin.buffer
     try:
@@ -140,20 +174,40 @@ def _opened(source: Path | None, files: ExitStack) -> Iterable[bytes]:
         raise SettingsError(f"{source} cannot be read: {error.strerror}.") from error
 
 
-def _run_into_file(
-    task: _Task, items: Iterator[Item | Bad], journal: Journal, files: ExitStack
-) -> bool:
+def _inputs(lines: IO[bytes], run: RunReader | None) -> Iterator[os.stat_result]:
+    """Yield what the system says of each file that is read, standard input among them."""
+    # What stands for standard input in another program's test may be no file.
+    with suppress(OSError):
+        yield os.fstat(lines.fileno())
+    for path in run.files if run is not None else ():
+        yield path.stat()
+
+
+def _run_into_stream(task: _Task, items: Iterator[Item | Bad]) -> bool:
+    with _engine(task) as engine:
+        return _run(task, engine, items, sys.stdout.buffer) > 0
+
+
+def _run_into_file(task: _Task, items: Iterator[Item | Bad], journal: Journal) -> bool:
     """Rerank what the journal has not; return whether anything was ever put aside."""
+    if journal.finished:
+        _tell(
+            task,
+            f"{journal.output} is complete already, whatever its options were; delete it to "
+            "rerank anew.",
+        )
+        return journal.bad.exists()
     done = sum(1 for _ in islice(items, journal.mark.items))
     if done < journal.mark.items:
         raise SettingsError(
             f"The input ends after {done} queries, but {journal.mark.items} of it are done "
             "already; give the input that the run began with."
         )
-    results = files.enter_context(journal.output.open("ab"))
-    put_aside = files.enter_context(journal.bad.open("ab"))
-    _run(task, items, results, put_aside, journal)
-    put_aside.close()
+    # The model comes first: one that cannot be loaded must not cost an earlier output.
+    with _engine(task) as engine:
+        journal.begin()
+        with journal.output.open("ab") as results, journal.bad.open("ab") as put_aside:
+            _run(task, engine, items, results, put_aside=put_aside, journal=journal)
     bad = journal.mark.bad_bytes > 0
     if not bad:
         journal.bad.unlink()
@@ -161,19 +215,26 @@ def _run_into_file(
     return bad
 
 
-def _run(
-    task: _Task,
-    items: Iterator[Item | Bad],
-    results: IO[bytes],
-    put_aside: IO[bytes] | None,
-    journal: Journal | None,
-) -> int:
-    """Rerank all items; return how many were bad."""
+def _engine(task: _Task) -> "Reranker":
+    # Imported here, since torch takes seconds.
     from bge_rerank_adapters.engine import Reranker
 
+    return Reranker.from_settings(task.settings)
+
+
+def _run(
+    task: _Task,
+    engine: "Reranker",
+    items: Iterator[Item | Bad],
+    results: IO[bytes],
+    *,
+    put_aside: IO[bytes] | None = None,
+    journal: Journal | None = None,
+) -> int:
+    """Rerank all items; return how many were bad."""
     bad = pairs = count = 0
     shown = not task.quiet and sys.stderr.isatty()
-    with Reranker.from_settings(task.settings) as engine, ProgressBar(items, shown=shown) as bar:
+    with ProgressBar(items, shown=shown) as bar:
         for chunk in _chunks(items):
             for told in _ranked(task, engine, chunk):
                 if isinstance(told, Bad):
@@ -210,7 +271,7 @@ def _chunks(items: Iterator[Item | Bad]) -> Iterator[list[Item | Bad]]:
         yield chunk
 
 
-def _ranked(task: _Task, engine: Any, chunk: list[Item | Bad]) -> Iterator[bytes | Bad]:
+def _ranked(task: _Task, engine: "Reranker", chunk: list[Item | Bad]) -> Iterator[bytes | Bad]:
     """Yield what to write for each item of a chunk, in order, or why there is nothing to write."""
     good = [item for item in chunk if isinstance(item, Item)]
     rankings: dict[int, Any] = {}
@@ -228,11 +289,11 @@ def _ranked(task: _Task, engine: Any, chunk: list[Item | Bad]) -> Iterator[bytes
         yield ranking if isinstance(ranking, Bad) else task.write(item, ranking)
 
 
-def _alone(task: _Task, engine: Any, item: Item) -> Any:
+def _alone(task: _Task, engine: "Reranker", item: Item) -> Any:
     try:
         return engine.rerank(item.query, item.texts, **task.limits)
     except ScoringError as error:
-        return Bad(item.line, str(error), json.dumps({"query": item.query, **item.extra}))
+        return Bad(item.line, str(error), item.source)
 
 
 def _refuse_or_report(task: _Task, bad: Bad) -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -71,12 +71,9 @@ def read_collection(folder: str | Path) -> Collection:
         SettingsError: A file is missing, or a line of one cannot be read; the message names it.
     """
     path = Path(folder)
-    documents = {
-        name: f"{row.get('title') or ''} {row['text']}".strip()
-        for name, row in _rows(path / "corpus.jsonl")
-    }
+    documents = {row.name: document_text(row.values) for row in read_rows(path / "corpus.jsonl")}
     judgements = _judgements(path)
-    texts = {name: row["text"] for name, row in _rows(path / "queries.jsonl")}
+    texts = {row.name: row.values["text"] for row in read_rows(path / "queries.jsonl")}
     queries = {name: text for name, text in texts.items() if name in judgements}
     if not queries:
         raise SettingsError(f"{path}: no query of queries.jsonl has a judgement; check the ids.")
@@ -88,48 +85,108 @@ def read_collection(folder: str | Path) -> Collection:
     )
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A line of `corpus.jsonl` or `queries.jsonl`.
+
+    Attributes:
+        name: Its `_id`.
+        values: All its fields; `text` is a text.
+        place: At which byte of the file it begins.
+    """
+
+    name: str
+    values: dict[str, Any]
+    place: int
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """Yield each line of a JSON Lines file of a BEIR folder that is not blank.
+
+    Raises:
+        SettingsError: The file cannot be read, a line of it is no object with `_id` and `text`, or
+            an `_id` came before; the message names the line.
+    """
+    seen: dict[str, int] = {}
+    place = 0
     for number, line in _lines(path):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            name, _ = row["_id"], row["text"] + ""
-        except (ValueError, TypeError, KeyError) as error:
-            raise SettingsError(
-                f"{path}, line {number}: must be a JSON object with the texts _id and text "
-                f"({type(error).__name__}: {error})."
-            ) from error
-        yield str(name), row
+        if line.strip():
+            try:
+                name, values = parse_row(line)
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                raise SettingsError(
+                    f"{path}, line {number}: must be a JSON object with the texts _id and text "
+                    f"({type(error).__name__}: {error})."
+                ) from error
+            if name in seen:
+                raise SettingsError(
+                    f"{path}, line {number}: _id {name!r} came before, in line {seen[name]}; give "
+                    "each line an _id of its own."
+                )
+            seen[name] = number
+            yield Row(name, values, place)
+        place += len(line)
+
+
+def parse_row(line: bytes) -> tuple[str, dict[str, Any]]:
+    """Return the `_id` of one such line and all its fields.
+
+    Raises:
+        ValueError: It is not JSON in UTF-8.
+        TypeError: It is no object, or `_id` or `text` is none.
+        KeyError: `_id` or `text` is missing.
+    """
+    values = json.loads(line)
+    name = values["_id"]
+    # Numbers are found in the wild; they are the same in qrels, where all is text.
+    if isinstance(name, bool) or not isinstance(name, str | int):
+        raise TypeError(f"_id is a {type(name).__name__}")
+    if not isinstance(values["text"], str):
+        raise TypeError(f"text is a {type(values['text']).__name__}")
+    return str(name), values
+
+
+def document_text(values: Mapping[str, Any]) -> str:
+    """Return a document's title and text, joined by a space."""
+    return f"{values.get('title') or ''} {values['text']}".strip()
 
 
 def _judgements(folder: Path) -> dict[str, dict[str, int]]:
     path = next((folder / name for name in _QRELS if (folder / name).is_file()), folder / _QRELS[0])
     judgements: dict[str, dict[str, int]] = {}
+    begun = False
     for number, line in _lines(path):
-        cells = line.split("\t")
-        if number == 1 and not cells[-1].strip().lstrip("-").isdecimal():
-            continue  # the header
+        if not line.strip():
+            continue
+        header, begun = not begun, True
+        text = _decoded(line, path, number).rstrip("\r\n")
+        cells = text.split("\t")
+        if header and not cells[-1].strip().lstrip("-").isdecimal():
+            continue
         try:
             query, document, grade = cells
             judgements.setdefault(query, {})[document] = int(grade)
         except ValueError as error:
             raise SettingsError(
                 f"{path}, line {number}: must be query, document and a whole number, separated by "
-                f"tabs, got {line[:80]!r}."
+                f"tabs, got {text[:80]!r}."
             ) from error
     return judgements
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def _decoded(line: bytes, path: Path, number: int) -> str:
     try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                yield number, line.rstrip("\n")
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{path}, line {number}: not UTF-8: {error}.") from error
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    try:
+        with path.open("rb") as lines:
+            yield from enumerate(lines, start=1)
     except OSError as error:
         raise SettingsError(
             f"{path} cannot be read ({error.strerror}); a BEIR folder holds corpus.jsonl, "
             "queries.jsonl and qrels.tsv."
         ) from error
-    except UnicodeDecodeError as error:
-        raise SettingsError(f"{path} is not UTF-8: {error}.") from error

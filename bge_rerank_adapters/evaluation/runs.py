@@ -1,5 +1,6 @@
 """Runs: what was found for each query, and TREC's file format for them."""
 
+import math
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -24,6 +25,8 @@ def read_run(path: str | Path) -> Run:
                 run.setdefault(query, {})[document] = score
     except OSError as error:
         raise SettingsError(f"The run {path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"The run {path} is not UTF-8: {error}; convert it.") from error
     return {query: in_order(found) for query, found in run.items()}
 
 
@@ -33,13 +36,16 @@ def parse_run(lines: Iterable[str], *, name: str) -> Iterator[tuple[str, str, fl
         if not line.strip():
             continue
         try:
-            query, _, document, _, score, *_ = line.split()
-            yield query, document, float(score)
+            query, _, document, _, number_text, *_ = line.split()
+            score = float(number_text)
         except ValueError as error:
             raise SettingsError(
                 f"{name}, line {number}: must be query, Q0, document, rank, score and tag, "
                 f"got {line.strip()[:80]!r}."
             ) from error
+        if math.isnan(score):
+            raise SettingsError(f"{name}, line {number}: the score must be a number, got {score}.")
+        yield query, document, score
 
 
 def in_order(found: dict[str, float]) -> dict[str, float]:
@@ -47,9 +53,9 @@ def in_order(found: dict[str, float]) -> dict[str, float]:
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
-def run_lines(query: str, found: dict[str, float], *, tag: str) -> Iterator[str]:
+def run_lines(query: str, found: Iterable[tuple[str, float]], *, tag: str) -> Iterator[str]:
     """Yield the lines of one query's documents, which are best first."""
-    for rank, (document, score) in enumerate(found.items(), start=1):
+    for rank, (document, score) in enumerate(found, start=1):
         yield f"{query} Q0 {document} {rank} {score!r} {tag}\n"
 
 
@@ -63,7 +69,7 @@ def write_run(path: str | Path, run: Run, *, tag: str) -> None:
     """
     with Path(path).open("w", encoding="utf-8") as file:
         for query, found in run.items():
-            file.writelines(run_lines(query, found, tag=tag))
+            file.writelines(run_lines(query, found.items(), tag=tag))
 
 
 def file_name(name: str) -> str:
