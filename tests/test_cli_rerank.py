@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 import pytest
 
 from bge_rerank_adapters import Reranker
+from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.evaluation import read_run
 from tests.checkpoints import XQUAD, build_xlm_roberta, read_queries, read_sentences
 from tests.test_cli import command, invoke, plain
@@ -216,10 +218,7 @@ def test_bad_runs_are_told_by_line(text, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--resume",), "--resume needs --output"),
         (("missing.jsonl",), "missing.jsonl cannot be read: No such file"),
-        (("--top-k", "0"), "top_k must be at least 1, got 0"),
-        (("--score-threshold", "2"), "score_threshold must be from 0 to 1"),
         (("--window-tokens", "9"), "window_tokens had no effect"),
         (("--collection", "nowhere"), "corpus.jsonl cannot be read"),
     ],
@@ -229,6 +228,208 @@ def test_wrong_options_are_told_in_one_line(arguments, message):
     assert done.returncode == 1
     (told,) = done.stderr.decode().splitlines()
     assert message in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--resume",), "needs --output"),
+        (("--top-k", "0"), "top_k must be at least 1, got 0"),
+        (("--score-threshold", "2"), "score_threshold must be from 0 to 1"),
+    ],
+)
+def test_wrong_usage_has_an_exit_code_of_its_own(arguments, message):
+    result = invoke("rerank", *arguments)
+    assert result.exit_code == 2
+    assert message in plain(result.output)
+
+
+def into(output, source, *arguments):
+    """Rerank in this process with the small model, from file to file."""
+    return invoke("rerank", str(source), "-o", str(output), "--model", "tiny", *FAST, *arguments)
+
+
+@pytest.mark.parametrize("suffix", ["", ".bad.jsonl"])
+def test_an_input_is_never_written_over(tmp_path, suffix):
+    source = tmp_path / f"s.jsonl{suffix}"
+    source.write_text(line())
+    result = into(tmp_path / "s.jsonl", source)
+    assert result.exit_code == 1
+    assert "is read by this run" in str(result.exception)
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(source)
+    assert suffix or into(link, source).exit_code == 1
+    assert source.read_text() == line()
+
+
+def test_neither_standard_input_nor_a_corpus_is_written_over(tmp_path):
+    source = tmp_path / "s.jsonl"
+    source.write_text(line())
+    with source.open("rb") as stream:
+        done = subprocess.run(
+            [sys.executable, "-m", "bge_rerank_adapters", "rerank", "-o", str(source), *FAST],
+            stdin=stream,
+            capture_output=True,
+            check=False,
+            cwd=PACKAGE.parent,
+        )
+    assert b"is read by this run" in done.stderr
+    assert source.read_text() == line()
+    folder = tmp_path / "folder"
+    shutil.copytree(XQUAD, folder)
+    write_run(tmp_path / "a.trec", 1, 2)
+    result = into(folder / "corpus.jsonl", tmp_path / "a.trec", "--collection", str(folder))
+    assert "is read by this run" in str(result.exception)
+    assert (folder / "corpus.jsonl").read_bytes() == (XQUAD / "corpus.jsonl").read_bytes()
+
+
+def test_an_earlier_output_outlives_a_model_that_is_not_there(tmp_path):
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(line())
+    output.write_text("kept")
+    result = invoke("rerank", str(source), "-o", str(output), "--model", "./missing", *FAST)
+    assert result.exit_code == 1
+    assert output.read_text() == "kept"
+    assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "out.jsonl"}
+
+
+@pytest.mark.parametrize(
+    "ids", [["a", "a"], ["a b", "a_b"], [1, "1"]], ids=["equal", "once joined", "as text"]
+)
+def test_documents_that_a_run_cannot_tell_apart_are_bad(tmp_path, ids):
+    documents = [{"text": "one", "id": ids[0]}, {"text": "two", "id": ids[1]}]
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.trec"
+    source.write_text(line(documents=documents) + line(documents=["a"]))
+    result = into(output, source, "--format", "trec", "--on-error", "skip")
+    assert result.exit_code == 3
+    assert [each.split()[0] for each in output.read_text().splitlines()] == ["2"]
+    (aside,) = rows((tmp_path / "out.trec.bad.jsonl").read_text())
+    assert "both documents[0] and documents[1]" in aside["error"]
+    assert aside["input"] + "\n" == line(documents=documents)
+
+
+def test_an_empty_id_is_none_and_a_place_may_meet_a_real_one(tmp_path):
+    documents = [{"text": "one", "id": None}, {"text": "two", "id": ""}, {"text": "3", "id": "x"}]
+    text = line(documents=documents, id=None) + line(documents=["a", {"text": "b", "id": 0}])
+    done = piped(text, "--format", "trec", "--on-error", "skip")
+    assert done.returncode == 3
+    found = {tuple(each.split()[:3:2]) for each in done.stdout.decode().splitlines()}
+    assert found == {("1", "0"), ("1", "1"), ("1", "x")}
+    same = piped(line(id="q") + line(id="q"), "--format", "trec")
+    assert "a TREC run calls this query q, as that of line 1" in same.stderr.decode()
+
+
+@pytest.mark.parametrize("changed", ["input", "collection"])
+def test_a_run_goes_on_with_its_own_input_alone(tmp_path, changed):
+    first, other = tmp_path / "a", tmp_path / "b"
+    shutil.copytree(XQUAD, other)
+    write_run(first, 1, 2)
+    with first.open("a") as file:
+        file.write("broken\n")
+    output = tmp_path / "out.trec"
+    assert into(output, first, "--collection", str(XQUAD)).exit_code == 1
+    source, folder = first, XQUAD
+    if changed == "input":
+        source = shutil.copy(first, tmp_path / "c")
+    else:
+        folder = other
+    result = into(output, source, "--collection", str(folder), "--resume")
+    assert f"differs in {changed};" in str(result.exception)
+
+
+def test_a_broken_line_within_a_query_parts_nothing(tmp_path):
+    query = next(iter(read_queries()))
+    names = list(read_sentences())[:3]
+    lines = [f"{query} Q0 {name} 1 2.0 t" for name in names]
+    (tmp_path / "in.trec").write_text("\n".join([lines[0], "broken", *lines[1:]]))
+    output = tmp_path / "out.trec"
+    result = into(output, tmp_path / "in.trec", "--collection", str(XQUAD), "--on-error", "skip")
+    assert result.exit_code == 3
+    assert set(read_run(output)[query]) == set(names)
+    (aside,) = rows((tmp_path / "out.trec.bad.jsonl").read_text())
+    assert (aside["line"], aside["input"]) == (2, "broken")
+
+
+def test_what_is_put_aside_of_a_run_can_be_given_again(tmp_path):
+    text = "nobody Q0 en-s0 1 2.0 t\nnobody Q0 en-s1 2 1.0 t"
+    (tmp_path / "in.trec").write_text(text)
+    output = tmp_path / "out.trec"
+    into(output, tmp_path / "in.trec", "--collection", str(XQUAD), "--on-error", "skip")
+    (aside,) = rows((tmp_path / "out.trec.bad.jsonl").read_text())
+    assert aside["input"] == text
+
+
+def test_an_earlier_ranking_is_not_taken_for_this_one():
+    document = {"text": "short", "score": 9.5, "logit": 1, "truncated": True, "span": [0, 1]}
+    again = {"text": "other", "score": 0.5, "retrieval_score": 12.0}
+    (row,) = rows(piped(line(documents=[document, again])).stdout.decode())
+    first, second = sorted(row["results"], key=lambda each: each["index"])
+    assert (first["retrieval_score"], second["retrieval_score"]) == (9.5, 12.0)
+    assert first.keys() == {"text", "score", "logit", "index", "retrieval_score"}
+    assert 0 <= first["score"] <= 1
+
+
+def test_an_output_that_cannot_be_is_told(tmp_path):
+    (tmp_path / "in.jsonl").write_text(line())
+    missing = into(tmp_path / "no" / "out.jsonl", tmp_path / "in.jsonl")
+    assert isinstance(missing.exception, SettingsError)
+    assert "there is no folder" in str(missing.exception)
+    folder = into(tmp_path, tmp_path / "in.jsonl")
+    assert "is a folder" in str(folder.exception)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"asked": {}, "mark": {"x": 1}}', "\udcff"])
+def test_a_damaged_journal_is_told(tmp_path, text):
+    (tmp_path / "in.jsonl").write_text(line())
+    journal = tmp_path / "out.jsonl.progress"
+    journal.write_bytes(text.encode("utf-8", "surrogateescape"))
+    result = into(tmp_path / "out.jsonl", tmp_path / "in.jsonl", "--resume")
+    assert isinstance(result.exception, SettingsError)
+    assert "out.jsonl.progress is damaged" in str(result.exception)
+
+
+def test_a_run_without_its_collection_is_told_what_it_needs():
+    done = piped("q1 Q0 d1 1 2.0 bm25\n")
+    assert "a TREC run needs --collection" in done.stderr.decode()
+    assert "--collection" not in piped("nonsense\n").stderr.decode()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("corpus", '{"_id": "1"}\n', "corpus.jsonl, line 1"),
+        ("queries", '{"_id": "1", "text": null}\n', "queries.jsonl, line 1"),
+        ("corpus", '{"_id": 1, "text": ""}\n{"_id": "1", "text": ""}\n', "corpus.jsonl, line 2"),
+        ("corpus", '{"_id": null, "text": ""}\n', "corpus.jsonl, line 1"),
+    ],
+)
+def test_a_damaged_collection_is_told_by_file_and_line(tmp_path, name, text, message):
+    for each in ("corpus", "queries"):
+        (tmp_path / f"{each}.jsonl").write_text('{"_id": "a", "text": "x"}\n')
+    (tmp_path / f"{name}.jsonl").write_text(text)
+    (tmp_path / "run").write_text("a Q0 a 1 1 t\n")
+    result = into(tmp_path / "out", tmp_path / "run", "--collection", str(tmp_path))
+    assert isinstance(result.exception, SettingsError)
+    assert str(tmp_path / message) in str(result.exception)
+
+
+def test_the_corpus_is_closed(tmp_path):
+    write_run(tmp_path / "a.trec", 1, 2)
+    code = (
+        "import gc, sys, warnings\n"
+        "sys.unraisablehook = lambda told: print('left open:', told.exc_value)\n"
+        "warnings.simplefilter('error', ResourceWarning)\n"
+        "from bge_rerank_adapters.cli import main\n"
+        "main()"
+    )
+    arguments = (str(tmp_path / "a.trec"), "--collection", str(XQUAD), "--model", "tiny", *FAST)
+    done = subprocess.run(
+        [sys.executable, "-c", code, "rerank", *arguments, "-q", "-o", str(tmp_path / "out")],
+        capture_output=True,
+        check=True,
+        cwd=PACKAGE.parent,
+    )
+    assert b"corpus.jsonl" not in done.stdout
 
 
 def test_help_shows_examples_and_exit_codes():
@@ -284,7 +485,7 @@ def test_a_run_killed_at_random_moments_loses_and_doubles_nothing(tmp_path, smal
     assert len(aside) == len([n for n in range(2500) if n % 97 == 5])
     assert not (tmp_path / "out.jsonl.progress").exists()
     again = subprocess.run(arguments[:-1], capture_output=True, check=False, cwd=PACKAGE.parent)
-    assert again.returncode == 0
+    assert again.returncode == 3, "something is still put aside"
     assert b"is complete already" in again.stderr
     assert len(rows(output.read_text())) == 2500
 
