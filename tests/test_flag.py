@@ -2,12 +2,22 @@
 
 import json
 import sys
+import threading
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
-from bge_rerank_adapters import DeviceError, Reranker, SettingsError, UnsupportedCheckpointError
+from bge_rerank_adapters import (
+    CheckpointError,
+    DeviceError,
+    Reranker,
+    SettingsError,
+    UnsupportedCheckpointError,
+)
+from bge_rerank_adapters.checkpoints import TINY_FOLDER
 from bge_rerank_adapters.langchain import BGEDocumentCompressor
 from bge_rerank_adapters.milvus import BGERerankFunction
 from tests.checkpoints import build_xlm_roberta, read_sentences
@@ -127,6 +137,90 @@ def test_bfloat16_reaches_a_decoder(decoder):
         assert flag.dtype == "bfloat16"
         assert flag._core._models[0]._reranker.model.dtype == torch.bfloat16
         assert 0.0 <= flag.score(QUERY, SENTENCES[:1])[0] <= 1.0
+
+
+def test_float32_is_float32_whatever_is_stored():
+    """The bundled weights are stored in float16, and transformers 5 would keep them so."""
+    stored = load_file(TINY_FOLDER / "model.safetensors")
+    assert torch.float16 in {tensor.dtype for tensor in stored.values()}
+    with Reranker("tiny", **FLAG) as flag, native("tiny") as ours:
+        assert flag.logits(QUERY, SENTENCES) == pytest.approx(
+            ours.logits(QUERY, SENTENCES), abs=PARITY
+        )
+
+
+def changed(folder: Path, target: Path, change) -> Path:
+    """Copy a checkpoint with its tensors changed."""
+    target.mkdir()
+    for path in folder.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    tensors = change(load_file(folder / "model.safetensors"))
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def test_a_checkpoint_without_a_head_is_refused(encoder, tmp_path):
+    """transformers makes one up, of random numbers."""
+    headless = changed(
+        encoder,
+        tmp_path / "headless",
+        lambda tensors: {k: v for k, v in tensors.items() if not k.startswith("classifier")},
+    )
+    with pytest.raises(CheckpointError, match=r"lack the tensor classifier\.out_proj\.weight"):
+        Reranker(str(headless), **FLAG)
+
+
+@pytest.mark.parametrize("model_type", ["xlm-roberta", "xlm-roberta-xl"])
+def test_several_labels_are_refused(tmp_path, model_type):
+    folder = build_xlm_roberta(tmp_path / "labels", labels=3)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
+    with pytest.raises(UnsupportedCheckpointError, match="classifier of 3 labels"):
+        Reranker(str(folder), **FLAG)
+
+
+def test_a_pickle_is_not_read(encoder, tmp_path):
+    folder = changed(encoder, tmp_path / "pickled", lambda tensors: tensors)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin only, a pickle"):
+        Reranker(str(folder), **FLAG)
+
+
+def test_too_little_memory_is_told_as_such(encoder, monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(transformers.AutoModelForSequenceClassification, "from_pretrained", fail)
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+        Reranker(str(encoder), **FLAG)
+
+
+def test_several_devices_run_at_the_same_time_in_silence(encoder, capfd):
+    with Reranker(str(encoder), **(FLAG | {"device": ["cpu", "cpu"]}), pack_tokens=1) as flag:
+        module = sys.modules[type(flag._core._models[0]._reranker).__module__]
+        shown = module.tqdm, module.trange
+        both = threading.Barrier(2)
+        for model in flag._core._models:
+            meet(model._reranker, both)
+        assert len(flag.score(QUERY, SENTENCES[:2])) == 2
+        assert (module.tqdm, module.trange) == shown
+    captured = capfd.readouterr()
+    assert "it/s" not in captured.out + captured.err
+
+
+def meet(reranker, barrier: threading.Barrier) -> None:
+    """Let a reranker score only while another one does."""
+    compute = reranker.compute_score
+
+    def meeting(*args, **kwargs):
+        barrier.wait(30)
+        scores = compute(*args, **kwargs)
+        barrier.wait(30)
+        return scores
+
+    reranker.compute_score = meeting
 
 
 def test_a_missing_flagembedding_names_its_extra(encoder, monkeypatch):

@@ -9,7 +9,7 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,9 @@ from typing import Any
 import torch
 
 from bge_rerank_adapters.errors import DeviceError, UnsupportedCheckpointError
+from bge_rerank_adapters.models.devices import is_out_of_memory
+from bge_rerank_adapters.models.encoder import ENCODER_TYPES, check_one_label, parse_config
+from bge_rerank_adapters.models.weights import open_weights, read_config
 from bge_rerank_adapters.settings import EngineSettings
 from bge_rerank_adapters.tokenization import (
     PairTokenizer,
@@ -98,13 +101,15 @@ class FlagModel:
 
         Raises:
             ImportError: FlagEmbedding is not installed.
+            CheckpointError: There are no safetensors, or they lack the head.
             UnsupportedCheckpointError: Its class does not run with this release of transformers,
-                or cannot load the checkpoint.
+                or cannot load the checkpoint, or the model gives several labels.
             DeviceError: It cannot run the dtype on the device.
         """
         self.device = device
         self.dtype = _dtype(settings.dtype, family, device)
         make = _flag_class(family)
+        _check_weights(folder, family)
         options = _options(settings, family, self.dtype, device) | {
             "max_length": max_length,
             "query_max_length": query_max_length,
@@ -113,6 +118,9 @@ class FlagModel:
         with _told_as_unsupported(folder, family), _without_loading_bar():
             self._reranker = make(str(folder), **options)
             self._reranker.use_fp16 = self.dtype == torch.float16
+            # transformers 5 keeps the dtype in which the weights are stored.
+            self._reranker.model.to(self.dtype)
+        _check_labels(folder, family, self._reranker.model.config)
         with _told_as_unsupported(folder, family):
             # Some classes can be made, and fail when they are run.
             self._score([("query", "document")])
@@ -131,6 +139,24 @@ class FlagModel:
             # One more than there are: below that its bars are off, where they can be.
             scores = self._reranker.compute_score(texts, batch_size=len(texts) + 1)
         return [float(score) for score in scores]
+
+
+def _check_weights(folder: Path, family: str) -> None:
+    """Refuse what FlagEmbedding would run and should not: pickles, and heads made up at random."""
+    config = read_config(folder)
+    with open_weights(folder) as weights:
+        if family == "encoder" and config.get("model_type") in ENCODER_TYPES:
+            check_one_label(weights, parse_config(config, folder=folder))
+
+
+def _check_labels(folder: Path, family: str, config: Any) -> None:
+    """Refuse several labels, of which FlagEmbedding would give each pair some other's."""
+    labels = getattr(config, "num_labels", 1)
+    if family == "encoder" and labels != 1:
+        raise UnsupportedCheckpointError(
+            f"{folder} is a classifier of {labels} labels; a reranker has one, whose logit says "
+            "how relevant a document is."
+        )
 
 
 def _flag_class(family: str) -> Callable[..., Any]:
@@ -195,6 +221,8 @@ def _told_as_unsupported(folder: Path, family: str) -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as error:
+        if isinstance(error, Exception) and is_out_of_memory(error):
+            raise  # of another kind of device, or with fewer others, it runs
         import transformers
 
         raise UnsupportedCheckpointError(
@@ -205,37 +233,66 @@ def _told_as_unsupported(folder: Path, family: str) -> Iterator[None]:
         ) from error
 
 
-# Held while bars are off, since two calls at once would put the wrong ones back.
-_bars = threading.Lock()
+class _Bars:
+    """Progress bars that are off as long as any call needs it so, however many run at once."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        # By what they are of: how many calls need them off, and what puts them back.
+        self._off: dict[str, tuple[int, Callable[[], None]]] = {}
+
+    @contextmanager
+    def off(self, name: str, turn_off: Callable[[], Callable[[], None]]) -> Iterator[None]:
+        """Keep bars off for the time of a call.
+
+        Args:
+            name: Of what they belong to.
+            turn_off: Turns them off, and returns what puts them back; called by the first alone.
+        """
+        with self._lock:
+            calls, restore = self._off[name] if name in self._off else (0, turn_off())
+            self._off[name] = (calls + 1, restore)
+        try:
+            yield
+        finally:
+            with self._lock:
+                calls, restore = self._off.pop(name)
+                if calls > 1:
+                    self._off[name] = (calls - 1, restore)
+                else:
+                    restore()
 
 
-@contextmanager
-def _without_loading_bar() -> Iterator[None]:
+_bars = _Bars()
+
+
+def _without_loading_bar() -> AbstractContextManager[None]:
     """Turn off the progress bar that transformers 5 shows while it loads, and on again after."""
+    return _bars.off("loading", _stop_loading_bar)
+
+
+def _stop_loading_bar() -> Callable[[], None]:
     logging: Any = importlib.import_module("transformers.utils.logging")
-    with _bars:
-        # Not to be asked for in every release: where it cannot be, nothing is changed.
-        shown = getattr(logging, "is_progress_bar_enabled", lambda: False)()
-        if shown:
-            logging.disable_progress_bar()
-        try:
-            yield
-        finally:
-            if shown:
-                logging.enable_progress_bar()
+    # Not to be asked for in every release: where it cannot be, nothing is changed.
+    if not getattr(logging, "is_progress_bar_enabled", lambda: False)():
+        return lambda: None
+    logging.disable_progress_bar()
+    enable: Callable[[], None] = logging.enable_progress_bar
+    return enable
 
 
-@contextmanager
-def _without_bars(module: types.ModuleType) -> Iterator[None]:
+def _without_bars(module: types.ModuleType) -> AbstractContextManager[None]:
     """Turn off the progress bars that a module shows unasked, for the time of a call."""
-    with _bars:
-        shown = {
-            name: getattr(module, name) for name in ("tqdm", "trange") if hasattr(module, name)
-        }
-        try:
-            for name, bar in shown.items():
-                setattr(module, name, partial(bar, disable=True))
-            yield
-        finally:
-            for name, bar in shown.items():
-                setattr(module, name, bar)
+    return _bars.off(module.__name__, partial(_stop_bars, module))
+
+
+def _stop_bars(module: types.ModuleType) -> Callable[[], None]:
+    shown = {name: getattr(module, name) for name in ("tqdm", "trange") if hasattr(module, name)}
+    for name, bar in shown.items():
+        setattr(module, name, partial(bar, disable=True))
+
+    def restore() -> None:
+        for name, bar in shown.items():
+            setattr(module, name, bar)
+
+    return restore
