@@ -12,6 +12,7 @@ from bge_rerank_adapters.engine import Reranker
 from bge_rerank_adapters.errors import CheckpointNotFoundError
 from bge_rerank_adapters.published import PUBLISHED_SCORES, PublishedScores
 from bge_rerank_adapters.ranking import sigmoid
+from bge_rerank_adapters.settings import EngineSettings
 
 # How far a logit may move in other dtypes, beside what the source's own rounding allows.
 LOGIT_TOLERANCE = {"float32": 0.0, "float16": 0.05, "bfloat16": 0.3, "int8": 0.6}
@@ -84,12 +85,13 @@ def published_for(model: str) -> list[PublishedScores]:
     ]
 
 
-def run(console: Console, *, model: str, device: str, dtype: str) -> bool:
-    """Print a table of published and computed figures; return whether all agree.
+def run(console: Console, settings: EngineSettings) -> bool:
+    """Print a table of published figures and an engine's own; return whether all agree.
 
     Where nothing was published for the model, or its weights are not to be had, it says so and
     returns False.
     """
+    model = settings.model
     published = published_for(model)
     if not published:
         known = ", ".join(sorted({entry.model for entry in PUBLISHED_SCORES}))
@@ -97,7 +99,7 @@ def run(console: Console, *, model: str, device: str, dtype: str) -> bool:
         console.print(escape(told))
         return False
     try:
-        reranker = Reranker(model, device=device, dtype=dtype)
+        reranker = Reranker.from_settings(settings)
     except CheckpointNotFoundError as error:
         told = f"Nothing was compared, for want of the weights: {error}"
         console.print(escape(told), highlight=False)

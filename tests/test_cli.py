@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -16,10 +17,17 @@ from tests.test_imports import PACKAGE, run_python
 from tests.texts import DOCUMENTS, QUERY
 
 PLAIN = {"NO_COLOR": "1", "TERM": "dumb", "COLUMNS": "160"}
+ENGINE_OPTIONS = {
+    *("--model", "--device", "--dtype", "--max-length", "--query-max-length", "--long-documents"),
+    *("--window-tokens", "--window-overlap-tokens", "--family", "--prompt", "--query-instruction"),
+    *("--passage-instruction", "--cutoff-layers", "--compress-ratio", "--compress-layers"),
+    *("--backend", "--revision", "--cache-dir", "--local-files-only"),
+}
 DEMO = """
 from rich.console import Console
 from bge_rerank_adapters.demo import run
-run(Console(width=160), model="tiny", device="cpu")
+from bge_rerank_adapters.settings import EngineSettings
+run(Console(width=160), EngineSettings(model="tiny", device="cpu"))
 """
 
 
@@ -55,16 +63,40 @@ def test_help_names_the_commands(arguments):
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("demo", {"--model"}),
-        ("verify", {"--model", "--device", "--dtype"}),
-        ("rerank", {"--model", "--output", "--resume", "--quiet"}),
-        ("evaluate", {"--model", "--dtype", "--run", "--depth", "--plots", "--json"}),
+        ("demo", set()),
+        ("verify", set()),
+        ("rerank", {"--output", "--resume", "--quiet"}),
+        ("evaluate", {"--run", "--depth", "--plots", "--json"}),
     ],
 )
 def test_help_names_the_options(name, options):
     result = invoke(name, "--help")
     assert result.exit_code == 0
-    assert options <= set(re.findall(r"--\w+", plain(result.output)))
+    assert options | ENGINE_OPTIONS <= set(re.findall(r"--[\w-]+", plain(result.output)))
+
+
+@pytest.mark.parametrize("name", ["demo", "verify", "rerank", "evaluate"])
+def test_every_command_hands_the_engine_settings_over(name):
+    arguments = (str(XQUAD),) if name == "evaluate" else ()
+    known = ("--model", "BAAI/bge-reranker-base", "--compress-layers", "8", "--query-instruction")
+    result = invoke(name, *arguments, *known, "", "--compress-ratio", "2")
+    assert result.exit_code == 1
+    assert "compress_ratio=2 is a setting of the lightweight family" in str(result.exception)
+    result = invoke(name, *arguments, "--backend", "onnx")
+    assert "backend must be one of 'native', 'flagembedding', got 'onnx'" in str(result.exception)
+
+
+def test_the_engine_settings_change_what_is_computed(tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_text(json.dumps({"query": QUERY, "documents": DOCUMENTS}) + "\n")
+    arguments = ("--query-max-length", "7", "--max-length", "20", "--passage-instruction", "So: ")
+    done = invoke("rerank", str(source), "-q", "--model", "tiny", "--device", "cpu", *arguments)
+    assert done.exit_code == 0, done.output
+    told = [each["logit"] for each in json.loads(done.stdout)["results"]]
+    settings = {"query_max_length": 7, "max_length": 20, "passage_instruction": "So: "}
+    with Reranker("tiny", device="cpu", **settings) as engine:
+        wanted = [each.logit for each in engine.rerank(QUERY, DOCUMENTS)]
+    assert told == pytest.approx(wanted, abs=1e-4)
 
 
 def test_demo_prints_tables_before_and_after():
@@ -198,6 +230,16 @@ def test_evaluate_fills_a_folder_from_a_run_and_continues(tmp_path):
     assert json.loads(evaluate(*arguments).stdout) == json.loads(first.stdout), "times too"
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"report.json", "per-query.jsonl", "tiny.trec", "depth.png"} < names
+
+
+def test_brackets_in_names_are_shown_as_they_are(tmp_path):
+    folder, collection = build_xlm_roberta(tmp_path / "a[b] [/c]"), tmp_path / "xquad[x] [/y]"
+    shutil.copytree(XQUAD, collection)
+    options = ("--device", "cpu", "--queries", "2", "--depth", "2")
+    result = invoke("evaluate", str(collection), "--model", str(folder), *options)
+    assert result.exit_code == 0, result.output
+    assert "xquad[x] [/y]: 2 queries" in plain(result.output)
+    assert "[/c]" in result.output
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from scipy.stats import t as student
 from bge_rerank_adapters import Reranker, evaluation
 from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.evaluation import (
+    Collection,
     Report,
+    Scored,
     best_threshold,
     bm25,
     compare,
@@ -23,8 +26,9 @@ from bge_rerank_adapters.evaluation import (
     read_run,
     write_run,
 )
+from bge_rerank_adapters.ranking import RankedDocument
 from bge_rerank_adapters.settings import EngineSettings
-from tests.checkpoints import XQUAD
+from tests.checkpoints import XQUAD, build_xlm_roberta
 from tests.test_imports import run_python
 
 pytrec_eval = pytest.importorskip("pytrec_eval")
@@ -128,6 +132,8 @@ def test_titles_go_before_texts_and_qrels_may_stand_in_a_folder(tmp_path):
         ({"corpus": '{"_id": "1"}'}, r"corpus\.jsonl, line 1: .*KeyError"),
         ({"queries": '{"_id": "a", "text": 5}'}, r"queries\.jsonl, line 1: .*TypeError"),
         ({"qrels": "a\t1\t1\na 1 1"}, r"qrels\.tsv, line 2: must be query"),
+        ({"corpus": '{"_id": 1, "text": ""}\n{"_id": "1", "text": ""}'}, "line 2: _id '1' came"),
+        ({"queries": '{"_id": null, "text": ""}'}, r"queries\.jsonl, line 1: .*TypeError"),
         ({"qrels": "other\t1\t1"}, "no query of queries.jsonl has a judgement"),
     ],
 )
@@ -220,7 +226,8 @@ def test_a_killed_experiment_continues_without_scoring_twice(
     tmp_path, collection, first_stage, report
 ):
     class Failing:
-        settings = None
+        def __repr__(self):
+            return f"Failing({self.engine!r})"
 
         def __init__(self, engine, calls):
             self.engine, self.left, self.calls = engine, calls, 0
@@ -258,6 +265,145 @@ def test_another_experiment_in_the_folder_is_refused(tmp_path, collection, first
         evaluate(few, first_stage, shorter, folder=tmp_path, depth=2)
     with pytest.raises(SettingsError, match="differs in collection, first_stage"):
         evaluate(collection.sample(3), first_stage, TINY, folder=tmp_path, depth=2)
+
+
+class ByWords:
+    """A scorer that tells scores alone, as a remote one may, and nothing of itself."""
+
+    def rerank(self, query, documents, **limits):
+        scores = [0.9 if index % 2 else 0.2 for index in range(len(documents))]
+        order = sorted(range(len(documents)), key=lambda index: -scores[index])
+        return [RankedDocument(index, scores[index], documents[index], None) for index in order]
+
+    async def arerank(self, query, documents, **limits):
+        raise NotImplementedError
+
+
+def test_scores_without_logits_are_told_as_they_are(collection, first_stage):
+    report = evaluate(collection.sample(3), first_stage, {"words": ByWords()})
+    relevant, other = report.scores("words")
+    assert {*relevant, *other} == {0.9, 0.2}
+    assert {x for found in report["words"].logits.values() for x in found.values()} == {0.9, 0.2}
+
+
+def test_scores_of_a_scorer_that_tells_nothing_of_itself_are_not_kept(
+    tmp_path, collection, first_stage
+):
+    few = collection.sample(2)
+    with pytest.raises(SettingsError, match="a ByWords, does not tell what its scores depend on"):
+        evaluate(few, first_stage, {"words": ByWords()}, folder=tmp_path)
+
+    class Told(ByWords):
+        def __init__(self, version):
+            self.version = version
+
+        def __repr__(self):
+            return f"Told({self.version})"
+
+    evaluate(few, first_stage, {"words": Told(1)}, folder=tmp_path)
+    evaluate(few, first_stage, {"words": Told(1)}, folder=tmp_path)
+    with pytest.raises(SettingsError, match="differs in settings"):
+        evaluate(few, first_stage, {"words": Told(2)}, folder=tmp_path)
+
+
+@pytest.mark.parametrize("names", [("tiny", "./tiny"), ("a", "A"), ("first-stage",)])
+def test_engines_whose_files_would_be_one_are_refused(collection, first_stage, names):
+    with pytest.raises(SettingsError, match="would both be in files named"):
+        evaluate(collection, first_stage, dict.fromkeys(names, ByWords()))
+
+
+def test_what_is_no_engine_is_told(collection, first_stage):
+    with pytest.raises(SettingsError, match=r"got 'tiny'; write EngineSettings\(model=...\)"):
+        evaluate(collection, first_stage, {"s": "tiny"})
+
+
+def test_what_has_no_words_finds_nothing(collection):
+    mute = Collection("mute", {"1": "Rain.", "2": ""}, {"a": "?!", "b": "rain"}, {})
+    assert bm25(mute) == {"a": {}, "b": {"1": pytest.approx(0.3, abs=0.3)}}
+    assert bm25(Collection("mute", {"1": "?", "2": ""}, {"a": "rain", "b": ""}, {})) == {
+        "a": {},
+        "b": {},
+    }
+    assert bm25(Collection("none", {}, {"a": "rain"}, {})) == {"a": {}}
+
+
+@pytest.mark.parametrize("grade", [0, 1])
+def test_scores_are_drawn_where_all_or_nothing_is_relevant(collection, first_stage, grade):
+    few = collection.sample(2)
+    judgements = {query: dict.fromkeys(few.documents, grade) for query in few.queries}
+    alike = replace(few, judgements=judgements)
+    report = evaluate(alike, first_stage, {"words": ByWords()})
+    found = sum(map(len, report.first_stage.values()))
+    legend = plots.plot_scores(report, "words").get_legend()
+    label = f"relevant ({found})" if grade else f"other ({found})"
+    assert [text.get_text() for text in legend.get_texts()][0] == label
+
+
+def test_a_folder_that_is_a_file_is_told(tmp_path, collection, first_stage, report):
+    path = tmp_path / "file"
+    path.write_text("")
+    for act in (
+        lambda: evaluate(collection, first_stage, TINY, folder=path),
+        lambda: report.save(path),
+        lambda: plots.save_plots(report, path),
+    ):
+        with pytest.raises(SettingsError, match="file cannot be made"):
+            act()
+    (tmp_path / "tiny.scores.jsonl").mkdir()
+    with pytest.raises(SettingsError, match=r"tiny\.scores\.jsonl cannot be used"):
+        evaluate(collection, first_stage, TINY, folder=tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{\n", "[]\n", "5\n", "\udcff\n"])
+def test_damaged_scores_are_told_by_line(tmp_path, collection, first_stage, text):
+    kept = tmp_path / "tiny.scores.jsonl"
+    kept.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(SettingsError, match=r"tiny\.scores\.jsonl, line 1: damaged"):
+        evaluate(collection, first_stage, TINY, folder=tmp_path)
+
+
+def test_weights_in_the_home_folder_are_told_apart(tmp_path, monkeypatch, collection, first_stage):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = build_xlm_roberta(tmp_path / "model")
+    settings = {"home": EngineSettings(model="~/model", device="cpu", dtype="float32")}
+    few = collection.sample(2)
+    evaluate(few, first_stage, settings, folder=tmp_path / "out", depth=2)
+    os.utime(model / "model.safetensors", (1, 1))
+    with pytest.raises(SettingsError, match="differs in weights"):
+        evaluate(few, first_stage, settings, folder=tmp_path / "out", depth=2)
+
+
+def test_the_slow_part_of_the_queries_is_left_out_exactly():
+    seconds = {str(number): float(number) for number in range(1, 21)}
+    scored = Scored("x", "", {}, {}, seconds, 0)
+    assert scored.latency_s(0.95) == 19.0
+    assert scored.latency_s(1.0) == 20.0
+    assert scored.latency_s() == 10.5
+
+
+def test_names_are_no_html(collection, first_stage):
+    report = evaluate(collection.sample(2), first_stage, {"<b>&": ByWords()})
+    assert "<td>&lt;b&gt;&amp;</td>" in report._repr_html_()
+
+
+def test_runs_that_are_no_text_or_no_numbers_are_refused(tmp_path):
+    path = tmp_path / "a.trec"
+    path.write_bytes(b"q Q0 \xff 1 0.5 t\n")
+    with pytest.raises(SettingsError, match=r"a\.trec is not UTF-8"):
+        read_run(path)
+    path.write_text("q Q0 d 1 nan t\n")
+    with pytest.raises(SettingsError, match=r"a\.trec, line 1: the score must be a number"):
+        read_run(path)
+
+
+def test_blank_lines_of_judgements_are_nothing(tmp_path):
+    folder = write_folder(
+        tmp_path,
+        corpus='{"_id": "1", "text": "x"}',
+        queries='{"_id": "a", "text": "x"}',
+        qrels="\nquery\tdocument\tgrade\n\na\t1\t1\n\n",
+    )
+    assert read_collection(folder).judgements == {"a": {"1": 1}}
 
 
 def test_bad_arguments_are_refused(collection, first_stage, reranker):

@@ -6,9 +6,9 @@ from rich.markup import escape
 
 from bge_rerank_adapters.checkpoints import DEFAULT_MODEL, TINY
 from bge_rerank_adapters.cli import evaluate as evaluate_command
+from bge_rerank_adapters.cli import options
 from bge_rerank_adapters.cli import rerank as rerank_command
 from bge_rerank_adapters.cli.info import info
-from bge_rerank_adapters.cli.options import Device, Dtype, Model
 from bge_rerank_adapters.errors import RerankError
 
 app = typer.Typer(
@@ -25,23 +25,35 @@ def _commands() -> None:
 
 
 @app.command()
-def demo(model: Model = TINY, device: Device = "auto") -> None:
+@options.with_engine_options
+def demo(
+    model: options.Model = TINY,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    *,
+    engine: options.Asked,
+) -> None:
     """Rerank real documents: the engine, a LangChain chain, a LlamaIndex query engine."""
     from bge_rerank_adapters.demo import run
 
-    run(Console(), model=model, device=device)
+    settings = options.engine_settings(model, device=device, dtype=dtype, engine=engine)
+    run(Console(), settings)
 
 
 @app.command()
+@options.with_engine_options
 def verify(
-    model: Model = DEFAULT_MODEL,
-    device: Device = "auto",
-    dtype: Dtype = "float32",
+    model: options.Model = DEFAULT_MODEL,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "float32",
+    *,
+    engine: options.Asked,
 ) -> None:
     """Compare this installation's scores with those that authors published."""
     from bge_rerank_adapters.verification import run
 
-    if not run(Console(), model=model, device=device, dtype=dtype):
+    settings = options.engine_settings(model, device=device, dtype=dtype, engine=engine)
+    if not run(Console(), settings):
         raise typer.Exit(code=1)
 
 

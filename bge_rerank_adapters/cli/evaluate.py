@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from bge_rerank_adapters.checkpoints import DEFAULT_MODEL
@@ -28,6 +29,7 @@ per-query.jsonl, TREC runs and, with --plots, pictures.
 """
 
 
+@options.with_engine_options
 def evaluate_folder(
     folder: Annotated[Path, typer.Argument(help="A BEIR folder.")],
     model: Annotated[
@@ -56,10 +58,9 @@ def evaluate_folder(
         bool, typer.Option("--json", help="Print JSON in place of a table.")
     ] = False,
     device: options.Device = "auto",
-    max_length: options.MaxLength = EngineSettings.max_length,
-    long_documents: options.Long = options.LongDocuments.TRUNCATE,
-    window_tokens: options.WindowTokens = None,
     quiet: options.Quiet = False,
+    *,
+    engine: options.Asked,
 ) -> None:
     """Measure what reranking changes on a test collection: quality, significance, speed."""
     if plots and output is None:
@@ -68,12 +69,7 @@ def evaluate_folder(
     if queries is not None:
         collection = collection.sample(queries)
     base = options.engine_settings(
-        (model or [DEFAULT_MODEL])[0],
-        device=device,
-        dtype="auto",
-        max_length=max_length,
-        long_documents=long_documents,
-        window_tokens=window_tokens,
+        (model or [DEFAULT_MODEL])[0], device=device, dtype="auto", engine=engine
     )
     engines = _engines(base, model or [DEFAULT_MODEL], dtype or ["auto"])
     stems = None if language == "none" else language
@@ -115,12 +111,12 @@ def _table(report: Report) -> Table:
         f"{report.collection.name}: {len(report.collection.queries)} queries, "
         f"{len(report.collection.documents)} documents, {report.depth} candidates"
     )
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(title), title_justify="left")
     table.add_column("")
     for record in records:
-        table.add_column(str(record["engine"]), justify="right", overflow="fold")
+        table.add_column(escape(str(record["engine"])), justify="right", overflow="fold")
     for name in list(records[-1])[1:]:
-        table.add_row(name, *(_cell(record.get(name)) for record in records))
+        table.add_row(escape(name), *(_cell(record.get(name)) for record in records))
     return table
 
 

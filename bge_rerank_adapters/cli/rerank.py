@@ -76,6 +76,7 @@ class _Task:
     quiet: bool
 
 
+@options.with_engine_options
 def rerank(
     source: Annotated[
         Path | None, typer.Argument(help="JSONL, or a TREC run; - or nothing for standard input.")
@@ -100,10 +101,9 @@ def rerank(
     model: options.Model = DEFAULT_MODEL,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
-    max_length: options.MaxLength = EngineSettings.max_length,
-    long_documents: options.Long = options.LongDocuments.TRUNCATE,
-    window_tokens: options.WindowTokens = None,
     quiet: options.Quiet = False,
+    *,
+    engine: options.Asked,
 ) -> None:
     """Rerank the documents of each query of a file or a stream."""
     if resume and output is None:
@@ -111,14 +111,7 @@ def rerank(
             "needs --output: a stream cannot be continued", param_hint="--resume"
         )
     limits = _limits(top_k, score_threshold)
-    settings = options.engine_settings(
-        model,
-        device=device,
-        dtype=dtype,
-        max_length=max_length,
-        long_documents=long_documents,
-        window_tokens=window_tokens,
-    )
+    settings = options.engine_settings(model, device=device, dtype=dtype, engine=engine)
     kind = output_format or (Format.JSONL if collection is None else Format.TREC)
     write = Item.to_json if kind is Format.JSONL else Item.to_trec
     task = _Task(settings, limits, on_error, write, quiet)

@@ -10,24 +10,24 @@ from bge_rerank_adapters.demo.first_stage import collection, search
 from bge_rerank_adapters.engine import Reranker
 from bge_rerank_adapters.published import PUBLISHED_SCORES
 from bge_rerank_adapters.ranking import Scorer
+from bge_rerank_adapters.settings import EngineSettings
 
 QUESTION = "What year did Tesla die?"
 FETCH, SHOWN, TOP_K = 20, 5, 3
 Row = tuple[str, str, str]
 
 
-def run(console: Console, *, model: str, device: str) -> None:
+def run(console: Console, settings: EngineSettings) -> None:
     """Rerank with the engine, in a LangChain chain and in a LlamaIndex query engine.
 
     Args:
         console: Where the tables go. A host that is not installed is skipped, its extra named.
-        model: A checkpoint.
-        device: Where to run it.
+        settings: Of the engine.
 
     Raises:
         RerankError: The model cannot be loaded, or failed.
     """
-    with Reranker(model, device=device) as reranker:
+    with Reranker.from_settings(settings) as reranker:
         console.print(f"{escape(repr(reranker))}\n", highlight=False)
         _engine_part(console, reranker)
         console.rule("The same in LangChain and LlamaIndex")

@@ -13,12 +13,15 @@ from bge_rerank_adapters.checkpoints import TINY, TINY_FOLDER
 from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.evaluation.collection import Collection
 from bge_rerank_adapters.evaluation.report import Report
-from bge_rerank_adapters.evaluation.runs import Run, file_name
+from bge_rerank_adapters.evaluation.runs import Run, check_file_names, file_name, make_folder
 from bge_rerank_adapters.evaluation.scored import Scored
 from bge_rerank_adapters.evaluation.state import State, weights_stamp
 from bge_rerank_adapters.progress import ProgressBar
 from bge_rerank_adapters.ranking import Scorer, check_top_k
 from bge_rerank_adapters.settings import EngineSettings
+
+# Of the files that keep scores; it is raised where what they hold changes.
+_LAYOUT = 2
 
 
 def evaluate(
@@ -39,26 +42,53 @@ def evaluate(
         first_stage: For each query the documents to rerank, best first; others are ignored.
         engines: What is compared, by the name it has in reports: settings, of which an engine is
             loaded and closed again, or a ready engine.
+            With `folder`, a scorer that is not this package's must have a `repr` that tells all
+            that its scores depend on.
         depth: How many documents of each query are reranked; `None` is all there are.
         folder: Where scores are kept, so that a run that was killed continues; `None` for nowhere.
             It is made if need be.
         progress: Whether to show a bar on standard error.
 
     Raises:
-        SettingsError: A value is out of range, the run names a document that the collection
-            lacks, or the folder holds another experiment under the same name.
+        SettingsError: A value is out of range or no engine, two names would be one in files, the
+            run names a document that the collection lacks, or the folder cannot be used or holds
+            another experiment under the same name.
         RerankError: A model cannot be loaded, or failed.
     """
     depth = check_top_k(depth, name="depth")
     if not engines:
         raise SettingsError("engines is empty; name at least one, like {'tiny': EngineSettings()}.")
+    check_file_names(engines)
+    for name, engine in engines.items():
+        _check_engine(name, engine)
     candidates = _candidates(collection, first_stage, depth)
     scored = []
     for name, engine in engines.items():
-        header = _header(collection, candidates, engine)
-        state = None if folder is None else State(_state_path(folder, name), header)
+        state = None
+        if folder is not None:
+            _check_identity(name, engine)
+            state = State(_state_path(folder, name), _header(collection, candidates, engine))
         scored.append(_score(name, engine, collection, candidates, state=state, progress=progress))
     return Report(collection, candidates, scored)
+
+
+def _check_engine(name: str, engine: object) -> None:
+    if not isinstance(engine, EngineSettings | Scorer):
+        raise SettingsError(
+            f"The engine {name!r} must be an EngineSettings or a ready engine, got {engine!r}; "
+            "write EngineSettings(model=...)."
+        )
+
+
+def _check_identity(name: str, engine: EngineSettings | Scorer) -> None:
+    """Refuse to keep scores of a scorer that nothing tells from another of its class."""
+    known = isinstance(getattr(engine, "settings", engine), EngineSettings)
+    if not known and type(engine).__repr__ is object.__repr__:
+        raise SettingsError(
+            f"The engine {name!r}, a {type(engine).__name__}, does not tell what its scores depend "
+            "on, so kept scores might be another's; give its class a __repr__ that does, or leave "
+            "folder out."
+        )
 
 
 def _candidates(collection: Collection, first_stage: Run, depth: int | None) -> Run:
@@ -111,6 +141,7 @@ def _score_query(
         "query": query,
         "documents": [names[each.index] for each in ranked],
         "logits": logits,
+        "scores": [each.score for each in ranked],
         "truncated": sum(each.truncated for each in ranked),
         "seconds": seconds,
         "engine": repr(reranker),
@@ -129,20 +160,20 @@ def _opened(engine: EngineSettings | Scorer) -> AbstractContextManager[Scorer]:
 
 
 def _state_path(folder: str | Path, name: str) -> Path:
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    return Path(folder) / f"{file_name(name)}.scores.jsonl"
+    return make_folder(folder) / f"{file_name(name)}.scores.jsonl"
 
 
 def _header(
     collection: Collection, candidates: Run, engine: EngineSettings | Scorer
 ) -> dict[str, Any]:
     settings = engine if isinstance(engine, EngineSettings) else getattr(engine, "settings", None)
-    asked, model = type(engine).__name__, ""
+    asked, model = repr(engine), ""
     if isinstance(settings, EngineSettings):
         asked = json.dumps(settings.to_dict())
         model = str(TINY_FOLDER) if settings.model == TINY else settings.model
     found = json.dumps([[query, *names] for query, names in candidates.items()])
     return {
+        "layout": _LAYOUT,
         "settings": asked,
         "weights": [list(each) for each in weights_stamp(model)] if model else [],
         "collection": collection.fingerprint(),

@@ -20,7 +20,7 @@ def bm25(collection: Collection, *, depth: int = 100, language: str | None = "en
 
     Returns:
         Documents best first; equal scores in the collection's order. Documents that share no word
-        with the query are left out.
+        with the query are left out, and so a query without words finds none.
 
     Raises:
         SettingsError: There is no stemmer for the language, or `depth` is below 1.
@@ -45,11 +45,17 @@ def bm25(collection: Collection, *, depth: int = 100, language: str | None = "en
         return tokens
 
     names = list(collection.documents)
+    texts = words(list(collection.documents.values()))
+    if not any(texts):
+        return {query: {} for query in collection.queries}
     index = bm25s.BM25(method="lucene", k1=_K1, b=_B)
-    index.index(words(list(collection.documents.values())), show_progress=False)
+    index.index(texts, show_progress=False)
     run: Run = {}
     terms = words(list(collection.queries.values()))
     for query, each in zip(collection.queries, terms, strict=True):
+        if not each:
+            run[query] = {}
+            continue
         scores = index.get_scores(each)
         best = np.argsort(-scores, kind="stable")[:depth]
         run[query] = {names[place]: float(scores[place]) for place in best if scores[place] > 0}

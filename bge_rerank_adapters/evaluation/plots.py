@@ -6,8 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from bge_rerank_adapters.evaluation.extra import require
 from bge_rerank_adapters.evaluation.metrics import NDCG
-from bge_rerank_adapters.evaluation.report import FIRST_STAGE, Report, best_threshold
-from bge_rerank_adapters.evaluation.runs import file_name
+from bge_rerank_adapters.evaluation.report import Report, best_threshold
+from bge_rerank_adapters.evaluation.runs import (
+    FIRST_STAGE,
+    check_file_names,
+    file_name,
+    make_folder,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -88,6 +93,8 @@ def plot_scores(report: Report, name: str, axes: "Axes | None" = None) -> "Axes"
         (other, f"other ({len(other)})", _FIRST_STAGE_COLOUR),
         (relevant, f"relevant ({len(relevant)})", _COLOURS[0]),
     ):
+        if not values:
+            continue
         weights = [1 / len(values)] * len(values)
         axes.hist(values, edges, weights=weights, alpha=0.6, color=colour, label=label)
     axes.axvline(
@@ -109,9 +116,12 @@ def save_plots(report: Report, folder: str | Path) -> list[Path]:
 
     Returns:
         The files written.
+
+    Raises:
+        SettingsError: The folder cannot be made, or two engines' files would be one.
     """
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
+    check_file_names(each.name for each in report.scored)
+    target = make_folder(folder)
     pictures: dict[str, Callable[[], Any]] = {
         "gain-per-query": lambda: plot_gain_per_query(report),
         "depth": lambda: plot_depth(report),

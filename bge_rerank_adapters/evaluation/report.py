@@ -3,17 +3,23 @@
 import json
 import math
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.evaluation.collection import Collection
 from bge_rerank_adapters.evaluation.metrics import NDCG, Comparison, Metrics, compare, measure
-from bge_rerank_adapters.evaluation.runs import Run, file_name, write_run
+from bge_rerank_adapters.evaluation.runs import (
+    FIRST_STAGE,
+    Run,
+    check_file_names,
+    file_name,
+    make_folder,
+    write_run,
+)
 from bge_rerank_adapters.evaluation.scored import Scored
-from bge_rerank_adapters.ranking import sigmoid
 
-FIRST_STAGE = "first stage"
 _DEPTHS = (1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 500, 1000)
 
 
@@ -72,10 +78,10 @@ class Report:
         """Return the scores of relevant documents and of all others, each in [0, 1]."""
         relevant: list[float] = []
         other: list[float] = []
-        for query, found in self[name].logits.items():
+        for query, found in self[name].scores.items():
             grades = self.collection.judgements[query]
-            for document, logit in found.items():
-                (relevant if grades.get(document, 0) > 0 else other).append(sigmoid(logit))
+            for document, score in found.items():
+                (relevant if grades.get(document, 0) > 0 else other).append(score)
         return relevant, other
 
     def to_records(self) -> list[dict[str, Any]]:
@@ -138,9 +144,9 @@ class Report:
 
     def _repr_html_(self) -> str:
         columns = list(self.to_records()[-1])
-        head = "".join(f"<th>{name}</th>" for name in columns)
+        head = "".join(f"<th>{escape(name)}</th>" for name in columns)
         body = "".join(
-            "<tr>" + "".join(f"<td>{_shown(row.get(name))}</td>" for name in columns) + "</tr>"
+            "<tr>" + "".join(_html_cell(row.get(name)) for name in columns) + "</tr>"
             for row in self.to_records()
         )
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
@@ -153,9 +159,12 @@ class Report:
 
         Returns:
             The files written.
+
+        Raises:
+            SettingsError: The folder cannot be made, or two engines' files would be one.
         """
-        target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
+        check_file_names(each.name for each in self.scored)
+        target = make_folder(folder)
         report = target / "report.json"
         report.write_text(json.dumps(self.to_records(), indent=1) + "\n", encoding="utf-8")
         queries = target / "per-query.jsonl"
@@ -193,6 +202,10 @@ def best_threshold(relevant: Sequence[float], other: Sequence[float]) -> tuple[f
         if f1 > best_f1:
             best, best_f1 = -negative, f1
     return best, best_f1
+
+
+def _html_cell(value: object) -> str:
+    return f"<td>{escape(_shown(value))}</td>"
 
 
 def _shown(value: object) -> str:

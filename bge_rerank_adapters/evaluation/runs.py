@@ -10,6 +10,9 @@ from bge_rerank_adapters.errors import SettingsError
 Run = dict[str, dict[str, float]]
 """For each query its documents with their scores, best first."""
 
+FIRST_STAGE = "first stage"
+"""What reports call the run that is reranked."""
+
 
 def read_run(path: str | Path) -> Run:
     """Return the run of a TREC file, each query's documents ordered by score, best first.
@@ -75,3 +78,36 @@ def write_run(path: str | Path, run: Run, *, tag: str) -> None:
 def file_name(name: str) -> str:
     """Return an engine's name as one of a file."""
     return re.sub(r"[^\w.=+-]+", "-", name).strip("-.") or "engine"
+
+
+def check_file_names(names: Iterable[str]) -> None:
+    """Refuse engines' names of which two would write the same file, or the first stage's.
+
+    Raises:
+        SettingsError: Two would; capital letters tell no files apart on many systems.
+    """
+    taken = {file_name(FIRST_STAGE): FIRST_STAGE}
+    for name in names:
+        key = file_name(name).casefold()
+        if key in taken:
+            raise SettingsError(
+                f"Results of {name!r} and {taken[key]!r} would both be in files named "
+                f"{file_name(name)!r}; give engines names that differ in letters or digits."
+            )
+        taken[key] = name
+
+
+def make_folder(folder: str | Path) -> Path:
+    """Return a folder for results, made if need be.
+
+    Raises:
+        SettingsError: It cannot be made.
+    """
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(
+            f"The folder {path} cannot be made ({error.strerror}); choose another."
+        ) from error
+    return path

@@ -1,5 +1,6 @@
 """What one engine said of a first stage's documents."""
 
+import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,7 +17,9 @@ class Scored:
     Attributes:
         name: What reports call the engine.
         engine: Its model, device and dtype, as the engine itself told them.
-        logits: For each query its documents with their logits, best first.
+        logits: For each query its documents with their logits, best first; where a scorer tells
+            scores alone, these.
+        scores: For each query its documents with their scores, in [0, 1].
         seconds: For each query how long its reranking took.
         truncated: How many pairs had their document cut.
     """
@@ -24,6 +27,7 @@ class Scored:
     name: str
     engine: str
     logits: Run
+    scores: Run
     seconds: dict[str, float]
     truncated: int
 
@@ -34,10 +38,8 @@ class Scored:
         return cls(
             name=name,
             engine=kept[-1]["engine"] if kept else "",
-            logits={
-                row["query"]: dict(zip(row["documents"], row["logits"], strict=True))
-                for row in kept
-            },
+            logits=_by_document(kept, "logits"),
+            scores=_by_document(kept, "scores"),
             seconds={row["query"]: row["seconds"] for row in kept},
             truncated=sum(row["truncated"] for row in kept),
         )
@@ -60,7 +62,7 @@ class Scored:
             return times[0] if times else 0.0
         if part == 0.5:
             return statistics.median(times)
-        return times[min(round(part * len(times)), len(times) - 1)]
+        return times[max(math.ceil(part * len(times)) - 1, 0)]
 
     def run(self, first_stage: Run, *, depth: int | None = None) -> Run:
         """Return the ranking where only so many documents of the first stage are reranked.
@@ -81,3 +83,7 @@ class Scored:
                 name: lowest - place for place, name in enumerate(rest, start=1)
             }
         return ranking
+
+
+def _by_document(rows: Iterable[dict[str, Any]], name: str) -> Run:
+    return {row["query"]: dict(zip(row["documents"], row[name], strict=True)) for row in rows}

@@ -20,15 +20,23 @@ class State:
             header: What must be the same for the lines to be of use.
 
         Raises:
-            SettingsError: The file is of an experiment with another header.
+            SettingsError: The file is of an experiment with another header, is damaged, or cannot
+                be written.
         """
         self._path = path
         self.rows: list[dict[str, Any]] = []
-        if not path.exists() or not path.stat().st_size:
-            self._append(header)
-            return
-        whole = path.read_bytes().rpartition(b"\n")[0]
-        lines = [json.loads(line) for line in whole.splitlines()]
+        try:
+            self._open(header)
+        except OSError as error:
+            raise SettingsError(
+                f"{path} cannot be used for what was scored ({error.strerror}); choose another "
+                "folder."
+            ) from error
+
+    def _open(self, header: dict[str, Any]) -> None:
+        path = self._path
+        whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
+        lines = self._parsed(whole)
         if not lines:
             path.write_bytes(b"")
             self._append(header)
@@ -52,9 +60,22 @@ class State:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
+    def _parsed(self, whole: bytes) -> list[dict[str, Any]]:
+        lines: list[dict[str, Any]] = []
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                # Neither JSON's error nor that of a list: both are no object.
+                lines.append({**json.loads(line)})
+            except (ValueError, TypeError) as error:
+                raise SettingsError(
+                    f"{self._path}, line {number}: damaged ({type(error).__name__}: {error}); "
+                    "delete the file to begin anew."
+                ) from error
+        return lines
+
 
 def weights_stamp(model: str) -> Iterator[tuple[str, int, int]]:
     """Yield name, size and time of the weights in a folder: other weights are another model."""
-    for path in sorted(Path(model).glob("*.safetensors")):
+    for path in sorted(Path(model).expanduser().glob("*.safetensors")):
         status = path.stat()
         yield path.name, status.st_size, status.st_mtime_ns
