@@ -136,7 +136,8 @@ def test_a_query_that_the_model_fails_on_does_not_take_its_neighbours_along(monk
         ]
 
     monkeypatch.setattr(EncoderModel, "logits", logits)
-    (tmp_path / "in.jsonl").write_text(line(n=1) + line(documents=["word " * 200]) + line(n=3))
+    failing = line(documents=["word " * 200])
+    (tmp_path / "in.jsonl").write_text(line(n=1) + failing + line(n=3))
     output = tmp_path / "out.jsonl"
     arguments = ("rerank", str(tmp_path / "in.jsonl"), "-o", str(output), "--model", "tiny", *FAST)
     assert invoke(*arguments, "--on-error", "skip").exit_code == 3
@@ -144,6 +145,7 @@ def test_a_query_that_the_model_fails_on_does_not_take_its_neighbours_along(monk
     (aside,) = rows((tmp_path / "out.jsonl.bad.jsonl").read_text())
     assert aside["line"] == 2
     assert "nan" in aside["error"]
+    assert aside["input"] + "\n" == failing
 
 
 def test_lone_surrogates_come_back_as_they_went_in():

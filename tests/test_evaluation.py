@@ -336,7 +336,7 @@ def test_scores_are_drawn_where_all_or_nothing_is_relevant(collection, first_sta
     found = sum(map(len, report.first_stage.values()))
     legend = plots.plot_scores(report, "words").get_legend()
     label = f"relevant ({found})" if grade else f"other ({found})"
-    assert [text.get_text() for text in legend.get_texts()][0] == label
+    assert legend.get_texts()[0].get_text() == label
 
 
 def test_a_folder_that_is_a_file_is_told(tmp_path, collection, first_stage, report):

@@ -111,7 +111,7 @@ def engine_settings(model: str, *, device: str, dtype: str, engine: Asked) -> En
     Raises:
         SettingsError: One of them is not allowed.
     """
-    values = {
+    values: Asked = {
         name: str(each) if isinstance(each, StrEnum) else each for name, each in engine.items()
     }
     return EngineSettings(model=model, device=device, dtype=dtype, **values)
