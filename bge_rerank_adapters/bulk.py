@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from bge_rerank_adapters.errors import InputTypeError
-from bge_rerank_adapters.ranking import check_documents, check_query
+from bge_rerank_adapters.ranking import check_documents, check_ordered, check_query
 
 Request = tuple[str, list[str]]
 
@@ -29,6 +29,7 @@ class Requests:
             InputTypeError: It is none. While reading: a request is not a query and documents;
                 the message names which.
         """
+        check_ordered(requests, name="requests", wanted="a list of (query, documents) tuples")
         if isinstance(requests, str | bytes) or not isinstance(requests, Iterable):
             raise InputTypeError(
                 "requests must be (query, documents) tuples, got "

@@ -1,6 +1,7 @@
 """The two doors to one implementation: a call is run from a thread or from an event loop."""
 
 import asyncio
+import numbers
 import os
 import threading
 import time
@@ -190,10 +191,11 @@ def _wait(
         raise _timed_out(timeout_s) from error
 
 
-def _check_timeout(timeout_s: object) -> float | None:
+def _check_timeout(timeout_s: Any) -> float | None:
     if timeout_s is None:
         return None
-    if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not timeout_s > 0:
+    real = isinstance(timeout_s, numbers.Real) and not isinstance(timeout_s, bool)
+    if not real or not timeout_s > 0:
         raise SettingsError(
             f"timeout_s must be a number of seconds above 0 or None, got {timeout_s!r}."
         )

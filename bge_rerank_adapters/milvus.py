@@ -11,13 +11,17 @@ Constructor, call and results follow milvus-model 0.2.12 (`reranker/bgereranker.
 pymilvus is imported, and nothing is installed at run time.
 """
 
+import numbers
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.ranking import RankedDocument, check_documents, check_query, check_top_k
 from bge_rerank_adapters.settings import EngineSettings
+
+if TYPE_CHECKING:
+    from bge_rerank_adapters.engine import Reranker
 
 _QUERY_MAX_LENGTH = 256
 # FlagEmbedding's names of the families (`inference/reranker/model_mapping.py`).
@@ -54,7 +58,16 @@ class RerankResult:
 
 
 class BGERerankFunction:
-    """Ranks documents with a BGE reranker, called as pymilvus' function of the same name."""
+    """Ranks documents with a BGE reranker, called as pymilvus' function of the same name.
+
+    Pickling carries the settings, never weights or the token; the copy loads on first use.
+
+    Attributes:
+        model_name: As it was given, like the next two.
+        batch_size: Not needed.
+        normalize: Whether `.score` is in [0, 1].
+        device: Where the model runs.
+    """
 
     def __init__(
         self,
@@ -128,16 +141,17 @@ class BGERerankFunction:
             CheckpointError: The checkpoint cannot be found or used.
             DeviceError: The device is not there.
         """
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        if not _is_whole(batch_size) or batch_size < 1:
             raise SettingsError(f"batch_size must be at least 1, got {batch_size!r}.")
         if trust_remote_code:
             raise SettingsError("trust_remote_code must be False: no code of a checkpoint is run.")
-        if model_class not in _FAMILIES:
+        if not isinstance(model_class, str | None) or model_class not in _FAMILIES:
             raise SettingsError(
                 f"model_class {model_class!r} is not known; "
                 f"use one of {', '.join(map(repr, _FAMILIES))}."
             )
-        if query_max_length == _QUERY_MAX_LENGTH and max_length <= _QUERY_MAX_LENGTH:
+        short = _is_whole(max_length) and max_length <= _QUERY_MAX_LENGTH
+        if short and query_max_length == _QUERY_MAX_LENGTH:
             # The default was made for a max_length of 512; one who asks for less means the pair.
             query_max_length = None
         self.model_name, self.batch_size, self.normalize = model_name, batch_size, normalize
@@ -145,7 +159,7 @@ class BGERerankFunction:
         self._passage_format = _Instruction(
             passage_instruction_for_rerank, passage_instruction_format
         )
-        settings = EngineSettings(
+        self._settings = EngineSettings(
             model=model_name,
             device=_devices(device if devices is None else devices),
             dtype=dtype or ("bfloat16" if use_bf16 else "auto" if use_fp16 else "float32"),
@@ -168,11 +182,32 @@ class BGERerankFunction:
             compress_ratio=compress_ratio,
             compress_layers=compress_layers,  # type: ignore[arg-type]
         )
-        # Imported here, so that a wrong setting is told before torch is loaded.
-        from bge_rerank_adapters.sharing import shared_reranker
-
-        self.reranker = shared_reranker(settings)
+        self._engine: Reranker | None = None
         self.device = self.reranker.device
+
+    @property
+    def reranker(self) -> "Reranker":
+        """The engine that scores, shared by all with equal settings.
+
+        It is loaded again where it was let go of, or closed by another who used it.
+
+        Raises:
+            RerankError: The model cannot be loaded.
+        """
+        engine = self._engine
+        if engine is None or engine.closed:
+            # Imported here, so that a wrong setting is told before torch is loaded.
+            from bge_rerank_adapters.sharing import shared_reranker
+
+            engine = self._engine = shared_reranker(self._settings)
+        return engine
+
+    def close(self) -> None:
+        """Let go of the shared engine, which is freed with its last user; a later use loads again.
+
+        The same as the other adapters' `close`; it may be repeated.
+        """
+        self._engine = None
 
     def __call__(
         self, query: str, documents: Sequence[str], top_k: int | None = 5
@@ -199,6 +234,10 @@ class BGERerankFunction:
             top_k=check_top_k(top_k or None),
         )
         return [RerankResult(texts[each.index], self._score(each), each.index) for each in ranked]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a pickle or a copy carries: the engine is found or loaded anew."""
+        return {**vars(self), "_engine": None}
 
     def _score(self, ranked: RankedDocument) -> float:
         if self.normalize or ranked.logit is None:
@@ -235,11 +274,15 @@ class _Instruction:
 def _devices(value: str | int | Sequence[str | int] | None) -> str | tuple[str, ...]:
     if value is None:
         return "auto"
-    if isinstance(value, str | int):
-        return _one_device(value)
-    return tuple(_one_device(each) for each in value)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(_one_device(each) for each in value)
+    return _one_device(value)
 
 
-def _one_device(value: str | int) -> str:
+def _is_whole(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _one_device(value: object) -> str:
     text = str(value)
     return f"cuda:{text}" if text.isdecimal() else text

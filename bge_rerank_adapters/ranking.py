@@ -1,12 +1,15 @@
 """Logits to ranked documents: order, threshold and top_k, in pure Python."""
 
 import math
-from collections.abc import Iterable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from bge_rerank_adapters.errors import InputTypeError, SettingsError
 from bge_rerank_adapters.ranking_view import to_html, to_records, to_text
+
+N = TypeVar("N", int, float)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +99,7 @@ def check_top_k(top_k: object, *, name: str = "top_k") -> int | None:
     """
     if top_k is None:
         return None
-    if isinstance(top_k, bool) or not hasattr(top_k, "__index__"):
-        raise SettingsError(f"{name} must be a whole number or None, got {top_k!r}.")
-    number = int(top_k.__index__())
+    number = _number(top_k, operator.index, described=f"{name} must be a whole number or None")
     if number < 1:
         raise SettingsError(f"{name} must be at least 1, got {number}; None returns all documents.")
     return number
@@ -112,9 +113,7 @@ def check_score_threshold(threshold: object, *, name: str = "score_threshold") -
     """
     if threshold is None:
         return None
-    if isinstance(threshold, bool) or not hasattr(threshold, "__float__"):
-        raise SettingsError(f"{name} must be a number from 0 to 1 or None, got {threshold!r}.")
-    number = float(threshold.__float__())
+    number = _number(threshold, float, described=f"{name} must be a number from 0 to 1 or None")
     if not 0.0 <= number <= 1.0:
         raise SettingsError(
             f"{name} must be from 0 to 1, got {number}; it is compared with the score, "
@@ -124,33 +123,61 @@ def check_score_threshold(threshold: object, *, name: str = "score_threshold") -
 
 
 def check_query(query: object) -> str:
-    """Return the query, which must be a `str`; an empty one is allowed.
+    """Return the query as an exact `str`; an empty one is allowed.
 
     Raises:
         InputTypeError: It is anything else.
     """
     if not isinstance(query, str):
         raise InputTypeError(f"The query must be a str, got {_kind(query)}.")
-    return query
+    return _plain(query)
 
 
 def check_documents(documents: object) -> list[str]:
-    """Return the documents as a new list of `str`; an empty list is allowed.
+    """Return the documents as a new list of exact `str`; an empty list is allowed.
 
     Raises:
-        InputTypeError: They are one string instead of a list of them, cannot be iterated over, or
-            hold something other than a `str`, whose position the message names.
+        InputTypeError: They are one string instead of a list of them, cannot be iterated over,
+            have no order of their own (a dict, a set, a table), or hold something other than a
+            `str`, whose position the message names.
     """
-    if isinstance(documents, str | bytes) or not isinstance(documents, Iterable):
+    check_ordered(documents, name="documents", wanted="a list of str")
+    # An array without dimensions has the method and yet cannot be iterated over.
+    if (
+        isinstance(documents, str | bytes | bytearray)
+        or not isinstance(documents, Iterable)
+        or getattr(documents, "shape", None) == ()
+    ):
         raise InputTypeError(
             f"documents must be a list of str, got {_kind(documents)}; "
             "wrap a single document in a list."
         )
-    texts = list(documents)
-    for index, text in enumerate(texts):
+    texts: list[str] = []
+    for index, text in enumerate(documents):
         if not isinstance(text, str):
             raise InputTypeError(f"documents[{index}] must be a str, got {_kind(text)}.")
+        texts.append(_plain(text))
     return texts
+
+
+def check_ordered(items: object, *, name: str, wanted: str) -> None:
+    """Refuse what iterates over something else than its items, or over them in any order.
+
+    An index into the results of a dict, a set or a table would point nowhere, and what was scored
+    would be keys or the names of columns.
+
+    Raises:
+        InputTypeError: It is one of these.
+    """
+    if isinstance(items, Mapping):
+        action = "give list(items.values()), or the list that is meant"
+    elif isinstance(items, set | frozenset):
+        action = "give a list, whose order the results' index can refer to"
+    elif hasattr(items, "columns") or hasattr(items, "column_names"):
+        action = "give one column as a list, such as df['text'].tolist()"
+    else:
+        return
+    raise InputTypeError(f"{name} must be {wanted}, got {_kind(items)}; {action}.")
 
 
 def check_pairs(pairs: object) -> list[tuple[str, str]]:
@@ -159,6 +186,7 @@ def check_pairs(pairs: object) -> list[tuple[str, str]]:
     Raises:
         InputTypeError: The pairs are not a list, or one of them is not two `str`.
     """
+    check_ordered(pairs, name="pairs", wanted="a list of (query, document) tuples")
     if isinstance(pairs, str | bytes) or not isinstance(pairs, Iterable):
         raise InputTypeError(
             f"pairs must be a list of (query, document) tuples, got {_kind(pairs)}."
@@ -174,7 +202,7 @@ def check_pairs(pairs: object) -> list[tuple[str, str]]:
                 raise InputTypeError(
                     f"The {name} of pairs[{index}] must be a str, got {_kind(text)}."
                 )
-        checked.append((pair[0], pair[1]))
+        checked.append((_plain(pair[0]), _plain(pair[1])))
     return checked
 
 
@@ -227,6 +255,32 @@ def span_within(span: tuple[int, int] | None, *, start: int, length: int) -> lis
     if span is None:
         return None
     return [min(max(place - start, 0), length) for place in span]
+
+
+def _plain(text: str) -> str:
+    """Return the characters as an exact `str`, the same object where it is one already.
+
+    Of a class of its own a text may compare as equal to another text, and identical documents
+    share a score; numpy's would come back in the results.
+    """
+    # Not str(text), which a class may answer with something else: an enum does, with its name.
+    return text if type(text) is str else str.__str__(text)
+
+
+def _number(value: Any, convert: Callable[[Any], N], *, described: str) -> N:
+    """Return `convert(value)` of one number; texts, booleans and arrays of numbers are none.
+
+    Raises:
+        SettingsError: It is none; the message begins as `described`.
+    """
+    cause: Exception | None = None
+    one = not isinstance(value, bool) and getattr(value, "shape", ()) == ()
+    if one and (hasattr(value, "__index__") or hasattr(value, "__float__")):
+        try:
+            return convert(value)
+        except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+            cause = error
+    raise SettingsError(f"{described}, got {value!r}.") from cause
 
 
 def _kind(value: Any) -> str:

@@ -1,5 +1,6 @@
 """A ranking as people see it: a table in a notebook, columns in a terminal, records for pandas."""
 
+import re
 import shutil
 import textwrap
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from typing import Any, Protocol
 # Of a text, in a notebook: enough to judge it, and a whole ranking still fits a screen.
 _SHOWN_CHARACTERS = 400
 _NARROWEST_TEXT = 20
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _CELL = "style='text-align:left;vertical-align:top'"
 _BAR = "display:inline-block;width:60px;border:1px solid #888;vertical-align:middle"
 _FILLED = "display:block;height:.7em;background:#4c78a8"
@@ -80,6 +82,9 @@ def to_html(ranking: Sequence[Shown]) -> str:
 def to_text(ranking: Sequence[Shown], *, width: int | None = None) -> str:
     """Return plain columns: rank, movement, score and as much of each text as fits.
 
+    All but the texts is ASCII, which any console can show; lone surrogates, which none can, become
+    question marks. A movement of `+2` is two places up.
+
     Args:
         ranking: Best first; of none only the head is left.
         width: Columns of the terminal; `None` asks it.
@@ -89,40 +94,49 @@ def to_text(ranking: Sequence[Shown], *, width: int | None = None) -> str:
     room = max(columns - len(lines[0]) + len("text"), _NARROWEST_TEXT)
     for rank, each in enumerate(ranking, start=1):
         start, end = each.span or (0, len(each.text))
-        text = textwrap.shorten(each.text[start:end], room, placeholder=" …")
-        lines.append(f"{rank:>4}  {movement(rank, each.index):>5}  {each.score:.3f}  {text}")
+        text = textwrap.shorten(_encodable(each.text[start:end]), room, placeholder=" ...")
+        places = places_up(rank, each.index)
+        moved = f"{places:+d}" if places else "="
+        lines.append(f"{rank:>4}  {moved:>5}  {each.score:.3f}  {text}")
     return "\n".join(lines)
 
 
-def movement(rank: int, index: int) -> str:
-    """Return how far a result has come: `"↑2"` is two places up, `"="` where it was.
+def places_up(rank: int, index: int) -> int:
+    """Return how many places up a result has come; below 0 it went down.
 
     Args:
         rank: Counted from 1.
         index: Its place in the input, counted from 0.
     """
-    places = index + 1 - rank
-    return f"↑{places}" if places > 0 else f"↓{-places}" if places < 0 else "="
+    return index + 1 - rank
+
+
+def _encodable(text: str) -> str:
+    # As long as before, for the spans count characters.
+    return _SURROGATE.sub("?", text)
 
 
 def _row(rank: int, each: Shown) -> str:
     bar = f"<span style='{_BAR}'><span style='{_FILLED};width:{each.score:.0%}'></span></span>"
-    cells = (str(rank), movement(rank, each.index), f"{bar}&nbsp;{each.score:.3f}", _text(each))
+    places = places_up(rank, each.index)
+    moved = f"↑{places}" if places > 0 else f"↓{-places}" if places < 0 else "="
+    cells = (str(rank), moved, f"{bar}&nbsp;{each.score:.3f}", _text(each))
     return f"<tr>{''.join(f'<td {_CELL}>{cell}</td>' for cell in cells)}</tr>"
 
 
 def _text(each: Shown) -> str:
     """Return the text for HTML, its best window marked, its far ends left out."""
-    end = len(each.text)
+    text = _encodable(each.text)
+    end = len(text)
     if each.span is None or each.span == (0, end):
-        return escape(each.text[:_SHOWN_CHARACTERS]) + ("…" if end > _SHOWN_CHARACTERS else "")
+        return escape(text[:_SHOWN_CHARACTERS]) + ("…" if end > _SHOWN_CHARACTERS else "")
     start, stop = each.span
     around = max((_SHOWN_CHARACTERS - (stop - start)) // 2, _NARROWEST_TEXT)
     first, last = max(start - around, 0), min(stop + around, end)
     return (
         ("…" if first else "")
-        + escape(each.text[first:start])
-        + f"<mark>{escape(each.text[start:stop])}</mark>"
-        + escape(each.text[stop:last])
+        + escape(text[first:start])
+        + f"<mark>{escape(text[start:stop])}</mark>"
+        + escape(text[stop:last])
         + ("…" if last < end else "")
     )

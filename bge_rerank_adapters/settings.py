@@ -3,6 +3,7 @@
 Nothing here imports torch, so an adapter can refuse a bad setting before anything is loaded.
 """
 
+import numbers
 import os
 import re
 from dataclasses import dataclass, field, fields, replace
@@ -187,7 +188,7 @@ def _dtype(name: str, value: object) -> str:
 
 
 def _count(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise SettingsError(f"{name} must be a whole number of at least 1, got {value!r}.")
     return int(value)
 
@@ -209,7 +210,7 @@ def _auto_or_count(name: str, value: object) -> int | str:
 def _optional_whole(name: str, value: object) -> int | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 0:
         raise SettingsError(f"{name} must be a whole number of at least 0 or None, got {value!r}.")
     return int(value)
 

@@ -4,7 +4,9 @@ import copy
 import json
 import math
 import shutil
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +143,90 @@ def test_documents_that_are_no_list_are_refused_with_what_to_do(reranker, docume
     message(info, "list of str", type(documents).__name__, "wrap")
 
 
+class Table:
+    """What pandas' DataFrame does when it is iterated over."""
+
+    columns = ("id", "text")
+
+    def __iter__(self):
+        return iter(self.columns)
+
+
+@pytest.mark.parametrize(
+    ("documents", "action"),
+    [
+        ({"a": "one text", "b": "another"}, ".values()"),
+        (OrderedDict(a="one text"), ".values()"),
+        ({"one text", "another"}, "order"),
+        (frozenset({"one text"}), "order"),
+        (Table(), "df['text'].tolist()"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_documents_without_an_order_of_their_own_are_refused(reranker, documents, action):
+    kind = type(documents).__name__
+    with pytest.raises(InputTypeError) as info:
+        reranker.rerank(QUERY, documents)
+    message(info, "documents must be a list of str", kind, action)
+    with pytest.raises(InputTypeError) as info:
+        reranker.rerank_many([(QUERY, DOCUMENTS), (QUERY, documents)])
+    message(info, "requests[1]", kind, action)
+    with pytest.raises(InputTypeError) as info:
+        reranker.score_pairs(documents)
+    message(info, "pairs must be", kind, action)
+    with pytest.raises(InputTypeError) as info:
+        reranker.rerank_many(documents)
+    message(info, "requests must be", kind, action)
+
+
+def test_a_column_of_a_table_is_ranked_and_a_table_is_not(reranker):
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame({"id": ["x"] * len(DOCUMENTS), "text": DOCUMENTS})
+    with pytest.raises(InputTypeError, match=r"DataFrame; give one column .*tolist"):
+        reranker.rerank(QUERY, table)
+    wanted = reranker.rerank(QUERY, DOCUMENTS)
+    assert reranker.rerank(QUERY, table["text"]) == wanted
+    assert reranker.rerank(QUERY, dict.fromkeys(DOCUMENTS).keys()) == wanted
+
+
+@pytest.mark.parametrize("lone", [np.array("x"), torch.tensor(1)], ids=["numpy", "torch"])
+def test_an_array_without_dimensions_is_no_list(reranker, lone):
+    with pytest.raises(InputTypeError, match="wrap a single document"):
+        reranker.rerank(QUERY, lone)
+
+
+class Same(str):
+    """Texts that all claim to be equal."""
+
+    __slots__ = ()
+
+    def __eq__(self, other):
+        return True
+
+    def __hash__(self):
+        return 1
+
+    def __str__(self):
+        return "something else"
+
+
+def test_texts_of_a_class_of_their_own_are_scored_by_their_characters(reranker):
+    wanted = reranker.rerank(QUERY, DOCUMENTS)
+    assert reranker.rerank(Same(QUERY), [Same(text) for text in DOCUMENTS]) == wanted
+    pairs = [(Same(QUERY), Same(text)) for text in DOCUMENTS]
+    assert reranker.score_pairs(pairs) == reranker.score(QUERY, DOCUMENTS)
+    many = reranker.rerank_many([(Same(QUERY), [Same(text) for text in DOCUMENTS])])
+    assert many == [wanted]
+
+
+def test_results_have_plain_texts(reranker):
+    results = reranker.rerank(np.str_(QUERY), np.array(DOCUMENTS))
+    assert results == reranker.rerank(QUERY, DOCUMENTS)
+    assert {type(result.text) for result in results} == {str}
+    given = "".join(["made ", "here"])
+    assert reranker.rerank(QUERY, [given])[0].text is given
+
+
 @pytest.mark.parametrize("pair", ["ab", ("only one",), ("a", "b", "c"), None, 3])
 def test_a_pair_that_is_none_is_refused_by_its_position(reranker, pair):
     with pytest.raises(InputTypeError) as info:
@@ -228,7 +314,9 @@ def test_a_top_k_below_one_is_refused(reranker, top_k):
     assert isinstance(info.value, ValueError)
 
 
-@pytest.mark.parametrize("top_k", [True, 1.5, "3", [1]])
+@pytest.mark.parametrize(
+    "top_k", [True, 1.5, "3", [1], np.array([3]), np.array([3, 4]), torch.tensor(1.5)], ids=repr
+)
 def test_a_top_k_that_is_no_whole_number_is_refused(reranker, top_k):
     with pytest.raises(SettingsError) as info:
         reranker.rerank(QUERY, DOCUMENTS, top_k=top_k)
@@ -254,11 +342,26 @@ def test_a_threshold_outside_the_scores_is_refused(reranker, threshold):
     message(info, "score_threshold", float(threshold), "from 0 to 1", "logit")
 
 
-@pytest.mark.parametrize("threshold", ["0.5", True, [0.5]])
+@pytest.mark.parametrize(
+    "threshold",
+    ["0.5", True, [0.5], np.array([0.5]), np.array([0.5, 0.6]), Decimal("sNaN"), 10**400],
+    ids=lambda value: f"{value!r:.20}",
+)
 def test_a_threshold_that_is_no_number_is_refused(reranker, threshold):
     with pytest.raises(SettingsError) as info:
         reranker.rerank(QUERY, DOCUMENTS, score_threshold=threshold)
     message(info, "score_threshold", repr(threshold), "number")
+
+
+def test_numbers_of_numpy_are_numbers(reranker, sound):
+    results = reranker.rerank(QUERY, DOCUMENTS, top_k=2, score_threshold=0.25)
+    limits = {"top_k": np.array(2), "score_threshold": np.float32(0.25)}
+    for timeout_s in (np.int64(30), np.float32(30)):
+        assert reranker.rerank(QUERY, DOCUMENTS, timeout_s=timeout_s, **limits) == results
+    with load(sound, max_length=np.int64(256), pack_tokens=np.int32(4096)) as engine:
+        plain = (engine.settings.max_length, engine.settings.pack_tokens)
+    assert plain == (256, 4096)
+    assert {type(number) for number in plain} == {int}
 
 
 @pytest.mark.parametrize("timeout_s", [0, -1, math.nan, "2", True])

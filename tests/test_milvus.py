@@ -1,11 +1,16 @@
 """The drop-in for pymilvus' BGERerankFunction, beside the original."""
 
 import copy
+import gc
 import inspect
 import json
+import pickle
 import re
+import weakref
 
+import numpy as np
 import pytest
+import torch
 
 from bge_rerank_adapters import DeviceError, InputTypeError, SettingsError
 from bge_rerank_adapters.milvus import BGERerankFunction, RerankResult
@@ -138,6 +143,16 @@ def test_the_device_may_be_a_list_and_devices_overrides_it():
             BGERerankFunction(**settings, **absent)
 
 
+def test_devices_and_numbers_of_torch_and_numpy_are_taken(function):
+    settings = {"model_name": "tiny", "use_fp16": False, "batch_size": np.int64(8)}
+    assert BGERerankFunction(**settings, device=torch.device("cpu")).device == "cpu"
+    assert BGERerankFunction(**settings, device=[torch.device("cpu")]).device == "cpu"
+    with pytest.raises(DeviceError, match="'cuda:98' is not available"):
+        BGERerankFunction(**settings, device=np.int64(98))
+    less = BGERerankFunction(**settings, device="cpu", max_length=np.int64(128)).reranker.settings
+    assert (less.max_length, less.query_max_length) == (128, None)
+
+
 def test_precision():
     assert BGERerankFunction("tiny", use_fp16=False, device="cpu").reranker.dtype == "float32"
     half = BGERerankFunction("tiny", use_fp16=False, device="cpu", dtype="bfloat16")
@@ -158,6 +173,10 @@ def test_lengths():
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"batch_size": "32"}, "batch_size must be at least 1, got '32'"),
         ({"batch_size": True}, "batch_size"),
+        ({"max_length": None}, "max_length must be a whole number of at least 1, got None"),
+        ({"max_length": "512"}, "max_length must be a whole number of at least 1, got '512'"),
+        ({"model_class": []}, r"model_class \[\] is not known"),
+        ({"device": 1.5}, "device '1.5' is not known"),
         ({"trust_remote_code": True}, "trust_remote_code must be False"),
         ({"model_class": "decoder-only"}, "model_class 'decoder-only' is not known"),
         ({"query_instruction_format": "{}{}{}"}, "instruction format needs two places"),
@@ -224,6 +243,40 @@ def test_equal_settings_share_one_engine(function):
     assert same.reranker is function.reranker
     other = BGERerankFunction("tiny", use_fp16=False, device="cpu", max_length=256)
     assert other.reranker is not function.reranker
+
+
+def test_a_closed_engine_is_loaded_again():
+    settings = {"model_name": "tiny", "use_fp16": False, "device": "cpu", "max_length": 96}
+    first, second = BGERerankFunction(**settings), BGERerankFunction(**settings)
+    results = first(query, documents)
+    first.reranker.close()
+    assert second(query, documents) == results
+    assert first(query, documents) == results
+    assert first.reranker is second.reranker
+
+
+def test_close_lets_go_and_a_later_call_loads_again():
+    made = BGERerankFunction("tiny", use_fp16=False, device="cpu", max_length=97)
+    results, engine = made(query, documents), weakref.ref(made.reranker)
+    made.close()
+    made.close()
+    gc.collect()
+    assert engine() is None
+    assert made(query, documents) == results
+    shared = BGERerankFunction("tiny", use_fp16=False, device="cpu", max_length=97)
+    made.close()
+    assert shared(query, documents) == results
+    assert made.device == "cpu"
+
+
+def test_pickles_and_copies_carry_settings_alone_and_share_the_engine(function):
+    made = BGERerankFunction("tiny", use_fp16=False, device="cpu", token="hf_secret")  # noqa: S106
+    pickled = pickle.dumps(made)
+    assert len(pickled) < 10_000
+    assert b"hf_secret" not in pickled
+    for again in (pickle.loads(pickle.dumps(function)), copy.deepcopy(function)):  # noqa: S301
+        assert again(query, documents) == function(query, documents)
+        assert again.reranker is function.reranker
 
 
 def test_no_host_is_imported_and_no_pip_is_run():

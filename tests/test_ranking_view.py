@@ -3,6 +3,8 @@
 import json
 import pickle
 
+import pytest
+
 from bge_rerank_adapters import RankedDocument, Ranking, Reranker
 from tests.texts import DOCUMENTS, QUERY
 
@@ -40,14 +42,28 @@ def test_columns_show_movement_score_and_the_best_window(monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     assert str(RANKING).splitlines() == [
         "rank  moved  score  text",
-        "   1     ↑2  0.900  the <answer> & more",
+        "   1     +2  0.900  the <answer> & more",
         "   2      =  0.500  short text",
-        "   3     ↓2  0.001  <b>bold</b>",
+        "   3     -2  0.001  <b>bold</b>",
     ]
     assert str(Ranking()) == "rank  moved  score  text"
     wide = str(Ranking([RankedDocument(0, 0.5, LONG, 0.0)])).splitlines()[1]
     assert len(wide) <= 60
-    assert wide.endswith(" …")
+    assert wide.endswith(" ...")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_any_console_can_show_what_is_not_the_texts(encoding):
+    lone = Ranking([*RANKING, RankedDocument(9, 0.1, "a\ud800b", -2.0, span=(0, 3))])
+    assert "a?b" in str(lone).encode(encoding).decode(encoding)
+
+
+def test_a_notebook_gets_what_can_be_encoded():
+    text = "\ud83d\ude00 a\ud800b c"
+    html = Ranking([RankedDocument(0, 0.5, text, 0.0, span=(3, 6))])._repr_html_()
+    assert "<mark>a?b</mark>" in html
+    assert html.encode()
+    assert "↓" in Ranking([RankedDocument(1, 0.5, "", 0.0)] * 4)._repr_html_()
 
 
 def test_a_notebook_gets_a_table_with_the_best_window_marked():
