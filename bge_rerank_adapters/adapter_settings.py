@@ -14,13 +14,20 @@ from pydantic import (
     Field,
     PrivateAttr,
     SecretStr,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.ranking import Scorer, check_score_threshold, check_top_k
-from bge_rerank_adapters.settings import EngineSettings, setting_names
+from bge_rerank_adapters.settings import EngineSettings, check_setting, setting_names
+
+# Pydantic would make True a 1 and "256" a number, where the engine refuses them. A device and a
+# dtype are made texts below, the token is a secret of pydantic's.
+_CHECKED_BY_THE_ENGINE = tuple(
+    name for name in setting_names() if name not in {"device", "dtype", "token"}
+)
 
 
 class AdapterSettings(BaseModel):
@@ -103,10 +110,24 @@ class AdapterSettings(BaseModel):
     # from the fields, and another engine is needed.
     _loaded: tuple[EngineSettings, Scorer] | None = PrivateAttr(default=None)
 
-    @field_validator("model", "cache_dir", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _path_as_text(cls, value: Any) -> Any:
-        return str(value) if hasattr(value, "__fspath__") else value
+    def _one_name(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and {"top_k", "top_n"} <= data.keys():
+            raise SettingsError(
+                f"top_k ({data['top_k']!r}) and top_n ({data['top_n']!r}) are one setting; "
+                "give one of top_k, top_n."
+            )
+        return data
+
+    @field_validator(*_CHECKED_BY_THE_ENGINE, mode="before")
+    @classmethod
+    def _as_strict_as_the_engine(cls, value: Any, info: ValidationInfo) -> Any:
+        # A dump of an adapter made with a ready engine of another kind has no model.
+        if info.field_name is None or (info.field_name == "model" and value is None):
+            return value
+        checked = check_setting(info.field_name, value)
+        return list(checked) if isinstance(checked, tuple) else checked
 
     @field_validator("device", "dtype", mode="before")
     @classmethod
@@ -128,6 +149,11 @@ class AdapterSettings(BaseModel):
     @field_validator("reranker")
     @classmethod
     def _reranker(cls, value: Any) -> Any:
+        if isinstance(value, type):
+            raise SettingsError(
+                f"reranker must be an engine, got the class {value.__name__}; "
+                f"give one that is loaded: reranker={value.__name__}(...)."
+            )
         if value is not None and not isinstance(value, Scorer):
             raise SettingsError(
                 f"reranker must have the methods rerank and arerank, got {type(value).__name__}."

@@ -39,6 +39,7 @@ except ImportError as error:
 from pydantic import ConfigDict, Field
 
 from bge_rerank_adapters.adapter_settings import AdapterSettings
+from bge_rerank_adapters.copying import copied
 from bge_rerank_adapters.doors import map_in_turns
 from bge_rerank_adapters.errors import InputTypeError
 from bge_rerank_adapters.ranking import (
@@ -81,7 +82,8 @@ class BGEDocumentCompressor(AdapterSettings, BaseDocumentCompressor):
             window is, as `[start, end]` in characters. `[]` for no documents.
 
         Raises:
-            InputTypeError: The query is no `str`, or one of the documents no `Document` with text.
+            InputTypeError: The query is no `str`, or one of the documents no `Document` with text,
+                or one of the best has metadata that cannot be copied.
             RerankError: The model could not be loaded, or failed.
         """
         query, found = check_query(query), _checked_documents(documents)
@@ -90,11 +92,12 @@ class BGEDocumentCompressor(AdapterSettings, BaseDocumentCompressor):
         run = manager.on_chain_start(None, _inputs(query, found), name=type(self).__name__)
         try:
             ranked = self.scorer.rerank(query, texts, **self._limits()) if texts else []
+            best = [_with_score(found[each.index], each) for each in ranked]
         except BaseException as error:
             run.on_chain_error(error)
             raise
         run.on_chain_end(_outputs(ranked))
-        return [_with_score(found[each.index], each) for each in ranked]
+        return best
 
     async def acompress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
@@ -110,11 +113,12 @@ class BGEDocumentCompressor(AdapterSettings, BaseDocumentCompressor):
                 if texts
                 else []
             )
+            best = await map_in_turns(lambda each: _with_score(found[each.index], each), ranked)
         except BaseException as error:
             await run.on_chain_error(error)
             raise
         await run.on_chain_end(_outputs(ranked))
-        return await map_in_turns(lambda each: _with_score(found[each.index], each), ranked)
+        return best
 
     def wrap(self, retriever: RetrieverLike) -> "RerankingRetriever":
         """Return a retriever that fetches with `retriever` and keeps the best of what it found."""
@@ -217,16 +221,20 @@ def _outputs(ranked: Sequence[RankedDocument]) -> dict[str, Any]:
 
 
 def _with_score(document: Document, ranked: RankedDocument) -> Document:
-    copied = document.model_copy(deep=True)
-    copied.metadata["relevance_score"] = float(ranked.score)
-    copied.metadata["retrieval_index"] = int(ranked.index)
+    scored = copied(
+        lambda: document.model_copy(deep=True),
+        name=f"documents[{ranked.index}]",
+        metadata=document.metadata,
+    )
+    scored.metadata["relevance_score"] = float(ranked.score)
+    scored.metadata["retrieval_index"] = int(ranked.index)
     # An earlier reranking of the same document may have left its own marks.
     for mark in ("relevance_truncated", "relevance_span"):
-        copied.metadata.pop(mark, None)
+        scored.metadata.pop(mark, None)
     if ranked.truncated:
-        copied.metadata["relevance_truncated"] = True
+        scored.metadata["relevance_truncated"] = True
     length = len(document.page_content)
     span = span_within(ranked.span, start=len(ranked.text) - length, length=length)
     if span is not None:
-        copied.metadata["relevance_span"] = span
-    return copied
+        scored.metadata["relevance_span"] = span
+    return scored

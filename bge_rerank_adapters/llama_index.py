@@ -9,7 +9,7 @@ engine = index.as_query_engine(similarity_top_k=20, node_postprocessors=[postpro
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -35,6 +35,7 @@ except ImportError as error:
 from pydantic import PlainSerializer, model_validator
 
 from bge_rerank_adapters.adapter_settings import AdapterSettings
+from bge_rerank_adapters.copying import copied
 from bge_rerank_adapters.doors import map_in_turns
 from bge_rerank_adapters.errors import InputTypeError, SettingsError
 from bge_rerank_adapters.ranking import RankedDocument, check_query, span_within
@@ -96,7 +97,8 @@ class BGENodePostprocessor(AdapterSettings, BaseNodePostprocessor):
 
         Raises:
             SettingsError: There is no query.
-            InputTypeError: The query is no `str`, or one of the nodes no `NodeWithScore`.
+            InputTypeError: The query is no `str`, or one of the nodes no `NodeWithScore`, or one
+                of the best has metadata that cannot be copied.
             RerankError: The model could not be loaded, or failed.
         """
         query, found = _checked_query(query_bundle), _checked_nodes(nodes)
@@ -154,16 +156,27 @@ class BGENodePostprocessor(AdapterSettings, BaseNodePostprocessor):
         _dispatcher.event(ReRankEndEvent(nodes=best))
 
 
-def _checked_query(query_bundle: QueryBundle | None) -> QueryBundle:
+def _checked_query(query_bundle: object) -> QueryBundle:
     if query_bundle is None:
         raise SettingsError(
             "A reranking needs a query, got None; give query_str= or query_bundle=."
+        )
+    if not isinstance(query_bundle, QueryBundle):
+        raise InputTypeError(
+            f"query_bundle must be a llama_index QueryBundle, got {type(query_bundle).__name__}; "
+            "give a text as query_str=."
         )
     check_query(query_bundle.query_str)
     return query_bundle
 
 
-def _checked_nodes(nodes: Sequence[NodeWithScore]) -> list[NodeWithScore]:
+def _checked_nodes(nodes: object) -> list[NodeWithScore]:
+    # A NodeWithScore is itself iterable, over its fields.
+    if isinstance(nodes, str | bytes | NodeWithScore | BaseNode) or not isinstance(nodes, Iterable):
+        raise InputTypeError(
+            f"nodes must be a list of NodeWithScore, got {type(nodes).__name__}; "
+            "wrap a single node in a list, and give [] for none."
+        )
     found = list(nodes)
     for index, each in enumerate(found):
         if not isinstance(each, NodeWithScore):
@@ -183,8 +196,10 @@ def _without_added_keys(node: BaseNode) -> BaseNode:
 
 
 def _with_score(found: NodeWithScore, ranked: RankedDocument) -> NodeWithScore:
-    copied = _deep_copy(found)
-    metadata = _without_added_keys(copied.node).metadata
+    scored = copied(
+        lambda: _deep_copy(found), name=f"nodes[{ranked.index}]", metadata=found.node.metadata
+    )
+    metadata = _without_added_keys(scored.node).metadata
     metadata |= {"relevance_score": float(ranked.score), "retrieval_index": int(ranked.index)}
     if found.score is not None:
         metadata["retrieval_score"] = float(found.score)
@@ -193,14 +208,14 @@ def _with_score(found: NodeWithScore, ranked: RankedDocument) -> NodeWithScore:
     span = _span_in_text(found.node, ranked)
     if span is not None:
         metadata["relevance_span"] = span
-    copied.node.metadata = metadata
+    scored.node.metadata = metadata
     for hidden in (
-        copied.node.excluded_embed_metadata_keys,
-        copied.node.excluded_llm_metadata_keys,
+        scored.node.excluded_embed_metadata_keys,
+        scored.node.excluded_llm_metadata_keys,
     ):
         hidden.extend(key for key in ADDED_KEYS if key not in hidden)
-    copied.score = float(ranked.score)
-    return copied
+    scored.score = float(ranked.score)
+    return scored
 
 
 def _span_in_text(node: BaseNode, ranked: RankedDocument) -> list[int] | None:

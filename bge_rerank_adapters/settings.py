@@ -307,6 +307,15 @@ _CHECKS = {
 }
 
 
+def check_setting(name: str, value: object) -> Any:
+    """Return the value of one engine setting as `EngineSettings` would keep it.
+
+    Raises:
+        SettingsError: It is not allowed, whatever the other settings are.
+    """
+    return _CHECKS[name](name, value)
+
+
 def check_window_sizes(
     window_tokens: int | None, window_overlap_tokens: int | None, *, max_length: int
 ) -> None:

@@ -6,7 +6,10 @@ import json
 import pickle
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
+import numpy as np
 import pytest
 from langchain_classic.retrievers import ContextualCompressionRetriever, EnsembleRetriever
 from langchain_classic.retrievers.document_compressors import DocumentCompressorPipeline
@@ -461,6 +464,25 @@ async def test_tracer_sees_a_failure_and_the_caller_too(door, form, bm25, tracer
     assert not run.outputs
 
 
+@pytest.mark.parametrize("door", ["compress", "acompress"])
+async def test_metadata_that_cannot_be_copied_is_named_and_traced(door, reranker, tracer):
+    found = documents()
+    found[2].metadata["connection"] = threading.Lock()
+    compressor = BGEDocumentCompressor(reranker=reranker, top_k=None)
+
+    async def fail():
+        if door == "compress":
+            return compressor.compress_documents(found, QUERY, [tracer])
+        return await compressor.acompress_documents(found, QUERY, [tracer])
+
+    with pytest.raises(InputTypeError, match=r"documents\[2\] .*'connection'.*lock") as info:
+        await fail()
+    assert isinstance(info.value.__cause__, TypeError)
+    run, _ = only_run(tracer)
+    assert "'connection'" in run.error
+    assert not run.outputs
+
+
 def test_tracer_sees_that_the_model_could_not_be_loaded(tmp_path, tracer):
     compressor = BGEDocumentCompressor(model=tmp_path)
     with pytest.raises(Exception, match=r"config"):
@@ -537,7 +559,14 @@ def test_wrap_takes_a_retriever_only(compressor, bm25):
         ({"top_k": 0}, "top_k must be at least 1, got 0"),
         ({"top_n": -1}, "must be at least 1, got -1"),
         ({"top_k": 1.5}, "top_k must be a whole number"),
-        ({"top_k": 1, "top_n": 2}, "top_n"),
+        ({"top_k": 1, "top_n": 2}, r"top_k \(1\) and top_n \(2\).*give one of top_k, top_n"),
+        ({"max_length": True}, "max_length must be a whole number of at least 1, got True"),
+        ({"max_length": "256"}, "max_length must be a whole number of at least 1, got '256'"),
+        ({"pack_tokens": True}, "pack_tokens must be .*whole number of at least 1, got True"),
+        ({"query_max_length": 64.0}, "query_max_length must be a whole number"),
+        ({"local_files_only": "yes"}, "local_files_only must be True or False, got 'yes'"),
+        ({"revision": b"main"}, "revision must be"),
+        ({"cutoff_layers": True}, "cutoff_layers must be"),
         ({"score_threshold": 3}, "score_threshold must be from 0 to 1"),
         ({"tpo_k": 3}, "tpo_k"),
         ({"device": "toaster"}, "toaster"),
@@ -554,6 +583,18 @@ def test_ready_engine_goes_without_engine_settings(reranker):
         BGEDocumentCompressor(reranker=reranker, device="cpu", max_length=256)
     with pytest.raises(ValueError, match="rerank"):
         BGEDocumentCompressor(reranker="tiny")
+    with pytest.raises(ValueError, match=r"got the class Reranker; .*reranker=Reranker\(\.\.\.\)"):
+        BGEDocumentCompressor(reranker=type(reranker))
+
+
+def test_settings_that_the_engine_takes_are_taken_and_kept_plain():
+    compressor = BGEDocumentCompressor(
+        model=Path("tiny"), cache_dir=Path("there"), max_length=np.int64(256), cutoff_layers=None
+    )
+    assert (compressor.model, compressor.cache_dir) == ("tiny", "there")
+    assert type(compressor.max_length) is int
+    with pytest.raises(ValueError, match="give one of top_k, top_n"):
+        compressor.model_copy(update={"top_k": 1, "top_n": 2})
 
 
 def test_top_n_is_top_k():

@@ -575,6 +575,15 @@ async def test_failure_is_told_once_and_raised(door, events, callbacks):
 
 
 @pytest.mark.parametrize("door", DOORS)
+async def test_metadata_that_cannot_be_copied_is_named_and_told(door, events, everything):
+    found = nodes()
+    found[2].node.metadata["connection"] = threading.Lock()
+    with pytest.raises(InputTypeError, match=r"nodes\[2\] .*'connection'.*lock"):
+        await rerank(everything, found, door)
+    assert events.names == ["ReRankStartEvent", "ExceptionEvent"]
+
+
+@pytest.mark.parametrize("door", DOORS)
 async def test_model_that_cannot_be_loaded_is_told(door, events, callbacks):
     postprocessor = BGENodePostprocessor(model="./no-such-model")
     with pytest.raises(CheckpointNotFoundError, match="no-such-model"):
@@ -667,6 +676,8 @@ async def test_query_is_needed_and_must_be_text(door, postprocessor, events):
     assert isinstance(missing.value, SettingsError)
     with pytest.raises(InputTypeError, match="query"):
         await with_bundle(QueryBundle(7))
+    with pytest.raises(InputTypeError, match=r"QueryBundle, got str; .*query_str="):
+        await with_bundle(QUERY)
     assert events.names == []
 
 
@@ -674,6 +685,15 @@ async def test_query_is_needed_and_must_be_text(door, postprocessor, events):
 async def test_bare_node_is_named(door, postprocessor, events):
     with pytest.raises(InputTypeError, match=r"nodes\[1\] .*TextNode.*NodeWithScore\(node="):
         await rerank(postprocessor, [nodes()[0], nodes()[1].node], door)
+    assert events.names == []
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("wrong", [None, 7, "text", nodes()[0], nodes()[0].node])
+async def test_nodes_that_are_no_list_are_refused(wrong, door, postprocessor, events):
+    kind = type(wrong).__name__
+    with pytest.raises(InputTypeError, match=f"list of NodeWithScore, got {kind}; .*in a list"):
+        await rerank(postprocessor, wrong, door)
     assert events.names == []
 
 
@@ -693,7 +713,9 @@ def test_odd_texts_come_back_as_they_were(text, everything):
         ({"top_k": 0}, "top_k"),
         ({"top_n": -1}, "top_k"),
         ({"top_k": 1.5}, "top_k"),
-        ({"top_k": 2, "top_n": 3}, "top_n"),
+        ({"top_k": 2, "top_n": 3}, "give one of top_k, top_n"),
+        ({"max_length": True}, "max_length must be a whole number"),
+        ({"reranker": Broken}, "got the class Broken"),
         ({"score_threshold": 1.01}, "score_threshold"),
         ({"device": "toaster"}, "toaster"),
         ({"dtype": "float7"}, "float7"),

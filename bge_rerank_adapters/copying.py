@@ -1,0 +1,40 @@
+"""Copies of a host's objects, with an error that says which of them cannot be copied, and why."""
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from bge_rerank_adapters.errors import InputTypeError
+
+T = TypeVar("T")
+
+
+def copied(make_copy: Callable[[], T], *, name: str, metadata: Mapping[str, Any]) -> T:
+    """Return what `make_copy` returns.
+
+    Args:
+        make_copy: Copies one object with all that it holds.
+        name: What an error calls it, such as `"documents[3]"`.
+        metadata: What it holds and a user put there.
+
+    Raises:
+        InputTypeError: It holds something that cannot be copied, such as a lock or a generator;
+            the message names the metadata at fault.
+    """
+    try:
+        return make_copy()
+    except Exception as error:
+        at_fault = [repr(key) for key, value in metadata.items() if not _can_be_copied(value)]
+        place = f"its metadata {', '.join(at_fault)}" if at_fault else "something that it holds"
+        raise InputTypeError(
+            f"{name} cannot be copied, for {place} cannot ({type(error).__name__}: {error}); "
+            "what is returned are copies, so take it out or put a plain value there."
+        ) from error
+
+
+def _can_be_copied(value: object) -> bool:
+    try:
+        copy.deepcopy(value)
+    except Exception:  # noqa: BLE001 - whatever the value's own class raises
+        return False
+    return True
