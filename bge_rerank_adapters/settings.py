@@ -200,7 +200,7 @@ def _optional_count(name: str, value: object) -> int | None:
 def _auto_or_count(name: str, value: object) -> int | str:
     if isinstance(value, str) and value == "auto":
         return value
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise SettingsError(
             f'{name} must be "auto" or a whole number of at least 1, got {value!r}.'
         )
