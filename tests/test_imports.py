@@ -25,6 +25,7 @@ LAYERS = {
     "worker": 5,
     "engine": 6,
     "sharing": 7,
+    "copying": 8,
     "adapter_settings": 8,
     **dict.fromkeys(("langchain", "llama_index", "milvus"), 9),
     **dict.fromkeys(("verification", "evaluation", "model_table"), 9),
