@@ -43,6 +43,8 @@ class Backlog:
         self._reserved_pairs = 0
         # All that has been put and not resolved, wherever its pairs are.
         self._jobs: dict[Logits, TokenJob] = {}
+        # What a certain taker is to do, whoever else is free.
+        self._own: dict[int, list[TokenJob]] = {}
 
     def __len__(self) -> int:
         """Return how many pairs wait, those still to be tokenised included."""
@@ -100,25 +102,37 @@ class Backlog:
         future.add_done_callback(self._forget)
         return future
 
-    def put(self, job: TokenJob) -> None:
-        """Queue the pairs of a call whose future is one of `reserve`."""
+    def put(self, job: TokenJob, *, place: int | None = None) -> None:
+        """Queue the pairs of a call whose future is one of `reserve`.
+
+        Args:
+            job: The call's.
+            place: The taker that is to have all of them as its next pack; `None` is any.
+        """
         with self.changed:
             if job.future not in self._reserved:
                 return  # cancelled meanwhile
             self._reserved_pairs -= self._reserved.pop(job.future)
             self._jobs[job.future] = job
             job.queued_at = time.monotonic()
-            self._queue.put(job)
+            if place is None:
+                self._queue.put(job)
+            else:
+                self._own.setdefault(place, []).append(job)
             self.changed.notify_all()
 
-    def take(self, max_tokens: Callable[[], int]) -> TokenPack:
+    def take(self, max_tokens: Callable[[], int], *, place: int) -> TokenPack:
         """Wait for pairs and return a pack of them; `[]` once this is closed.
 
         Args:
             max_tokens: Tells the budget when there is something to take.
+            place: Which taker this is.
         """
         with self.changed:
             while not self.closed:
+                if own := self._own.get(place):
+                    job = own.pop()
+                    return [(job, position) for position in range(len(job.pairs))]
                 if pack := self._queue.take(max_tokens()):
                     return pack
                 self.changed.wait()
@@ -138,6 +152,7 @@ class Backlog:
         """Empty the queue; return the futures of all calls that were put and have no logits."""
         with self.changed:
             self._queue.clear()
+            self._own.clear()
             return list(self._jobs)
 
     def leave_to_parent(self) -> None:

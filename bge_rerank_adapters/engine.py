@@ -341,7 +341,9 @@ class Reranker:
     ) -> list[Ranking]:
         """Return what `rerank_many` returns, without blocking the event loop.
 
-        An iterator is read in another thread.
+        An iterator is read in another thread. All long calls of an engine share two of these, so
+        one that waits for its items, from a network, say, keeps others waiting too: gather the
+        items first, or call it with a few at a time.
         """
         limits = _check_limits(top_k, score_threshold)
         places = Places()
@@ -349,8 +351,17 @@ class Reranker:
         return await self._door.run(call, places=places, timeout_s=timeout_s, long=True)
 
     def warm_up(self) -> None:
-        """Run the model once, so that the first query does not wait for kernels to be chosen."""
-        self.score("warm-up", ["warm-up " * 64])
+        """Run the model once, so that the first query does not wait for kernels to be chosen.
+
+        With several devices each runs its copy.
+
+        Raises:
+            ScoringError: The model failed.
+            ClosedError: The engine has been closed.
+        """
+        self._core.check_open()
+        self._core.tally.add_requests(1)
+        self._core.score_everywhere(self._tokenize([("warm-up", "warm-up " * 64)]).distinct)
 
     def stats(self) -> EngineStats:
         """Return what the engine has done since it was loaded; cheap, and good to ask at any time.

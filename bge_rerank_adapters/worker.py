@@ -14,6 +14,7 @@ from bge_rerank_adapters.backlog import Backlog, Logits, TokenJob, TokenPack, fa
 from bge_rerank_adapters.errors import NonFiniteLogitError, ScoringError, WorkerDiedError
 from bge_rerank_adapters.models.devices import is_out_of_memory, release_memory
 from bge_rerank_adapters.models.loading import Model
+from bge_rerank_adapters.packing import Job
 from bge_rerank_adapters.stats import EngineStats, Tally
 from bge_rerank_adapters.tokenization import TokenPair
 
@@ -62,8 +63,12 @@ class ScoringCore:
         """Keep room for the pairs of a call; see `Backlog.reserve`."""
         return self._backlog.reserve(pairs, bounded=bounded)
 
-    def submit(self, job: TokenJob) -> None:
+    def submit(self, job: TokenJob, *, place: int | None = None) -> None:
         """Queue the pairs of a call whose future is one of `reserve`, and return at once.
+
+        Args:
+            job: The call's.
+            place: The device that is to score them; `None` is whichever is free first.
 
         Raises:
             ClosedError: The engine has been closed.
@@ -73,7 +78,19 @@ class ScoringCore:
         with self._backlog.changed:
             self.check_open()
             self._start_threads()
-            self._backlog.put(job)
+            self._backlog.put(job, place=place)
+
+    def score_everywhere(self, pairs: Sequence[TokenPair]) -> None:
+        """Score the pairs on every device, and wait for all of them; errors as of a call."""
+        jobs = [Job(list(pairs), self.reserve(len(pairs), bounded=False)) for _ in self._models]
+        try:
+            for place, job in enumerate(jobs):
+                self.submit(job, place=place)
+            for job in jobs:
+                job.future.result()
+        finally:
+            for job in jobs:
+                job.future.cancel()
 
     def stats(self) -> EngineStats:
         """Return the counts so far."""
@@ -128,7 +145,7 @@ class ScoringCore:
 
     def _run_pack(self, place: int, model: Model) -> bool:
         """Score a pack and forget it; False once the core is closed."""
-        pack = self._backlog.take(lambda: self._budgets[place])
+        pack = self._backlog.take(lambda: self._budgets[place], place=place)
         if pack:
             self._count_waiting(pack)
             self._score(place, model, pack)

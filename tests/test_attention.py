@@ -112,10 +112,34 @@ def test_what_is_not_finite_stays_within_its_pair(attend, monkeypatch):
 )
 def test_each_device_and_dtype_gets_the_fastest(monkeypatch, device, dtype, capability, chosen):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    assert attention_for(torch.device(device), dtype) is chosen
+    monkeypatch.setattr(attention_module, "_varlen_works", lambda *_: True)
+    assert attention_for(torch.device(device), dtype, heads=HEADS, width=WIDTH) is chosen
 
 
-def test_without_the_varlen_kernel_groups_do(monkeypatch):
+def refusing_varlen(*_):
+    raise RuntimeError("no kernel for such heads")
+
+
+def wrong_varlen(*inputs):
+    return reference_varlen(*inputs) + 1.0
+
+
+@pytest.mark.parametrize(
+    ("kernel", "works"),
+    [(reference_varlen, True), (refusing_varlen, False), (wrong_varlen, False), (None, False)],
+)
+def test_the_varlen_kernel_is_tried_before_it_is_taken(monkeypatch, kernel, works):
+    module = None
+    if kernel:
+        module = ModuleType("varlen")
+        module.varlen_attn = kernel
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
-    assert attention_for(torch.device("cuda"), torch.float16) is grouped_attention
+    # The states that it is tried with are made on the processor, where there is no CUDA.
+    probe = attention_module.probe_states
+    monkeypatch.setattr(
+        attention_module, "probe_states", lambda width, _, dtype: probe(width, CPU, dtype)
+    )
+    monkeypatch.setattr(attention_module, "Layout", lambda lengths, _: Layout(lengths, CPU))
+    chosen = attention_for(torch.device("cuda"), torch.float16, heads=HEADS, width=WIDTH)
+    assert chosen is (varlen_attention if works else grouped_attention)

@@ -518,6 +518,24 @@ def test_past_the_limit_a_call_is_refused_at_once_and_many_requests_never_are(ma
     assert len(engine.rerank(QUERY, DOCUMENTS)) == 4
 
 
+def test_warming_up_runs_every_device(make):
+    engine = make(device=["cpu", "cpu"])
+    packs: list[int] = []
+    for place, model in enumerate(engine._core._models):
+        model.logits = counted(model.logits, place, packs)
+    engine.warm_up()
+    assert sorted(packs) == [0, 1]
+    assert engine.stats().requests == 1
+
+
+def counted(logits, place: int, packs: list[int]):
+    def count(pairs):
+        packs.append(place)
+        return logits(pairs)
+
+    return count
+
+
 # Closing
 
 

@@ -149,6 +149,17 @@ def test_two_devices_run_at_the_same_time(make_core):
     assert len(models[0].scored) == 2
 
 
+def test_every_device_scores_what_all_are_asked_to_and_no_other_takes_it(make_core):
+    quick, slow = FakeModel(), FakeModel()
+    core = make_core(quick, slow)
+    core.score_everywhere(pairs(1, 2))
+    assert [quick.scored, slow.scored] == [[1, 2], [1, 2]]
+    quick.fault = fail_on_bad(RuntimeError("no such kernel"))
+    with pytest.raises(ScoringError, match="no such kernel"):
+        core.score_everywhere(pairs(BAD))
+    assert submit(core, pairs(5)).future.result(WAIT_S) == [5.0]
+
+
 def test_a_small_job_overtakes_the_rest_of_a_big_one(make_core):
     model = FakeModel()
     core = make_core(model, pack_tokens=ONE_PAIR)

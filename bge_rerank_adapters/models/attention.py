@@ -170,15 +170,60 @@ def varlen_attention(
     return cast(Tensor, out).reshape(len(query), -1)
 
 
-def attention_for(device: torch.device, dtype: torch.dtype) -> Attention:
-    """Return the fastest attention that this device and dtype can run."""
+def attention_for(device: torch.device, dtype: torch.dtype, *, heads: int, width: int) -> Attention:
+    """Return the fastest attention that this device and dtype can run.
+
+    Args:
+        device: Where the model runs.
+        dtype: Of its activations.
+        heads: How many the model has.
+        width: Of a head.
+    """
     half = dtype in (torch.float16, torch.bfloat16)
     if device.type == "cpu" and dtype == torch.bfloat16:
         return product_attention
     if device.type != "cuda" or not half or torch.cuda.get_device_capability(device) < (8, 0):
         return grouped_attention
+    return varlen_attention if _varlen_works(device, dtype, heads, width) else grouped_attention
+
+
+def _varlen_works(device: torch.device, dtype: torch.dtype, heads: int, width: int) -> bool:
+    """Return whether the one call runs for such heads, and is right, on a small pack."""
+    layout = Layout(PROBE_LENGTHS, device)
+    # Side by side in one matrix, as they come out of a layer.
+    query, key, value = probe_states(3 * heads * width, device, dtype).chunk(3, dim=-1)
+    return agree(
+        lambda asked: varlen_attention(asked, key, value, layout, heads),
+        lambda asked: grouped_attention(asked, key, value, layout, heads),
+        (query, query[layout.first]),
+    )
+
+
+PROBE_LENGTHS = (40, 3)
+
+
+def probe_states(width: int, device: torch.device, dtype: torch.dtype, *, seed: int = 0) -> Tensor:
+    """Return random states of a pack of `PROBE_LENGTHS`, the same each time; shape (43, width)."""
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    return torch.randn(sum(PROBE_LENGTHS), width, generator=generator).to(device, dtype)
+
+
+def agree(
+    fast: Callable[[Tensor], Tensor], plain: Callable[[Tensor], Tensor], queries: Sequence[Tensor]
+) -> bool:
+    """Return whether a fast way to attend runs here at all, and gives what the plain one does.
+
+    Releases of torch differ in which windows, widths and shared heads its one call takes.
+
+    Args:
+        fast: From query to attended values, in half precision.
+        plain: Likewise.
+        queries: What both are tried with.
+    """
     try:
-        from torch.nn.attention.varlen import varlen_attn  # noqa: F401
-    except ImportError:
-        return grouped_attention
-    return varlen_attention
+        return all(
+            torch.allclose(fast(query).float(), plain(query).float(), atol=0.05, rtol=0.05)
+            for query in queries
+        )
+    except (ImportError, TypeError, RuntimeError, ValueError):
+        return False

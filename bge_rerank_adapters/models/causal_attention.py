@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bge_rerank_adapters.models.attention import Group, Layout
+from bge_rerank_adapters.models.attention import PROBE_LENGTHS, Group, Layout, agree, probe_states
 
 
 class CausalLayout(Layout):
@@ -145,32 +145,20 @@ def causal_attention_for(
     half = dtype in (torch.float16, torch.bfloat16)
     if device.type != "cuda" or not half or torch.cuda.get_device_capability(device) < (8, 0):
         return grouped_causal_attention
-    return (
-        varlen_causal_attention
-        if _varlen_works(device, dtype, heads, width)
-        else (grouped_causal_attention)
-    )
+    if _varlen_works(device, dtype, heads, width):
+        return varlen_causal_attention
+    return grouped_causal_attention
 
 
 def _varlen_works(device: torch.device, dtype: torch.dtype, heads: Heads, width: int) -> bool:
-    """Return whether the one call runs for such heads, and is right, on a small pack.
-
-    Releases of torch differ in which windows, widths and shared heads it takes.
-    """
-    layout = CausalLayout([40, 3], device)
-    generator = torch.Generator(device="cpu").manual_seed(0)
-
-    def states(number: int) -> Tensor:
-        rows = torch.randn(43, number * width, generator=generator)
-        return rows.to(device, dtype)
-
-    query, key, value = states(heads.queries), states(heads.keys), states(heads.keys)
-    try:
-        for asked in (query, query[layout.last]):
-            got = varlen_causal_attention(asked, key, value, layout, heads)
-            wanted = grouped_causal_attention(asked, key, value, layout, heads)
-            if not torch.allclose(got.float(), wanted.float(), atol=0.05, rtol=0.05):
-                return False
-    except (ImportError, TypeError, RuntimeError, ValueError):
-        return False
-    return True
+    """Return whether the one call runs for such heads, and is right, on a small pack."""
+    layout = CausalLayout(PROBE_LENGTHS, device)
+    query, key, value = (
+        probe_states(number * width, device, dtype, seed=seed)
+        for seed, number in enumerate((heads.queries, heads.keys, heads.keys))
+    )
+    return agree(
+        lambda asked: varlen_causal_attention(asked, key, value, layout, heads),
+        lambda asked: grouped_causal_attention(asked, key, value, layout, heads),
+        (query, query[layout.last]),
+    )

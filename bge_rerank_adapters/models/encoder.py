@@ -211,7 +211,9 @@ class EncoderModel:
         self.config = parse_config(config, folder=folder)
         self.device, self.dtype = device, dtype
         compute = resolve_dtype("auto", device) if dtype == torch.int8 else dtype
-        self._attend = attention_for(device, compute)
+        heads = self.config.heads
+        width = self.config.hidden // heads
+        self._attend = attention_for(device, compute, heads=heads, width=width)
         with open_weights(folder) as weights:
             check_one_label(weights, self.config)
             _check_last_layer(weights, self.config)
