@@ -173,7 +173,8 @@ def check_ordered(items: object, *, name: str, wanted: str) -> None:
         action = "give list(items.values()), or the list that is meant"
     elif isinstance(items, set | frozenset):
         action = "give a list, whose order the results' index can refer to"
-    elif hasattr(items, "columns") or hasattr(items, "column_names"):
+    # Of the type: pandas' Series answers to the labels of its index as well.
+    elif hasattr(type(items), "columns") or hasattr(type(items), "column_names"):
         action = "give one column as a list, such as df['text'].tolist()"
     else:
         return

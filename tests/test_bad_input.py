@@ -186,6 +186,8 @@ def test_a_column_of_a_table_is_ranked_and_a_table_is_not(reranker):
         reranker.rerank(QUERY, table)
     wanted = reranker.rerank(QUERY, DOCUMENTS)
     assert reranker.rerank(QUERY, table["text"]) == wanted
+    labelled = pandas.Series(DOCUMENTS, index=["columns", *"bcdefghij"[: len(DOCUMENTS) - 1]])
+    assert reranker.rerank(QUERY, labelled) == wanted
     assert reranker.rerank(QUERY, dict.fromkeys(DOCUMENTS).keys()) == wanted
 
 

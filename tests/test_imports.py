@@ -17,7 +17,7 @@ NAME = PACKAGE.name
 LAYERS = {
     **dict.fromkeys(("errors", "ranking_view"), 0),
     **dict.fromkeys(("checkpoints", "families", "ranking", "packing"), 1),
-    **dict.fromkeys(("published", "progress", "doors", "stats"), 1),
+    **dict.fromkeys(("published", "progress", "doors", "stats", "copying"), 1),
     **dict.fromkeys(("settings", "bulk"), 2),
     **dict.fromkeys(("tokenization", "hub"), 3),
     **dict.fromkeys(("prompts", "windows"), 3.5),
@@ -25,7 +25,6 @@ LAYERS = {
     "worker": 5,
     "engine": 6,
     "sharing": 7,
-    "copying": 8,
     "adapter_settings": 8,
     **dict.fromkeys(("langchain", "llama_index", "milvus"), 9),
     **dict.fromkeys(("verification", "evaluation", "model_table"), 9),
