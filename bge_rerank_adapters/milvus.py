@@ -231,7 +231,7 @@ class BGERerankFunction:
         ranked = self.reranker.rerank(
             self._query_format.apply(check_query(query)),
             [self._passage_format.apply(text) for text in texts],
-            top_k=check_top_k(top_k or None),
+            top_k=_top_k(top_k),
         )
         return [RerankResult(texts[each.index], self._score(each), each.index) for each in ranked]
 
@@ -277,6 +277,12 @@ def _devices(value: str | int | Sequence[str | int] | None) -> str | tuple[str, 
     if isinstance(value, Sequence) and not isinstance(value, str):
         return tuple(_one_device(each) for each in value)
     return _one_device(value)
+
+
+def _top_k(value: object) -> int | None:
+    # Of several numbers numpy does not say whether they are falsy; they are refused.
+    one = getattr(value, "shape", ()) == ()
+    return None if one and not value else check_top_k(value)
 
 
 def _is_whole(value: object) -> bool:

@@ -142,12 +142,7 @@ def check_documents(documents: object) -> list[str]:
             `str`, whose position the message names.
     """
     check_ordered(documents, name="documents", wanted="a list of str")
-    # An array without dimensions has the method and yet cannot be iterated over.
-    if (
-        isinstance(documents, str | bytes | bytearray)
-        or not isinstance(documents, Iterable)
-        or getattr(documents, "shape", None) == ()
-    ):
+    if isinstance(documents, str | bytes | bytearray) or not isinstance(documents, Iterable):
         raise InputTypeError(
             f"documents must be a list of str, got {_kind(documents)}; "
             "wrap a single document in a list."
@@ -161,7 +156,7 @@ def check_documents(documents: object) -> list[str]:
 
 
 def check_ordered(items: object, *, name: str, wanted: str) -> None:
-    """Refuse what iterates over something else than its items, or over them in any order.
+    """Refuse what iterates over something else than its items, in any order, or over nothing.
 
     An index into the results of a dict, a set or a table would point nowhere, and what was scored
     would be keys or the names of columns.
@@ -176,6 +171,9 @@ def check_ordered(items: object, *, name: str, wanted: str) -> None:
     # Of the type: pandas' Series answers to the labels of its index as well.
     elif hasattr(type(items), "columns") or hasattr(type(items), "column_names"):
         action = "give one column as a list, such as df['text'].tolist()"
+    # An array without dimensions has the method and yet cannot be iterated over.
+    elif getattr(items, "shape", None) == ():
+        action = "wrap a single item in a list"
     else:
         return
     raise InputTypeError(f"{name} must be {wanted}, got {_kind(items)}; {action}.")

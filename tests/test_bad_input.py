@@ -7,6 +7,7 @@ import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -193,8 +194,9 @@ def test_a_column_of_a_table_is_ranked_and_a_table_is_not(reranker):
 
 @pytest.mark.parametrize("lone", [np.array("x"), torch.tensor(1)], ids=["numpy", "torch"])
 def test_an_array_without_dimensions_is_no_list(reranker, lone):
-    with pytest.raises(InputTypeError, match="wrap a single document"):
-        reranker.rerank(QUERY, lone)
+    for call in (partial(reranker.rerank, QUERY), reranker.score_pairs, reranker.rerank_many):
+        with pytest.raises(InputTypeError, match="wrap a single"):
+            call(lone)
 
 
 class Same(str):

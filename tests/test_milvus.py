@@ -103,7 +103,8 @@ def test_top_k_is_5_and_a_falsy_one_is_all(function):
     assert len(function(query, SENTENCES)) == 5
     assert [len(function(query, SENTENCES, top_k=k)) for k in (0, None, 2, 99)] == [40, 40, 2, 40]
     assert function(query, []) == []
-    for wrong in (-1, 2.5, "3"):
+    assert len(function(query, SENTENCES, top_k=np.int64(0))) == 40
+    for wrong in (-1, 2.5, "3", np.array([1, 2])):
         with pytest.raises(SettingsError, match="top_k must be"):
             function(query, documents, top_k=wrong)
 
