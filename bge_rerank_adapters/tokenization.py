@@ -127,7 +127,7 @@ class PairTokenizer:
             template: What stands around a pair; `None` is what the tokenizer puts there.
 
         Raises:
-            SettingsError: The lengths leave no room for a document.
+            SettingsError: The lengths leave no room for a document, or for a query.
             CheckpointError: The tokenizer has no template for pairs.
         """
         tokenizer.no_padding()
@@ -137,9 +137,20 @@ class PairTokenizer:
         self.query_max_length = (
             max_length * 3 // 4 if query_max_length is None else query_max_length
         )
-        # The space that ends it goes with the document's first word.
-        instruction = self._template.passage_instruction.rstrip()
-        self._instruction_tokens = len(tokenizer.encode(instruction, add_special_tokens=False).ids)
+        # The space that ends one goes with the first word of its text.
+        query_instruction_tokens, self._instruction_tokens = (
+            len(tokenizer.encode(instruction.rstrip(), add_special_tokens=False).ids)
+            for instruction in (
+                self._template.query_instruction,
+                self._template.passage_instruction,
+            )
+        )
+        if query_instruction_tokens >= self.query_max_length:
+            raise SettingsError(
+                f"query_max_length {self.query_max_length} leaves no room for a query after "
+                f"{query_instruction_tokens} tokens of query_instruction; make query_max_length "
+                "larger or query_instruction shorter."
+            )
         self._check_room()
         # Set once and never again: changing it while another thread encodes is what raises
         # "Already borrowed" elsewhere. Longer texts need not cross over into Python; one token

@@ -192,6 +192,15 @@ def test_an_instruction_that_leaves_no_room_for_documents_is_refused(long_docume
             Reranker("tiny", query_max_length=16, **chosen)
 
 
+def test_an_instruction_that_leaves_no_room_for_queries_is_refused():
+    """Queries would be cut to nothing, and all rank alike."""
+    chosen = {"device": "cpu", "dtype": "float32", "query_max_length": 8}
+    with Reranker("tiny", query_instruction="the " * 7, **chosen) as engine:
+        assert engine.score("one", ["one"]) != engine.score("two", ["one"])
+    with pytest.raises(SettingsError, match=r"no room for a query after 8 tokens"):
+        Reranker("tiny", query_instruction="the " * 8, **chosen)
+
+
 @pytest.mark.parametrize("name", ["tokenizer.model", "vocab.txt"])
 def test_a_vocabulary_that_cannot_be_converted_is_named(tmp_path, name):
     (tmp_path / name).write_bytes(b"\0 nothing of the kind")
