@@ -139,6 +139,11 @@ def test_bfloat16_reaches_a_decoder(decoder):
         assert 0.0 <= flag.score(QUERY, SENTENCES[:1])[0] <= 1.0
 
 
+@pytest.mark.skipif(
+    not NEW,
+    reason="on transformers 4 FlagEmbedding sets no special tokens around pairs for a tokenizer "
+    "of no model's own class, as the bundled checkpoint's is",
+)
 def test_float32_is_float32_whatever_is_stored():
     """The bundled weights are stored in float16, and transformers 5 would keep them so."""
     stored = load_file(TINY_FOLDER / "model.safetensors")
