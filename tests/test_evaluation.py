@@ -134,6 +134,8 @@ def test_titles_go_before_texts_and_qrels_may_stand_in_a_folder(tmp_path):
         ({"qrels": "a\t1\t1\na 1 1"}, r"qrels\.tsv, line 2: must be query"),
         ({"corpus": '{"_id": 1, "text": ""}\n{"_id": "1", "text": ""}'}, "line 2: _id '1' came"),
         ({"queries": '{"_id": null, "text": ""}'}, r"queries\.jsonl, line 1: .*TypeError"),
+        ({"corpus": '{"_id": "1\\ud800", "text": ""}'}, "line 1: _id .* half a surrogate pair"),
+        ({"queries": '{"_id": "a\\u0000", "text": ""}'}, "line 1: _id .* has a NUL"),
         ({"qrels": "other\t1\t1"}, "no query of queries.jsonl has a judgement"),
     ],
 )
@@ -420,9 +422,25 @@ def test_bad_arguments_are_refused(collection, first_stage, reranker):
 
 def test_a_query_without_candidates_counts_as_zero(collection, reranker):
     few = collection.sample(2)
-    report = evaluate(few, {}, {"tiny": reranker})
-    assert set(report.after["tiny"].mean.values()) == {0.0}
+    without, judged = few.queries
+    [right] = few.judgements[judged]
+    report = evaluate(few, {judged: {right: 1.0}}, {"tiny": reranker})
+    after = report.after["tiny"]
+    assert {values[without] for values in after.per_query.values()} == {0.0}
+    assert set(after.mean.values()) == {0.5}
     assert str(report)
+
+
+@pytest.mark.parametrize("run", [{}, {"of another collection": {"d": 1.0}}])
+def test_a_run_of_other_queries_is_refused(collection, reranker, run):
+    with pytest.raises(SettingsError, match=r"has none of the .* queries"):
+        evaluate(collection, run, {"tiny": reranker})
+
+
+def test_a_byte_order_mark_is_no_part_of_a_query(tmp_path):
+    path = tmp_path / "a.trec"
+    path.write_text("q Q0 d 1 1.0 t\n", encoding="utf-8-sig")
+    assert read_run(path) == {"q": {"d": 1.0}}
 
 
 def test_saved_runs_measure_as_reported(tmp_path, report, collection):

@@ -118,6 +118,11 @@ def read_rows(path: Path) -> Iterator[Row]:
                     f"{path}, line {number}: must be a JSON object with the texts _id and text "
                     f"({type(error).__name__}: {error})."
                 ) from error
+            if not _can_be_named(name):
+                raise SettingsError(
+                    f"{path}, line {number}: _id {name!r} has a NUL or half a surrogate pair, "
+                    "which trec_eval cannot read; give the line another."
+                )
             if name in seen:
                 raise SettingsError(
                     f"{path}, line {number}: _id {name!r} came before, in line {seen[name]}; give "
@@ -126,6 +131,10 @@ def read_rows(path: Path) -> Iterator[Row]:
             seen[name] = number
             yield Row(name, values, place)
         place += len(line)
+
+
+def _can_be_named(name: str) -> bool:
+    return "\0" not in name and not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def parse_row(line: bytes) -> tuple[str, dict[str, Any]]:

@@ -92,6 +92,11 @@ def _check_identity(name: str, engine: EngineSettings | Scorer) -> None:
 
 
 def _candidates(collection: Collection, first_stage: Run, depth: int | None) -> Run:
+    if not first_stage.keys() & collection.queries.keys():
+        raise SettingsError(
+            f"The first stage has none of the {len(collection.queries)} queries of "
+            f"{collection.name} that are judged; use a run of the same collection."
+        )
     candidates: Run = {}
     for query in collection.queries:
         found = first_stage.get(query, {})

@@ -23,7 +23,8 @@ def read_run(path: str | Path) -> Run:
     """
     run: Run = {}
     try:
-        with Path(path).open(encoding="utf-8") as lines:
+        # A byte order mark, which some editors write, would be taken for part of a query's id.
+        with Path(path).open(encoding="utf-8-sig") as lines:
             for query, document, score in parse_run(lines, name=str(path)):
                 run.setdefault(query, {})[document] = score
     except OSError as error:
