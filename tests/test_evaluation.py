@@ -131,6 +131,7 @@ def test_titles_go_before_texts_and_qrels_may_stand_in_a_folder(tmp_path):
         ({"corpus": '{"_id": "1", "text": "x"}\nnonsense'}, r"corpus\.jsonl, line 2: must be a"),
         ({"corpus": '{"_id": "1"}'}, r"corpus\.jsonl, line 1: .*KeyError"),
         ({"queries": '{"_id": "a", "text": 5}'}, r"queries\.jsonl, line 1: .*TypeError"),
+        ({"qrels": "a\t1\t1.0\n"}, r"qrels\.tsv, line 1: must be query, document and a whole"),
         ({"qrels": "a\t1\t1\na 1 1"}, r"qrels\.tsv, line 2: must be query"),
         ({"corpus": '{"_id": 1, "text": ""}\n{"_id": "1", "text": ""}'}, "line 2: _id '1' came"),
         ({"queries": '{"_id": null, "text": ""}'}, r"queries\.jsonl, line 1: .*TypeError"),
@@ -392,6 +393,9 @@ def test_runs_that_are_no_text_or_no_numbers_are_refused(tmp_path):
     path = tmp_path / "a.trec"
     path.write_bytes(b"q Q0 \xff 1 0.5 t\n")
     with pytest.raises(SettingsError, match=r"a\.trec is not UTF-8"):
+        read_run(path)
+    path.write_text("q Q0 d 1 1 0.5 t\n")
+    with pytest.raises(SettingsError, match=r"a\.trec, line 1: must be query, Q0, document"):
         read_run(path)
     path.write_text("q Q0 d 1 nan t\n")
     with pytest.raises(SettingsError, match=r"a\.trec, line 1: the score must be a number"):

@@ -170,7 +170,7 @@ def _judgements(folder: Path) -> dict[str, dict[str, int]]:
         header, begun = not begun, True
         text = _decoded(line, path, number).rstrip("\r\n")
         cells = text.split("\t")
-        if header and not cells[-1].strip().lstrip("-").isdecimal():
+        if header and not _is_number(cells[-1]):
             continue
         try:
             query, document, grade = cells
@@ -181,6 +181,14 @@ def _judgements(folder: Path) -> dict[str, dict[str, int]]:
                 f"tabs, got {text[:80]!r}."
             ) from error
     return judgements
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _decoded(line: bytes, path: Path, number: int) -> str:

@@ -40,7 +40,7 @@ def parse_run(lines: Iterable[str], *, name: str) -> Iterator[tuple[str, str, fl
         if not line.strip():
             continue
         try:
-            query, _, document, _, number_text, *_ = line.split()
+            query, _, document, _, number_text, _ = line.split()
             score = float(number_text)
         except ValueError as error:
             raise SettingsError(
