@@ -28,6 +28,7 @@ LAYERS = {
     "adapter_settings": 8,
     **dict.fromkeys(("langchain", "llama_index", "milvus"), 9),
     **dict.fromkeys(("verification", "evaluation", "model_table"), 9),
+    "serve": 9,
     "demo": 10,
     "cli": 11,
     "__main__": 12,
@@ -40,7 +41,7 @@ HOSTS = {
 HEAVY = (
     *("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "numpy"),
     *("langchain_core", "langchain_classic", "llama_index", "pymilvus", "milvus_model"),
-    *("FlagEmbedding", "pydantic", "typer", "rich"),
+    *("FlagEmbedding", "pydantic", "typer", "rich", "fastapi", "prometheus_client", "ray"),
 )
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -122,7 +123,7 @@ def test_importing_the_package_loads_nothing_heavy():
     assert loaded_after(f"from {NAME} import Reranker", ("torch",)) == ["torch"]
 
 
-@pytest.mark.parametrize("module", ["milvus", "cli", "settings", "hub"])
+@pytest.mark.parametrize("module", ["milvus", "cli", "settings", "hub", "serve"])
 def test_light_modules_load_no_torch(module):
     assert loaded_after(f"import {NAME}.{module}", ("torch", "transformers", "numpy")) == []
 
@@ -151,6 +152,24 @@ def test_an_adapter_without_its_host_names_its_extra(module):
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith(f"ImportError: {NAME}.{module} needs ")
     assert last.endswith(f'run: pip install "bge-rerank-adapters[{extra}]"')
+
+
+@pytest.mark.parametrize("absent", ["fastapi", "prometheus_client"])
+def test_the_server_names_its_extra(absent):
+    pytest.importorskip("fastapi")
+    done = run_python(f"import {NAME}.serve", blocked=(absent,))
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last == (
+        f'ImportError: {NAME}.serve needs {absent}; run: pip install "bge-rerank-adapters[serve]"'
+    )
+
+
+def test_the_deployment_names_the_extra_of_ray():
+    pytest.importorskip("fastapi")
+    done = run_python(f"from {NAME}.serve import deployment", blocked=("ray",))
+    assert done.returncode == 1
+    assert 'ray; run: pip install "bge-rerank-adapters[ray]"' in done.stderr
 
 
 def test_the_engine_needs_no_host():

@@ -8,6 +8,7 @@ from bge_rerank_adapters.checkpoints import DEFAULT_MODEL, TINY
 from bge_rerank_adapters.cli import evaluate as evaluate_command
 from bge_rerank_adapters.cli import options
 from bge_rerank_adapters.cli import rerank as rerank_command
+from bge_rerank_adapters.cli import serve as serve_command
 from bge_rerank_adapters.cli.info import info
 from bge_rerank_adapters.errors import RerankError
 
@@ -67,6 +68,7 @@ def models() -> None:
 
 app.command(epilog=rerank_command.EXAMPLES)(rerank_command.rerank)
 app.command("evaluate", epilog=evaluate_command.EXAMPLES)(evaluate_command.evaluate_folder)
+app.command(epilog=serve_command.EXAMPLES)(serve_command.serve)
 app.command()(info)
 
 

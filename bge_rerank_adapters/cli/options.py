@@ -111,7 +111,9 @@ def engine_settings(model: str, *, device: str, dtype: str, engine: Asked) -> En
     Raises:
         SettingsError: One of them is not allowed.
     """
-    values: Asked = {
-        name: str(each) if isinstance(each, StrEnum) else each for name, each in engine.items()
-    }
-    return EngineSettings(model=model, device=device, dtype=dtype, **values)
+    return EngineSettings(model=model, device=device, dtype=dtype, **plain(engine))
+
+
+def plain(engine: Asked) -> Asked:
+    """Return the settings as the engine takes them: choices as texts."""
+    return {name: str(each) if isinstance(each, StrEnum) else each for name, each in engine.items()}

@@ -1,0 +1,148 @@
+"""`bge-rerank serve`: a reranking server in this process."""
+
+import signal
+import socket
+from contextlib import closing, suppress
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+from bge_rerank_adapters.cli import options
+from bge_rerank_adapters.errors import SettingsError
+
+# Longer than clients keep a connection for their next request, so that it is not us who close it
+# while one is on its way.
+_KEEP_ALIVE_S = 75
+_BACKLOG = 2048
+
+EXAMPLES = """
+Examples:
+
+    bge-rerank serve --model tiny
+
+    BGE_RERANK_API_KEY=... bge-rerank serve --model BAAI/bge-reranker-v2-m3 --host 0.0.0.0
+
+Settings that are not given here are taken from the environment, BGE_RERANK_MODEL for --model and
+so on; the API key from there alone. It ends when it is interrupted or told to terminate, once the
+requests that it has are answered.
+"""
+
+
+def _option(help_text: str, **limits: Any) -> Any:
+    return typer.Option(help=help_text, show_default=False, **limits)
+
+
+@options.with_engine_options
+def serve(
+    model: Annotated[
+        str | None, _option('A folder, a name on the hub, or "tiny"; else BAAI/bge-reranker-v2-m3.')
+    ] = None,
+    device: Annotated[str | None, _option('"cpu", "cuda", "cuda:1", ...; else "auto".')] = None,
+    dtype: Annotated[
+        str | None, _option('"float32", "bfloat16", "float16" or "int8"; else "auto".')
+    ] = None,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Its port.", min=0, max=65535)] = 8000,
+    served_model: Annotated[
+        str | None, _option("The model's name in requests; else that of --model.")
+    ] = None,
+    max_documents: Annotated[
+        int | None, _option("Most documents of a request; else 1000.", min=1)
+    ] = None,
+    max_characters: Annotated[
+        int | None, _option("Most characters of a document; else 100000.", min=1)
+    ] = None,
+    max_body_bytes: Annotated[
+        int | None, _option("Largest body of a request; else 4 MiB.", min=1)
+    ] = None,
+    max_concurrent_requests: Annotated[
+        int | None, _option("Most requests at a time; else 512.", min=1)
+    ] = None,
+    max_queued_pairs: Annotated[
+        int | None, _option("Most pairs that may wait; else 100000.", min=1)
+    ] = None,
+    timeout_s: Annotated[
+        float | None, _option("Seconds that scoring a request may take; else 60.")
+    ] = None,
+    access_log: Annotated[
+        bool, typer.Option("--access-log", help="Log a line for each request.")
+    ] = False,
+    *,
+    engine: options.Asked,
+) -> None:
+    """Serve the model over HTTP: the rerank APIs of Cohere, Jina and text-embeddings-inference."""
+    from bge_rerank_adapters.serve import ServerSettings
+
+    own: options.Asked = {
+        "model": model,
+        "device": device,
+        "dtype": dtype,
+        "served_model": served_model,
+        "max_documents": max_documents,
+        "max_characters": max_characters,
+        "max_body_bytes": max_body_bytes,
+        "max_concurrent_requests": max_concurrent_requests,
+        "max_queued_pairs": max_queued_pairs,
+        "timeout_s": timeout_s,
+    }
+    given = options.plain(engine) | {
+        name: value for name, value in own.items() if value is not None
+    }
+    settings = ServerSettings.from_environment(given=given)
+    with closing(_bind(host, port)) as listener:
+        _serve(settings, listener, access_log=access_log)
+
+
+def _serve(settings: Any, listener: socket.socket, *, access_log: bool) -> None:
+    from bge_rerank_adapters.serve.extra import require
+
+    require("uvicorn")
+    import uvicorn
+
+    from bge_rerank_adapters.engine import Reranker
+    from bge_rerank_adapters.serve import create_app
+
+    # Uvicorn raises the signal that ended it once more, so that it ends the program too.
+    signal.signal(signal.SIGTERM, _end)
+    # Loaded here and not by the app, so that a model that is not there is told in one line.
+    with Reranker.from_settings(settings.engine) as engine:
+        engine.warm_up()
+        config = uvicorn.Config(
+            create_app(settings, engine=engine),
+            ws="none",
+            lifespan="on",
+            access_log=access_log,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            # No request takes longer than these two.
+            timeout_graceful_shutdown=int(settings.timeout_s + settings.body_timeout_s) + 1,
+            backlog=_BACKLOG,
+        )
+        with suppress(KeyboardInterrupt):
+            uvicorn.Server(config).run(sockets=[listener])
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """Return a socket that will listen; binding comes first, since loading takes its time."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise SettingsError(
+            f"Port {port} of {host!r} cannot be listened on: {error.strerror or error}; choose "
+            "another --port, or a --host of this machine."
+        ) from error
+    return listener
+
+
+def _end(_number: int, _frame: FrameType | None) -> None:
+    raise SystemExit(0)

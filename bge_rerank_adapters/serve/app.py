@@ -1,0 +1,92 @@
+"""The ASGI app: its routes, and the engine's life with it."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
+
+import bge_rerank_adapters
+from bge_rerank_adapters.errors import SettingsError
+from bge_rerank_adapters.serve.gate import Gate
+from bge_rerank_adapters.serve.metrics import Metrics
+from bge_rerank_adapters.serve.refusals import tell_problems
+from bge_rerank_adapters.serve.routes import key, keyed_router, open_router
+from bge_rerank_adapters.serve.service import Service
+from bge_rerank_adapters.serve.settings import ServerSettings
+from bge_rerank_adapters.stats import EngineStats
+
+if TYPE_CHECKING:
+    from bge_rerank_adapters.engine import Reranker
+
+
+def create_app(
+    settings: ServerSettings | None = None, *, engine: "Reranker | None" = None
+) -> FastAPI:
+    """Return an ASGI app that reranks.
+
+    Args:
+        settings: What it answers and refuses; `None` is all defaults, nothing of the environment.
+        engine: A loaded engine, whose owner closes it after the app; `None` lets the app load one
+            of `settings.engine` when it starts, and close it when it ends.
+
+    Raises:
+        SettingsError: The settings were pickled, and their api_key is not back.
+
+    Example:
+        ```python
+        from bge_rerank_adapters.serve import ServerSettings, create_app
+        from bge_rerank_adapters.settings import EngineSettings
+
+        app = create_app(ServerSettings(engine=EngineSettings(model="tiny"), max_documents=100))
+        ```
+    """
+    settings = ServerSettings() if settings is None else settings
+    if settings.api_key_left_out:
+        raise SettingsError(
+            "These settings had an api_key, which was left out where they were pickled; use "
+            "settings.with_secrets(), or replace(settings, api_key=...)."
+        )
+    service = Service(settings, engine)
+    metrics = Metrics(lambda: _stats(service), lambda: _about(service))
+
+    @asynccontextmanager
+    async def life(_: FastAPI) -> AsyncIterator[None]:
+        await asyncio.to_thread(service.load)
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(service.close)
+
+    app = FastAPI(
+        title="bge_rerank_adapters",
+        version=bge_rerank_adapters.__version__,
+        description="Ranks documents by how well they answer a query, with a BGE reranker.",
+        lifespan=life,
+        redoc_url=None,
+        # A redirect would repeat the Host that a request claims.
+        redirect_slashes=False,
+    )
+    app.state.settings, app.state.service, app.state.metrics = settings, service, metrics
+    app.include_router(open_router)
+    app.include_router(keyed_router, dependencies=[key] if settings.api_key else [])
+    app.add_middleware(Gate, settings=settings, metrics=metrics)
+    tell_problems(app)
+    return app
+
+
+def _stats(service: Service) -> EngineStats | None:
+    return None if service.loaded is None else service.loaded.stats()
+
+
+def _about(service: Service) -> dict[str, str] | None:
+    engine = service.loaded
+    if engine is None:
+        return None
+    return {
+        "model": service.settings.model_name,
+        "device": engine.device,
+        "dtype": engine.dtype,
+        "version": bge_rerank_adapters.__version__,
+    }

@@ -1,0 +1,109 @@
+"""What every request passes first: counting, the key, the number at a time, the last resort."""
+
+import hashlib
+import hmac
+import logging
+import time
+from collections.abc import MutableMapping
+from typing import Any
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from bge_rerank_adapters.serve.metrics import Metrics
+from bge_rerank_adapters.serve.refusals import Refusal, overloaded, path_of, response_of
+from bge_rerank_adapters.serve.settings import ServerSettings
+
+SCORING = ("/v1/rerank", "/v2/rerank", "/rerank")
+_OPEN = ("/health", "/docs", "/openapi.json")
+_ROUTES = frozenset((*SCORING, *_OPEN, "/metrics", "/info", "/v1/models"))
+
+_log = logging.getLogger(__name__)
+
+
+class Gate:
+    """ASGI middleware; refuses what needs no look at the body, and answers what went wrong."""
+
+    def __init__(self, app: ASGIApp, *, settings: ServerSettings, metrics: Metrics) -> None:
+        """Stand before an app."""
+        self._app, self._metrics = app, metrics
+        self._most = settings.max_concurrent_requests
+        self._scoring = 0
+        key = settings.api_key
+        self._key = None if key is None else _digest(key.encode("utf-8"))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request through, or refuse it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path = path_of(scope)
+        answer = _Answer(send)
+        begin = time.perf_counter()
+        try:
+            with self._metrics.in_progress.track_inprogress():
+                await self._answer(path, scope, receive, answer)
+        finally:
+            # A path is what a stranger types; each as a label of its own would fill the memory.
+            route = path if path in _ROUTES else "other"
+            status = str(answer.status or 499)
+            self._metrics.seconds.labels(route, status).observe(time.perf_counter() - begin)
+
+    async def _answer(self, path: str, scope: Scope, receive: Receive, answer: "_Answer") -> None:
+        try:
+            self._check_key(path, scope)
+            if path in SCORING:
+                await self._score(scope, receive, answer)
+            else:
+                await self._app(scope, receive, answer)
+        except Refusal as refusal:
+            await response_of(path, refusal)(scope, receive, answer)
+        except Exception:
+            _log.exception("A request for %s failed", path if path in _ROUTES else "another path")
+            if answer.status is not None:
+                raise  # too late for another answer: the connection has to break
+            failed = Refusal(500, "The server failed on this request; its log says why.")
+            await response_of(path, failed)(scope, receive, answer)
+
+    async def _score(self, scope: Scope, receive: Receive, answer: "_Answer") -> None:
+        # Bounds what bodies take of memory, before a byte of this one is read.
+        if self._scoring >= self._most:
+            raise overloaded(
+                f"{self._most} requests are served already, which is the most at a time; try again "
+                "later."
+            )
+        self._scoring += 1
+        try:
+            await self._app(scope, receive, answer)
+        finally:
+            self._scoring -= 1
+
+    def _check_key(self, path: str, scope: Scope) -> None:
+        if self._key is None or path in _OPEN:
+            return
+        given = [value for name, value in scope["headers"] if name == b"authorization"]
+        scheme, _, key = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
+        right = hmac.compare_digest(_digest(key.strip()), self._key)
+        if not right or scheme.lower() != b"bearer":
+            raise Refusal(
+                401,
+                "This server needs its API key; send it as Authorization: Bearer KEY.",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+
+class _Answer:
+    """Passes an answer on, and remembers its status."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.status: int | None = None
+
+    async def __call__(self, message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+        await self._send(message)
+
+
+def _digest(key: bytes) -> bytes:
+    # Of equal length whatever is given, since comparing tells whether lengths differ.
+    return hashlib.sha256(key).digest()

@@ -1,0 +1,91 @@
+"""What Prometheus reads: requests by route and status, and what the engine counts."""
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Gauge, Histogram
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+from prometheus_client.exposition import generate_latest
+from prometheus_client.registry import Collector
+
+from bge_rerank_adapters.stats import EngineStats
+
+# Seconds; a ranking takes from a few milliseconds to the time limit.
+_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_COUNTERS = {
+    "requests": "Calls that the engine let in.",
+    "pairs": "Pairs that went through the model.",
+    "tokens": "Tokens of those pairs.",
+    "truncated_pairs": "Pairs whose document was cut.",
+    "packs": "Forward passes.",
+    "waiting_s": "Seconds that calls waited for their first pack.",
+    "tokenizing_s": "Seconds spent on tokenising.",
+    "scoring_s": "Seconds spent in the model.",
+}
+_GAUGES = {
+    "queued_pairs": "Pairs that wait at this moment.",
+    "pack_fill": "How full packs were, from 0 to 1.",
+}
+
+
+class Metrics:
+    """The metrics of one app, in a registry of their own."""
+
+    def __init__(
+        self, read: Callable[[], EngineStats | None], about: Callable[[], dict[str, str] | None]
+    ) -> None:
+        """Count from zero.
+
+        Args:
+            read: Tells what the engine has done; `None` while there is none.
+            about: Tells what is fixed: model, device, dtype, version; `None` while there is none.
+        """
+        self._registry = CollectorRegistry()
+        self.seconds = Histogram(
+            "bge_rerank_http_request_seconds",
+            "Seconds from a request's head to the end of its answer.",
+            ("route", "status"),
+            buckets=_BUCKETS,
+            registry=self._registry,
+        )
+        self.in_progress = Gauge(
+            "bge_rerank_http_requests_in_progress",
+            "Requests that are being answered.",
+            registry=self._registry,
+        )
+        self._registry.register(_EngineCollector(read, about))
+
+    def text(self) -> bytes:
+        """Return all of them in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+
+class _EngineCollector(Collector):
+    def __init__(
+        self, read: Callable[[], EngineStats | None], about: Callable[[], dict[str, str] | None]
+    ) -> None:
+        self._read, self._about = read, about
+
+    def collect(self) -> Iterator[Metric]:
+        fixed, stats = self._about(), self._read()
+        if fixed is not None:
+            yield InfoMetricFamily("bge_rerank_engine", "The engine.", value=fixed)
+        if stats is None:
+            return
+        values = stats.to_dict()
+        for name, meaning in _COUNTERS.items():
+            yield CounterMetricFamily(f"bge_rerank_engine_{_unit(name)}", meaning, values[name])
+        for name, meaning in _GAUGES.items():
+            yield GaugeMetricFamily(f"bge_rerank_engine_{name}", meaning, values[name])
+
+    def describe(self) -> Iterator[Metric]:
+        return iter(())
+
+
+def _unit(name: str) -> str:
+    """Return a count's name as Prometheus has it, with the unit spelt out."""
+    return f"{name.removesuffix('_s')}_seconds" if name.endswith("_s") else name

@@ -1,0 +1,172 @@
+"""What is not answered: the status and the JSON for each reason, in the shape of the route."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException as StarletteHTTPException
+
+from bge_rerank_adapters.errors import (
+    ClosedError,
+    InputTypeError,
+    Overloaded,
+    RerankError,
+    RerankTimeoutError,
+    WorkerDiedError,
+)
+
+TEI_ROUTE = "/rerank"
+# Of a request whose client has gone, so that nobody reads it; the number is nginx's.
+CLIENT_GONE = 499
+_RETRY = {"Retry-After": "1"}
+# The words of text-embeddings-inference, where it has one.
+_TYPES = {
+    401: "Unauthorized",
+    404: "NotFound",
+    405: "MethodNotAllowed",
+    408: "Timeout",
+    429: "Overloaded",
+    500: "Backend",
+    503: "Unhealthy",
+    504: "Timeout",
+}
+_MOST_TOLD = 3
+
+_log = logging.getLogger(__name__)
+
+
+class Problem(BaseModel):
+    """Why a request was not answered."""
+
+    message: str = Field(description="What was wrong, and what to do about it.")
+    error_type: str = Field(description="One word for the kind of problem.")
+
+
+class TeiProblem(BaseModel):
+    """Why a request was not answered, as text-embeddings-inference says it."""
+
+    error: str = Field(description="What was wrong, and what to do about it.")
+    error_type: str = Field(description="One word for the kind of problem.")
+
+
+class Refusal(HTTPException):
+    """A request that is refused, with a message that its sender may read."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """Say why; `kind` is one word for it, else that of the status."""
+        super().__init__(status, message, dict(headers) if headers else None)
+        self.kind = kind
+
+
+def overloaded(message: str) -> Refusal:
+    """Return a refusal that asks to come again in a second."""
+    return Refusal(429, message, headers=_RETRY)
+
+
+def unavailable(message: str) -> Refusal:
+    """Return a refusal that asks to come again in a second, or to go to another server."""
+    return Refusal(503, message, headers=_RETRY)
+
+
+def refusal_of(error: RerankError) -> Refusal:
+    """Return what a client is told of an error of the engine: nothing of its inside."""
+    if isinstance(error, Overloaded):
+        return overloaded("Too many pairs wait already; try again later, or send fewer documents.")
+    if isinstance(error, RerankTimeoutError):
+        return Refusal(
+            504,
+            "Scoring took longer than this server allows; send fewer or shorter documents, or "
+            "try again when it has less to do.",
+        )
+    if isinstance(error, ClosedError):
+        return unavailable("The server is closing; send the request to another.")
+    if isinstance(error, WorkerDiedError):
+        return unavailable("Scoring was interrupted; send the request again.")
+    if isinstance(error, InputTypeError):
+        return Refusal(422, str(error))
+    return Refusal(500, "The model failed on this request; the server's log says why.")
+
+
+def response_of(path: str, refusal: StarletteHTTPException) -> JSONResponse:
+    """Return a refusal as JSON, in the shape of the API that a path belongs to."""
+    status = refusal.status_code
+    kind = getattr(refusal, "kind", None) or _TYPES.get(status, "Validation")
+    # Parts of a request may hold what is no valid text.
+    message = str(refusal.detail).encode("utf-8", "replace").decode("utf-8")
+    name = "error" if path == TEI_ROUTE else "message"
+    return JSONResponse(
+        {name: message, "error_type": kind}, status_code=status, headers=refusal.headers
+    )
+
+
+def path_of(scope: Mapping[str, Any]) -> str:
+    """Return a request's path below where the app is mounted."""
+    path, root = str(scope["path"]), str(scope.get("root_path", ""))
+    return path.removeprefix(root) if root and path.startswith(root + "/") else path
+
+
+def tell_problems(app: FastAPI) -> None:
+    """Let an app answer all errors in this shape."""
+
+    @app.exception_handler(StarletteHTTPException)
+    async def refuse(request: Request, error: StarletteHTTPException) -> JSONResponse:
+        return response_of(path_of(request.scope), error)
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse_input(request: Request, error: RequestValidationError) -> JSONResponse:
+        return response_of(path_of(request.scope), Refusal(422, _described(error.errors())))
+
+    @app.exception_handler(RerankError)
+    async def refuse_scoring(request: Request, error: RerankError) -> JSONResponse:
+        refusal = refusal_of(error)
+        if refusal.status_code >= 500:
+            _log.error("A request ended in %d", refusal.status_code, exc_info=error)
+        return response_of(path_of(request.scope), refusal)
+
+
+def documented(*statuses: int, tei: bool = False) -> dict[int | str, dict[str, Any]]:
+    """Return the refusals of a route for its OpenAPI description."""
+    model = TeiProblem if tei else Problem
+    return {status: {"model": model, "description": _MEANINGS[status]} for status in statuses}
+
+
+_MEANINGS = {
+    400: "The body is no JSON object, or not in UTF-8.",
+    401: "The API key is missing or wrong.",
+    404: "The model is not served here.",
+    408: "The body took too long to arrive.",
+    413: "The body is too large, or there are too many documents, or one is too long.",
+    415: "The body is not declared to be JSON.",
+    422: "A field is missing, unknown, or has a value that is not allowed.",
+    429: "Too much is waiting; try again after the seconds in Retry-After.",
+    500: "The model failed.",
+    503: "The server is starting or closing, or scoring was interrupted.",
+    504: "Scoring took too long.",
+}
+
+
+def _described(errors: Sequence[Any]) -> str:
+    """Return what is wrong with a body in one line, without the values, which may be long."""
+    told = [_one(error) for error in errors[:_MOST_TOLD]]
+    if len(errors) > _MOST_TOLD:
+        told.append(f"and {len(errors) - _MOST_TOLD} more")
+    return "; ".join(told) + "."
+
+
+def _one(error: Mapping[str, Any]) -> str:
+    place = ".".join(str(part) for part in error.get("loc", ())[1:] if part != "") or "the body"
+    message = str(error.get("msg", "is not allowed")).removeprefix("Value error, ")
+    if error.get("type") == "extra_forbidden":
+        return f"{place[:100]}: is no field of this route; see /docs for those that are"
+    return f"{place[:100]}: {message.rstrip('.')}"

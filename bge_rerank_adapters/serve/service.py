@@ -1,0 +1,136 @@
+"""The engine behind the routes: what is let in, for how long, and for whom."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from starlette.types import Receive
+
+from bge_rerank_adapters.errors import ClosedError
+from bge_rerank_adapters.ranking import Ranking
+from bge_rerank_adapters.serve.refusals import CLIENT_GONE, Refusal, unavailable
+from bge_rerank_adapters.serve.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from bge_rerank_adapters.engine import Reranker
+
+
+class Service:
+    """An engine with the limits of a server.
+
+    Attributes:
+        settings: The server's.
+        started: When it was made, in seconds since 1970.
+    """
+
+    def __init__(self, settings: ServerSettings, engine: "Reranker | None") -> None:
+        """Serve a ready engine, or one that `load` loads."""
+        self.settings = settings
+        self.started = int(time.time())
+        self._engine = engine
+        self._own = engine is None
+
+    @property
+    def engine(self) -> "Reranker":
+        """The engine.
+
+        Raises:
+            Refusal: It is not loaded yet, or closed already.
+        """
+        if self._engine is None:
+            raise unavailable("The model is not loaded yet.")
+        if self._engine.closed:
+            raise unavailable("The server is closing; send the request to another.")
+        return self._engine
+
+    @property
+    def loaded(self) -> "Reranker | None":
+        """The engine, if there is one."""
+        return self._engine
+
+    def check_alive(self) -> None:
+        """Raise if the engine has been closed.
+
+        Raises:
+            ClosedError: It has.
+        """
+        if self._engine is not None and self._engine.closed:
+            raise ClosedError("The engine of this server is closed; start another.")
+
+    def load(self) -> None:
+        """Load the model and run it once, unless the engine was given.
+
+        Raises:
+            RerankError: The model cannot be loaded.
+        """
+        if not self._own:
+            return
+        # Imported here, since torch takes seconds.
+        from bge_rerank_adapters.engine import Reranker
+
+        engine = Reranker.from_settings(self.settings.engine)
+        engine.warm_up()
+        self._engine = engine
+
+    def close(self) -> None:
+        """Free the model, unless the engine was given: that is its owner's to close."""
+        if self._own and self._engine is not None:
+            self._engine.close()
+
+    def check_model(self, name: str | None) -> None:
+        """Refuse a request for another model.
+
+        Raises:
+            Refusal: The name is another.
+        """
+        served = self.settings.model_name
+        if name is not None and name not in (served, self.settings.engine.model):
+            raise Refusal(404, f"The model {name[:100]!r} is not served here; {served!r} is.")
+
+    async def rank(
+        self, receive: Receive, query: str, texts: Sequence[str], *, top_k: int | None = None
+    ) -> Ranking:
+        """Return the ranking of a request's texts.
+
+        Args:
+            receive: The request's, whose body has been read: tells when the client has gone, and
+                its pairs need not be scored.
+            query: The question.
+            texts: n texts.
+            top_k: Most results.
+
+        Raises:
+            Refusal: Something is too long, or the client has gone.
+            RerankError: As `Reranker.arerank`.
+        """
+        self._check_lengths(query, texts)
+        scoring = self.engine.arerank(query, texts, top_k=top_k, timeout_s=self.settings.timeout_s)
+        call, gone = asyncio.ensure_future(scoring), asyncio.ensure_future(_until_gone(receive))
+        try:
+            await asyncio.wait((call, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not call.done():
+                raise Refusal(CLIENT_GONE, "The client has gone.")
+            return call.result()
+        finally:
+            call.cancel()
+            gone.cancel()
+            # So that neither ends unseen, which the loop would log.
+            await asyncio.gather(call, gone, return_exceptions=True)
+
+    def _check_lengths(self, query: str, texts: Sequence[str]) -> None:
+        most = self.settings.max_characters
+        if len(query) > most:
+            raise Refusal(413, f"The query has {len(query)} characters, at most {most} are read.")
+        for index, text in enumerate(texts):
+            if len(text) > most:
+                raise Refusal(
+                    413,
+                    f"Text {index} has {len(text)} characters, at most {most} are read; send it "
+                    "in parts.",
+                )
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
