@@ -19,7 +19,7 @@ from bge_rerank_adapters.serve.extra import require
 
 require("fastapi", "prometheus_client")
 
-from bge_rerank_adapters.serve.app import create_app  # noqa: E402 - named errors come first
+from bge_rerank_adapters.serve.application import create_app  # noqa: E402 - named errors come first
 from bge_rerank_adapters.serve.settings import ReplicaSettings, ServerSettings  # noqa: E402
 
 if TYPE_CHECKING:

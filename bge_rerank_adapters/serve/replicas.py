@@ -46,7 +46,7 @@ def bind(settings: ServerSettings, replicas: ReplicaSettings | None = None) -> "
 def _builder(settings: ServerSettings) -> Callable[[], "FastAPI"]:
     def build() -> "FastAPI":
         """Make the app in the replica; its start loads the engine there."""
-        from bge_rerank_adapters.serve.app import create_app
+        from bge_rerank_adapters.serve.application import create_app
 
         return create_app(settings.with_secrets())
 
