@@ -132,7 +132,6 @@ def show(console: Console, title: str, figures: Sequence[dict[str, Any]]) -> Non
         table.add_column(column, justify="right")
     for each in figures:
         if "error" in each:
-            table.add_row(each["name"], f"[dim]did not run: {each['error']}")
             continue
         table.add_row(
             each["name"],
@@ -146,6 +145,9 @@ def show(console: Console, title: str, figures: Sequence[dict[str, Any]]) -> Non
             f"{each['peak_gb']:.2f}",
         )
     console.print(table)
+    for each in figures:
+        if "error" in each:
+            console.print(f"{each['name']} did not run: {each['error']}", markup=False)
 
 
 def _maybe(value: float | None, form: str) -> str:
@@ -297,8 +299,12 @@ def main() -> None:
     options, console = parse(), Console(width=150)
     query, texts = read_collection(options.beir)
     shape = SHAPES[options.shape]
+    # Named as on the hub: FlagEmbedding's FlagAutoReranker goes by a folder's name.
     folder = build(
-        options.folder / options.shape, shape, texts=[query, *texts], tokenizer=options.tokenizer
+        options.folder / f"bge-reranker-{options.shape}",
+        shape,
+        texts=[query, *texts],
+        tokenizer=options.tokenizer,
     )
     results: dict[str, Any] = {"processor": processor(), "shape": options.shape}
     console.print(results["processor"])

@@ -9,16 +9,20 @@ import torch
 from langchain_core.documents import Document
 from llama_index.core.schema import NodeWithScore, TextNode
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from bge_rerank_adapters import (
     CheckpointError,
     Reranker,
     SettingsError,
     UnsupportedCheckpointError,
+    verification,
 )
+from bge_rerank_adapters.cli import app
 from bge_rerank_adapters.langchain import BGEDocumentCompressor
 from bge_rerank_adapters.llama_index import BGENodePostprocessor
 from bge_rerank_adapters.milvus import BGERerankFunction
+from bge_rerank_adapters.published import PublishedScores
 from tests.family_checkpoints import CASES, build_family, case_pairs
 
 REFERENCE = json.loads((Path(__file__).parent / "reference" / "families.json").read_text("utf-8"))
@@ -85,6 +89,20 @@ def test_logits_equal_flagembedding_alone_and_in_company(folders, name):
         random.Random(0).shuffle(order)
         together = pair_logits(reranker, [pairs[place] for place in order])
     assert worst(together, [alone[place] for place in order]) <= COMPANY
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.01])
+@pytest.mark.parametrize("family", ["decoder", "layerwise", "lightweight"])
+def test_verify_compares_every_family(monkeypatch, folders, family, shift):
+    name = f"{family}-plain"
+    pairs = case_pairs()[:2]
+    expected = {0: REFERENCE["cases"][name][0], 1: REFERENCE["cases"][name][1] + shift}
+    entry = PublishedScores("a/b", "FlagEmbedding", "logit", PARITY, tuple(pairs), expected)
+    monkeypatch.setattr(verification, "published_for", lambda model: [entry])
+    options = ["--model", str(folders(name)), "--device", "cpu"]
+    done = CliRunner().invoke(app, ["verify", *options], env={"COLUMNS": "200"})
+    assert done.exit_code == (1 if shift else 0), done.output
+    assert ("FAIL" in done.output) == bool(shift)
 
 
 # What FlagEmbedding does, and is done here as well
