@@ -2,28 +2,25 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any
+from typing import IO, Annotated, Any
 
 import typer
 
 from bge_rerank_adapters.checkpoints import DEFAULT_MODEL
 from bge_rerank_adapters.cli import options
-from bge_rerank_adapters.cli.items import Bad, Item, read_jsonl, with_own_names
 from bge_rerank_adapters.cli.journal import Journal, Mark
 from bge_rerank_adapters.cli.trec_input import RunReader
-from bge_rerank_adapters.errors import RerankError, ScoringError, SettingsError
+from bge_rerank_adapters.errors import RerankError, SettingsError
+from bge_rerank_adapters.items import Bad, Item, rank_and_write, read_jsonl, with_own_names
 from bge_rerank_adapters.progress import ProgressBar
 from bge_rerank_adapters.ranking import RankedDocument, check_score_threshold, check_top_k
 from bge_rerank_adapters.settings import EngineSettings
-
-if TYPE_CHECKING:
-    from bge_rerank_adapters.engine import Reranker
 
 # What is read before anything is scored; memory is bounded by it, and by the longest line.
 _CHUNK_PAIRS = 1024
@@ -39,6 +36,8 @@ Examples:
     cat questions.jsonl | bge-rerank rerank --model tiny | jq .results[0].text
 
     bge-rerank rerank bm25.trec --collection scifact -o reranked.trec --resume
+
+    bge-rerank rerank questions.jsonl -o ranked.jsonl --ray head-node:6379
 
 Input lines: {"query": "...", "documents": ["...", {"text": "...", "id": 7}], ...}; with
 --collection a TREC run whose texts are in a BEIR folder.
@@ -74,6 +73,13 @@ class _Task:
     on_error: OnError
     write: Callable[[Item, Iterable[RankedDocument]], bytes]
     quiet: bool
+    cluster: str | None
+    actors: int | None
+
+
+Chunk = list[Item | Bad]
+# Yields each chunk with what to write for its items, or why there is nothing to write.
+_Rank = Callable[[Iterator[Chunk]], Iterator[tuple[Chunk, list[bytes | Bad]]]]
 
 
 @options.with_engine_options
@@ -102,10 +108,29 @@ def rerank(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     quiet: options.Quiet = False,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="ADDRESS",
+            help='Score on a Ray cluster: "auto", "local", host:port or ray://host:port.',
+            rich_help_panel="Many machines",
+        ),
+    ] = None,
+    actors: Annotated[
+        int | None,
+        typer.Option(
+            help="Models loaded in the cluster; else one per GPU, or per machine without any.",
+            min=1,
+            rich_help_panel="Many machines",
+        ),
+    ] = None,
     *,
     engine: options.Asked,
 ) -> None:
     """Rerank the documents of each query of a file or a stream."""
+    if actors is not None and cluster is None:
+        raise typer.BadParameter("needs --ray, the cluster they are for", param_hint="--actors")
     if resume and output is None:
         raise typer.BadParameter(
             "needs --output: a stream cannot be continued", param_hint="--resume"
@@ -114,7 +139,7 @@ def rerank(
     settings = options.engine_settings(model, device=device, dtype=dtype, engine=engine)
     kind = output_format or (Format.JSONL if collection is None else Format.TREC)
     write = Item.to_json if kind is Format.JSONL else Item.to_trec
-    task = _Task(settings, limits, on_error, write, quiet)
+    task = _Task(settings, limits, on_error, write, quiet, cluster, actors)
     with ExitStack() as files:
         lines = _opened(source, files)
         run = None if collection is None else files.enter_context(RunReader(collection))
@@ -177,8 +202,9 @@ def _inputs(lines: IO[bytes], run: RunReader | None) -> Iterator[os.stat_result]
 
 
 def _run_into_stream(task: _Task, items: Iterator[Item | Bad]) -> bool:
-    with _engine(task) as engine:
-        return _run(task, engine, items, sys.stdout.buffer) > 0
+    results = sys.stdout.buffer
+    with _ranker(task) as rank:
+        return _run(task, rank, items, results) > 0
 
 
 def _run_into_file(task: _Task, items: Iterator[Item | Bad], journal: Journal) -> bool:
@@ -197,10 +223,10 @@ def _run_into_file(task: _Task, items: Iterator[Item | Bad], journal: Journal) -
             "already; give the input that the run began with."
         )
     # The model comes first: one that cannot be loaded must not cost an earlier output.
-    with _engine(task) as engine:
+    with _ranker(task) as rank:
         journal.begin()
         with journal.output.open("ab") as results, journal.bad.open("ab") as put_aside:
-            _run(task, engine, items, results, put_aside=put_aside, journal=journal)
+            _run(task, rank, items, results, put_aside=put_aside, journal=journal)
     bad = journal.mark.bad_bytes > 0
     if not bad:
         journal.bad.unlink()
@@ -208,16 +234,36 @@ def _run_into_file(task: _Task, items: Iterator[Item | Bad], journal: Journal) -
     return bad
 
 
-def _engine(task: _Task) -> "Reranker":
+@contextmanager
+def _ranker(task: _Task) -> Generator[_Rank, None, None]:
+    """Load the model, here or in the cluster."""
+    if task.cluster is not None:
+        # Imported here, since it is an extra.
+        from bge_rerank_adapters.ray.cluster import chunk_ranker, connected
+
+        # Ray tells of its troubles on standard output, where only results belong.
+        with (
+            redirect_stdout(sys.stderr),
+            connected(task.cluster),
+            chunk_ranker(
+                task.settings, limits=task.limits, write=task.write, actors=task.actors
+            ) as ranker,
+        ):
+            yield ranker.rank
+        return
     # Imported here, since torch takes seconds.
     from bge_rerank_adapters.engine import Reranker
 
-    return Reranker.from_settings(task.settings)
+    with Reranker.from_settings(task.settings) as engine:
+        yield lambda chunks: (
+            (chunk, rank_and_write(engine, chunk, limits=task.limits, write=task.write))
+            for chunk in chunks
+        )
 
 
 def _run(
     task: _Task,
-    engine: "Reranker",
+    rank: _Rank,
     items: Iterator[Item | Bad],
     results: IO[bytes],
     *,
@@ -228,8 +274,8 @@ def _run(
     bad = pairs = count = 0
     shown = not task.quiet and sys.stderr.isatty()
     with ProgressBar(items, shown=shown) as bar:
-        for chunk in _chunks(items):
-            for told in _ranked(task, engine, chunk):
+        for chunk, lines in rank(_chunks(items)):
+            for told in lines:
                 if isinstance(told, Bad):
                     bad += 1
                     _refuse_or_report(task, told)
@@ -249,8 +295,8 @@ def _run(
     return bad
 
 
-def _chunks(items: Iterator[Item | Bad]) -> Iterator[list[Item | Bad]]:
-    chunk: list[Item | Bad] = []
+def _chunks(items: Iterator[Item | Bad]) -> Iterator[Chunk]:
+    chunk: Chunk = []
     pairs = size = 0
     for item in items:
         chunk.append(item)
@@ -262,31 +308,6 @@ def _chunks(items: Iterator[Item | Bad]) -> Iterator[list[Item | Bad]]:
             chunk, pairs, size = [], 0, 0
     if chunk:
         yield chunk
-
-
-def _ranked(task: _Task, engine: "Reranker", chunk: list[Item | Bad]) -> Iterator[bytes | Bad]:
-    """Yield what to write for each item of a chunk, in order, or why there is nothing to write."""
-    good = [item for item in chunk if isinstance(item, Item)]
-    rankings: dict[int, Any] = {}
-    try:
-        many = engine.rerank_many([(item.query, item.texts) for item in good], **task.limits)
-        rankings = {item.line: ranking for item, ranking in zip(good, many, strict=True)}
-    except ScoringError:
-        # One of them is to blame, and the others need not suffer for it.
-        rankings = {item.line: _alone(task, engine, item) for item in good}
-    for item in chunk:
-        if isinstance(item, Bad):
-            yield item
-            continue
-        ranking = rankings[item.line]
-        yield ranking if isinstance(ranking, Bad) else task.write(item, ranking)
-
-
-def _alone(task: _Task, engine: "Reranker", item: Item) -> Any:
-    try:
-        return engine.rerank(item.query, item.texts, **task.limits)
-    except ScoringError as error:
-        return Bad(item.line, str(error), item.source)
 
 
 def _refuse_or_report(task: _Task, bad: Bad) -> None:

@@ -1,13 +1,16 @@
-"""What `bge-rerank rerank` reads and writes: one item is a query with its documents."""
+"""What bulk runs read and write, from a shell or on many machines: a query with its documents."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bge_rerank_adapters.errors import InputTypeError, SettingsError
+from bge_rerank_adapters.errors import InputTypeError, ScoringError, SettingsError
 from bge_rerank_adapters.evaluation.runs import parse_run, run_lines
-from bge_rerank_adapters.ranking import RankedDocument
+from bge_rerank_adapters.ranking import RankedDocument, Ranking
+
+if TYPE_CHECKING:
+    from bge_rerank_adapters.engine import Reranker
 
 # What a result tells of a document.
 _TOLD = ("index", "score", "logit", "truncated", "span")
@@ -35,12 +38,14 @@ class Item:
     source: str = ""
     size: int = 0
 
-    def to_json(self, ranked: Iterable[RankedDocument]) -> bytes:
+    def to_json(self, ranked: Iterable[RankedDocument], *, with_text: bool = True) -> bytes:
         """Return the line that tells the results, with all else that was in the input."""
         results = [
             {**_kept(self.documents[each.index]), "text": each.text, **_told(each)}
             for each in ranked
         ]
+        if not with_text:
+            results = [{n: each[n] for n in each if n != "text"} for each in results]
         return _line({**self.extra, "query": self.query, "results": results})
 
     def to_trec(self, ranked: Iterable[RankedDocument]) -> bytes:
@@ -80,23 +85,72 @@ class Bad:
         return _line({"line": self.line, "error": self.reason, "input": self.text})
 
 
-def read_jsonl(lines: Iterable[bytes]) -> Iterator[Item | Bad]:
+def read_jsonl(
+    lines: Iterable[bytes], *, prepare: Callable[[Any], Any] | None = None
+) -> Iterator[Item | Bad]:
     """Yield the item of each line that is not blank.
 
     A line is an object with a `query` and `documents`, each of which is a text or an object with a
     `text`; all its other fields are kept.
+
+    Args:
+        lines: Read as they are needed.
+        prepare: Makes such an object of what a line holds; raises `InputTypeError`.
     """
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         source = line.decode("utf-8", "replace").rstrip("\r\n")
         try:
-            yield replace(_item(number, json.loads(line)), source=source, size=len(line))
+            row = json.loads(line)
+            item = parse_item(number, row if prepare is None else prepare(row))
+            yield replace(item, source=source, size=len(line))
         except (ValueError, RecursionError) as error:
             # json's own error, bytes that are not UTF-8, or brackets within brackets without end
             yield Bad(number, f"not JSON: {error}{_run_hint(source)}", source)
         except InputTypeError as error:
             yield Bad(number, str(error), source)
+
+
+def rank_items(
+    engine: "Reranker", items: Sequence[Item], *, limits: dict[str, Any]
+) -> list[Ranking | Bad]:
+    """Return the ranking of each item, in order, or why there is none.
+
+    Args:
+        engine: What scores.
+        items: n items; may be none.
+        limits: `top_k` and `score_threshold` of each ranking.
+    """
+    try:
+        return [*engine.rerank_many([(item.query, item.texts) for item in items], **limits)]
+    except ScoringError:
+        # One of them is to blame, and the others need not suffer for it.
+        return [_rank_alone(engine, item, limits) for item in items]
+
+
+def _rank_alone(engine: "Reranker", item: Item, limits: dict[str, Any]) -> Ranking | Bad:
+    try:
+        return engine.rerank(item.query, item.texts, **limits)
+    except ScoringError as error:
+        return Bad(item.line, str(error), item.source)
+
+
+def rank_and_write(
+    engine: "Reranker",
+    chunk: Sequence[Item | Bad],
+    *,
+    limits: dict[str, Any],
+    write: Callable[[Item, Iterable[RankedDocument]], bytes],
+) -> list[bytes | Bad]:
+    """Return what to write for each item of a chunk, in order, or why there is nothing to write."""
+    good = [item for item in chunk if isinstance(item, Item)]
+    ranked = iter(rank_items(engine, good, limits=limits))
+    told: list[bytes | Bad] = []
+    for item in chunk:
+        outcome = item if isinstance(item, Bad) else next(ranked)
+        told.append(outcome if isinstance(outcome, Bad) else write(item, outcome))  # type: ignore[arg-type]
+    return told
 
 
 def with_own_names(items: Iterable[Item | Bad]) -> Iterator[Item | Bad]:
@@ -136,7 +190,12 @@ def _run_hint(line: str) -> str:
     return "; a TREC run needs --collection, the BEIR folder with its texts" if found else ""
 
 
-def _item(number: int, row: Any) -> Item:
+def parse_item(number: int, row: Any) -> Item:
+    """Return the item that a row tells: its query and documents, and all its other fields.
+
+    Raises:
+        InputTypeError: The row is none; the message says what is wrong with it.
+    """
     if not isinstance(row, dict):
         raise InputTypeError(f"must be an object with query and documents, got {_kind(row)}.")
     query, documents = row.get("query"), row.get("documents")

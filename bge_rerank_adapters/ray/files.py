@@ -1,0 +1,250 @@
+"""`rerank_files`: files to ranked files, by a job that can be killed and goes on."""
+
+import os
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import ray.data
+from pyarrow import fs
+from ray.data import ActorPoolStrategy
+
+from bge_rerank_adapters.errors import RerankError, SettingsError
+from bge_rerank_adapters.items import Item
+from bge_rerank_adapters.ranking import Ranking
+from bge_rerank_adapters.ray.corpus import IDS, CorpusSource, corpus_source
+from bge_rerank_adapters.ray.dataset import preparation
+from bge_rerank_adapters.ray.job import PUT_ASIDE, Counts, Folder
+from bge_rerank_adapters.ray.parts import Part, cut, read_part
+from bge_rerank_adapters.ray.recipe import (
+    Recipe,
+    Resources,
+    check_concurrency,
+    check_count,
+    make_recipe,
+)
+from bge_rerank_adapters.ray.rows import DOCUMENTS, rank_all
+from bge_rerank_adapters.ray.storage import fingerprint, kind_of, list_files, locate
+from bge_rerank_adapters.ray.writing import aside_jsonl, ranked_jsonl, ranked_parquet
+from bge_rerank_adapters.settings import EngineSettings
+
+FORMATS = ("parquet", "jsonl")
+# What Ray's driver keeps account of; with more parts than that a block has several.
+_MOST_BLOCKS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class FilesReport:
+    """What a job has done, earlier runs of it included.
+
+    Attributes:
+        parts: Into how many parts the input was cut.
+        parts_before: How many of them an earlier run had finished.
+        queries: Rows that were ranked.
+        pairs: Their documents.
+        put_aside: Rows that have no results; they are in the output's folder `_put_aside`.
+    """
+
+    parts: int
+    parts_before: int
+    queries: int
+    pairs: int
+    put_aside: int
+
+
+def rerank_files(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    model: str | None = None,
+    settings: EngineSettings | None = None,
+    top_k: int | None = None,
+    score_threshold: float | None = None,
+    corpus: Any = None,
+    with_text: bool = True,
+    output_format: str | None = None,
+    part_bytes: int = 32_000_000,
+    concurrency: int | tuple[int, int] = 1,
+    num_gpus: float = 0,
+    num_cpus: float = 1,
+    progress: bool = False,
+) -> FilesReport:
+    """Rank the rows of files, and write the rankings to files, each row exactly once.
+
+    The input is cut into parts. An actor reads, ranks and writes a part by itself, under a name
+    that is the part's, so a job that was killed and is started again does what is not done, and
+    nothing else. An actor holds one part at a time.
+
+    Args:
+        source: A Parquet or JSONL file, or a folder of them; a path that every machine sees, or a
+            URI that pyarrow opens.
+        output: A folder, likewise; new, or that of the same job.
+        model: A checkpoint, as in `Reranker`.
+        settings: All engine settings, in place of `model`; see `rerank_dataset`.
+        top_k: Most results of a row; `None` is all.
+        score_threshold: Lowest score to keep, in [0, 1], inclusive.
+        corpus: Texts by id, for rows that have `document_ids`; see `rerank_dataset`.
+        with_text: Whether results have the document's text.
+        output_format: `"parquet"` or `"jsonl"`; `None` is that of the input.
+        part_bytes: How much of the input makes a part, as it lies in memory.
+        concurrency: How many actors, or the least and the most.
+        num_gpus: GPUs of each actor.
+        num_cpus: Processors of each actor, and threads that it computes with.
+        progress: Whether Ray shows its bar.
+
+    Returns:
+        What was done, earlier runs included. In the folder are `part-000000.parquet` or `.jsonl`
+        and so on, in the order of the input; a part of which nothing was ranked has no file.
+        JSONL has the lines of `bge-rerank rerank`. Parquet has the input's columns and `results`,
+        as `rerank_dataset` gives them; where the input is JSONL, `query_id`, `query`, `results`,
+        and `rest`: all else as a JSON text. `_put_aside` has a JSONL file for each part with bad
+        rows: each row's `file` and `row` or `byte`, its `error`, and the `input` itself.
+
+    Raises:
+        SettingsError: A setting is not allowed; the input cannot be read or has changed since the
+            job began; or the output is of another job.
+    """
+    actors = check_concurrency(concurrency)
+    resources = Resources(num_gpus, num_cpus)
+    recipe = make_recipe(
+        model, settings, top_k=top_k, score_threshold=score_threshold, resources=resources
+    )
+    texts = corpus_source(corpus)
+    system, path = locate(source)
+    folder = Folder(*locate(output))
+    _refuse_inside(folder.path, path)
+    files = list_files(system, path)
+    job = PartRanker.Job(
+        recipe=recipe,
+        corpus=texts,
+        system=system,
+        folder=folder,
+        output_format=_check_format(output_format) or kind_of(files[0].path),
+        with_text=with_text,
+    )
+    asked = {
+        **recipe.settings.to_dict(),
+        **recipe.limits,
+        "source": fingerprint(files),
+        "corpus": texts.told() if texts else None,
+        "output_format": job.output_format,
+        "with_text": with_text,
+        "part_bytes": check_count("part_bytes", part_bytes),
+    }
+    parts = cut(system, files, part_bytes=part_bytes, documents=IDS if texts else DOCUMENTS)
+    todo = folder.begin(asked, parts)
+    if todo:
+        _run(job, todo, actors, resources, progress=progress)
+    folder.finish()
+    return _report(folder, parts, parts_before=len(parts) - len(todo))
+
+
+class PartRanker:
+    """What each actor is: an engine that ranks whole parts."""
+
+    @dataclass(frozen=True, slots=True)
+    class Job:
+        """What all actors of a job are told.
+
+        Attributes:
+            recipe: How to make the engine.
+            corpus: Where documents are that rows name by id.
+            system: Where the input is.
+            folder: Where the output goes.
+            output_format: `"parquet"` or `"jsonl"`.
+            with_text: Whether results have the document's text.
+        """
+
+        recipe: Recipe
+        corpus: CorpusSource | None
+        system: fs.FileSystem
+        folder: Folder
+        output_format: str
+        with_text: bool
+
+    def __init__(self, job: "PartRanker.Job") -> None:
+        """Load the model; errors as in `Reranker`."""
+        self._job = job
+        self._prepare = preparation(job.corpus)
+        self._engine = job.recipe.load()
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Rank a part and write it, unless that is done; return which it was."""
+        part = Part(**row)
+        # What Ray gives out again, after an actor died, may be done already.
+        if self._job.folder.counts(part) is None:
+            self._rank(part)
+        return row
+
+    def _rank(self, part: Part) -> None:
+        read = read_part(self._job.system, part, prepare=self._prepare)
+        rankings = rank_all(self._engine, read.items, limits=self._job.recipe.limits)
+        ranked = [
+            item
+            for item, ranking in zip(read.items, rankings, strict=True)
+            if isinstance(item, Item) and isinstance(ranking, Ranking)
+        ]
+        bad = len(rankings) - len(ranked)
+        files: dict[str, bytes] = {}
+        if bad:
+            files[f"{PUT_ASIDE}/{part.name}.jsonl"] = aside_jsonl(part, read, rankings)
+        if ranked:
+            write = ranked_jsonl if self._job.output_format == "jsonl" else ranked_parquet
+            name = f"{part.name}.{self._job.output_format}"
+            files[name] = write(read, rankings, with_text=self._job.with_text)
+        pairs = sum(len(item.texts) for item in ranked)
+        self._job.folder.finish_part(part, Counts(len(ranked), pairs, bad), files)
+
+
+def _run(
+    job: PartRanker.Job,
+    parts: list[Part],
+    concurrency: tuple[int, int],
+    resources: Resources,
+    *,
+    progress: bool,
+) -> None:
+    least, most = concurrency
+    # Blocks of few parts, so that what is left at the end is shared by all actors.
+    blocks = min(len(parts), _MOST_BLOCKS)
+    dataset = ray.data.from_items([asdict(part) for part in parts], override_num_blocks=blocks)
+    dataset.context.enable_progress_bars = progress
+    ranked = dataset.map(
+        PartRanker,  # type: ignore[arg-type]  # Ray takes classes as well
+        fn_constructor_kwargs={"job": job},
+        compute=ActorPoolStrategy(min_size=least, max_size=most, max_tasks_in_flight_per_actor=1),
+        num_gpus=resources.num_gpus or None,
+        num_cpus=resources.num_cpus,
+    )
+    for _ in ranked.iter_rows():
+        pass
+
+
+def _report(folder: Folder, parts: list[Part], *, parts_before: int) -> FilesReport:
+    counts = [folder.counts(part) for part in parts]
+    lost = [part.name for part, each in zip(parts, counts, strict=True) if each is None]
+    if lost:
+        raise RerankError(
+            f"{len(lost)} parts are not done, {lost[0]} among them, though the job has ended; "
+            "start it again."
+        )
+    return FilesReport(
+        parts=len(parts),
+        parts_before=parts_before,
+        queries=sum(each.queries for each in counts if each),
+        pairs=sum(each.pairs for each in counts if each),
+        put_aside=sum(each.put_aside for each in counts if each),
+    )
+
+
+def _check_format(output_format: str | None) -> str | None:
+    if output_format is not None and output_format not in FORMATS:
+        raise SettingsError(
+            f"output_format must be one of {', '.join(FORMATS)}, or None, got {output_format!r}."
+        )
+    return output_format
+
+
+def _refuse_inside(output: str, source: str) -> None:
+    """Refuse an output that the next run would take for input."""
+    if output == source or output.startswith(f"{source}/"):
+        raise SettingsError(f"output {output} is within the input {source}; give another folder.")

@@ -1,0 +1,116 @@
+"""What a job was asked, kept in its output folder: which parts there are, and which are done."""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pyarrow import fs
+
+from bge_rerank_adapters.errors import SettingsError
+from bge_rerank_adapters.ray.parts import Part
+from bge_rerank_adapters.ray.storage import names_in, read_bytes, remove_folders, write_whole
+
+_MANIFEST = "_job.json"
+_DONE = "_done"
+PUT_ASIDE = "_put_aside"
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What was done of one part.
+
+    Attributes:
+        queries: Rows that were ranked.
+        pairs: Their documents.
+        put_aside: Rows that have no results.
+    """
+
+    queries: int = 0
+    pairs: int = 0
+    put_aside: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """A job's output folder.
+
+    Attributes:
+        system: Where it is.
+        path: The folder.
+    """
+
+    system: fs.FileSystem
+    path: str
+
+    def begin(self, asked: dict[str, Any], parts: list[Part]) -> list[Part]:
+        """Return the parts that are not done; a new folder is marked as this job's.
+
+        Raises:
+            SettingsError: The folder has files of something else, or a job in it was asked
+                otherwise.
+        """
+        manifest = f"{self.path}/{_MANIFEST}"
+        asked = json.loads(json.dumps(asked))
+        (found,) = self.system.get_file_info([manifest])
+        if found.type == fs.FileType.NotFound:
+            self._refuse_others()
+            write_whole(self.system, manifest, json.dumps({"asked": asked}, indent=1).encode())
+            return parts
+        self._refuse_changed(manifest, asked)
+        done = names_in(self.system, f"{self.path}/{_DONE}")
+        return [part for part in parts if f"{part.name}.json" not in done]
+
+    def counts(self, part: Part) -> Counts | None:
+        """Return what was done of a part; `None` if it is not done."""
+        (found,) = self.system.get_file_info([self._mark(part)])
+        if found.type == fs.FileType.NotFound:
+            return None
+        return Counts(**json.loads(read_bytes(self.system, self._mark(part))))
+
+    def finish_part(self, part: Part, counts: Counts, files: dict[str, bytes]) -> None:
+        """Write what came of a part; it counts as done once all of it is there.
+
+        Args:
+            part: The part.
+            counts: What was done of it.
+            files: By their names in the folder.
+        """
+        for name, data in files.items():
+            write_whole(self.system, f"{self.path}/{name}", data)
+        write_whole(self.system, self._mark(part), json.dumps(asdict(counts)).encode())
+
+    def finish(self) -> None:
+        """Remove what killed actors left unfinished."""
+        folders = ("", f"/{_DONE}", f"/{PUT_ASIDE}")
+        remove_folders(self.system, [f"{self.path}{each}/_unfinished" for each in folders])
+
+    def _mark(self, part: Part) -> str:
+        return f"{self.path}/{_DONE}/{part.name}.json"
+
+    def _refuse_others(self) -> None:
+        (found,) = self.system.get_file_info([self.path])
+        if found.type == fs.FileType.File:
+            raise SettingsError(f"{self.path} is a file; give output the name of a folder.")
+        below = self.system.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
+        names = sorted(each.base_name for each in below if each.base_name != "_unfinished")
+        if names:
+            raise SettingsError(
+                f"{self.path} has files that are no earlier job's, such as {names[0]}; give output "
+                "a new folder."
+            )
+
+    def _refuse_changed(self, manifest: str, asked: dict[str, Any]) -> None:
+        try:
+            before = dict(json.loads(read_bytes(self.system, manifest))["asked"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise SettingsError(
+                f"{manifest} is damaged ({type(error).__name__}: {error}), so the job cannot go "
+                "on; give output a new folder."
+            ) from error
+        names = sorted({*asked, *before})
+        changed = [name for name in names if asked.get(name) != before.get(name)]
+        if changed:
+            raise SettingsError(
+                f"{self.path} is of a job that differs in {', '.join(changed)}; ask the same to "
+                "finish it, or give output a new folder."
+            )

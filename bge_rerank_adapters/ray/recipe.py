@@ -1,0 +1,155 @@
+"""What an actor needs to make its engine, and what each actor gets of the cluster."""
+
+import math
+import numbers
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from bge_rerank_adapters.errors import SettingsError
+from bge_rerank_adapters.ranking import check_score_threshold, check_top_k
+from bge_rerank_adapters.settings import EngineSettings
+
+if TYPE_CHECKING:
+    from bge_rerank_adapters.engine import Reranker
+
+
+class _Secret:
+    """A text that travels to the actors, and that nothing shows."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __repr__(self) -> str:
+        return "<secret>"
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How an actor makes its engine and ranks: settings, and never weights.
+
+    Attributes:
+        settings: Of the engine, without the token.
+        limits: `top_k` and `score_threshold`.
+        secret: The token for the hub, which pickled settings leave out.
+    """
+
+    settings: EngineSettings
+    limits: dict[str, Any]
+    secret: _Secret | None = None
+
+    def load(self) -> "Reranker":
+        """Return a new engine; errors as in `Reranker`."""
+        # Imported here, in the actor: whoever starts the job needs no torch.
+        from bge_rerank_adapters.engine import Reranker
+
+        token = self.secret.text if self.secret else None
+        return Reranker.from_settings(replace(self.settings, token=token))
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What each actor gets of the cluster.
+
+    Attributes:
+        num_gpus: GPUs, or a part of one; 0 for none.
+        num_cpus: Processors, which are also the threads that the engine computes with.
+    """
+
+    num_gpus: float = 0
+    num_cpus: float = 1
+
+    def __post_init__(self) -> None:
+        """Check both.
+
+        Raises:
+            SettingsError: One of them is not allowed.
+        """
+        _check_amount("num_gpus", self.num_gpus)
+        _check_amount("num_cpus", self.num_cpus)
+        if self.num_gpus > 1 and self.num_gpus != int(self.num_gpus):
+            raise SettingsError(
+                f"num_gpus above 1 must be a whole number, got {self.num_gpus!r}: an actor has a "
+                "part of one GPU, or whole ones."
+            )
+
+    def fit(self, settings: EngineSettings) -> EngineSettings:
+        """Return the settings with a device of "auto" as what the actor was given.
+
+        Ray hides the GPUs of others from an actor that has some, but none from one that has none:
+        such actors would all take the first GPU.
+        """
+        if settings.device != "auto":
+            return settings
+        if self.num_gpus > 1:
+            return replace(
+                settings, device=tuple(f"cuda:{place}" for place in range(int(self.num_gpus)))
+            )
+        return replace(settings, device="cuda" if self.num_gpus else "cpu")
+
+
+def make_recipe(
+    model: str | None,
+    settings: EngineSettings | None,
+    *,
+    top_k: int | None,
+    score_threshold: float | None,
+    resources: Resources,
+) -> Recipe:
+    """Return the recipe for a job's engines.
+
+    Raises:
+        SettingsError: A setting or limit is not allowed, or `model` stands beside `settings`.
+    """
+    if settings is None:
+        settings = EngineSettings() if model is None else EngineSettings(model=model)
+    elif model is not None:
+        raise SettingsError(
+            f"settings has a model already, so model={model!r} cannot be set beside it; give one "
+            "or the other."
+        )
+    if not isinstance(settings, EngineSettings):
+        raise SettingsError(
+            f"settings must be EngineSettings or None, got {type(settings).__name__}."
+        )
+    limits = {
+        "top_k": check_top_k(top_k),
+        "score_threshold": check_score_threshold(score_threshold),
+    }
+    secret = _Secret(settings.token) if settings.token else None
+    return Recipe(resources.fit(settings).without_token(), limits, secret)
+
+
+def check_concurrency(concurrency: Any) -> tuple[int, int]:
+    """Return the least and the most actors of a pool.
+
+    Raises:
+        SettingsError: It is neither a whole number nor two of them, of at least 1.
+    """
+    ends = concurrency if isinstance(concurrency, tuple | list) else (concurrency, concurrency)
+    if not all(map(_is_count, ends)) or len(ends) != 2 or ends[0] > ends[1]:
+        raise SettingsError(
+            "concurrency must be a number of actors of at least 1, or the least and the most of "
+            f"them, got {concurrency!r}."
+        )
+    return int(ends[0]), int(ends[1])
+
+
+def check_count(name: str, value: Any) -> int:
+    """Return a whole number of at least 1.
+
+    Raises:
+        SettingsError: It is none.
+    """
+    if not _is_count(value):
+        raise SettingsError(f"{name} must be a whole number of at least 1, got {value!r}.")
+    return int(value)
+
+
+def _is_count(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, numbers.Integral) and int(value) >= 1
+
+
+def _check_amount(name: str, value: Any) -> None:
+    number = not isinstance(value, bool) and isinstance(value, numbers.Real)
+    if not number or not 0 <= value < math.inf:
+        raise SettingsError(f"{name} must be a number of at least 0, got {value!r}.")

@@ -1,0 +1,160 @@
+"""Rows of a table to rows of ranked results."""
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bge_rerank_adapters.errors import InputTypeError, SettingsError
+from bge_rerank_adapters.items import Bad, Item, parse_item, rank_items
+from bge_rerank_adapters.ranking import Ranking
+from bge_rerank_adapters.ray.corpus import IDS
+
+if TYPE_CHECKING:
+    from bge_rerank_adapters.engine import Reranker
+
+DOCUMENTS = "documents"
+RESULTS = "results"
+ERROR = "error"
+Prepare = Callable[[Any], Any]
+
+RESULT = pa.struct(
+    [
+        ("rank", pa.int64()),
+        ("index", pa.int64()),
+        ("id", pa.string()),
+        ("score", pa.float64()),
+        ("logit", pa.float64()),
+        ("truncated", pa.bool_()),
+        ("span", pa.list_(pa.int64())),
+        ("text", pa.string()),
+    ]
+)
+"""The columns of one result; `explode` makes them columns of the dataset."""
+
+
+def items_of(
+    table: pa.Table, *, first: int = 0, prepare: Prepare | None = None
+) -> list[Item | Bad]:
+    """Return the item of each row, or what is wrong with it.
+
+    Args:
+        table: n rows with `query` and `documents`; all other columns are kept out.
+        first: Number of the first row.
+        prepare: Makes rows with `documents` of rows that have none; raises `InputTypeError`.
+    """
+    wanted = [name for name in ("query", DOCUMENTS, IDS) if name in table.column_names]
+    columns = {name: table[name].to_pylist() for name in wanted}
+    return [
+        _item(first + place, {name: _plain(columns[name][place]) for name in wanted}, prepare)
+        for place in range(table.num_rows)
+    ]
+
+
+def rank_all(
+    engine: "Reranker", items: Iterable[Item | Bad], *, limits: dict[str, Any]
+) -> list[Ranking | Bad]:
+    """Return the ranking of each item, in order, or why there is none."""
+    found = list(items)
+    good = [each for each in found if isinstance(each, Item)]
+    ranked = iter(rank_items(engine, good, limits=limits))
+    return [each if isinstance(each, Bad) else next(ranked) for each in found]
+
+
+def ranked_table(
+    table: pa.Table,
+    items: list[Item | Bad],
+    rankings: list[Ranking | Bad],
+    *,
+    with_text: bool,
+) -> pa.Table:
+    """Return the table with `results` and `error` in place of the documents.
+
+    Args:
+        table: n rows.
+        items: What each row is.
+        rankings: The ranking of each, or why there is none.
+        with_text: Whether results have the text.
+    """
+    results = [
+        _results(item, ranking, with_text=with_text)
+        if isinstance(item, Item) and isinstance(ranking, Ranking)
+        else []
+        for item, ranking in zip(items, rankings, strict=True)
+    ]
+    errors = [each.reason if isinstance(each, Bad) else None for each in rankings]
+    kept = {
+        name: table[name]
+        for name in table.column_names
+        if name not in {DOCUMENTS, IDS, RESULTS, ERROR}
+    }
+    return pa.table(
+        {
+            **kept,
+            RESULTS: pa.array(results, pa.list_(RESULT)),
+            ERROR: pa.array(errors, pa.string()),
+        }
+    )
+
+
+def exploded_table(table: pa.Table) -> pa.Table:
+    """Return a table with a row for each result of each row.
+
+    Raises:
+        SettingsError: A column has the name of one of a result's.
+    """
+    clash = sorted({field.name for field in RESULT} & set(table.column_names))
+    if clash:
+        raise SettingsError(
+            f"The ranked dataset has a column {clash[0]} of its own; rename it first: "
+            f'ranked.rename_columns({{"{clash[0]}": "..."}}).'
+        )
+    results = table[RESULTS].combine_chunks()
+    flat = results.flatten()
+    parents = pc.list_parent_indices(results)
+    kept = [name for name in table.column_names if name not in {RESULTS, ERROR}]
+    columns = {name: table[name].take(parents) for name in kept}
+    for place, field in enumerate(RESULT):
+        columns[field.name] = flat.field(place)
+    return pa.table(columns)
+
+
+def valid_text(value: Any) -> str | None:
+    """Return a value as a text that Arrow can hold; `None` stays.
+
+    A lone surrogate, which JSON can escape, is none, and becomes a question mark.
+    """
+    return None if value is None else str(value).encode("utf-8", "replace").decode()
+
+
+def _results(item: Item, ranking: Ranking, *, with_text: bool) -> list[dict[str, Any]]:
+    return [
+        {
+            "rank": rank,
+            "index": each.index,
+            "id": valid_text(_name(item.documents[each.index])),
+            "score": each.score,
+            "logit": each.logit,
+            "truncated": each.truncated,
+            "span": None if each.span is None else list(each.span),
+            "text": valid_text(each.text) if with_text else None,
+        }
+        for rank, each in enumerate(ranking, start=1)
+    ]
+
+
+def _item(number: int, row: dict[str, Any], prepare: Prepare | None) -> Item | Bad:
+    try:
+        return parse_item(number, row if prepare is None else prepare(row))
+    except InputTypeError as error:
+        return Bad(number, str(error), "")
+
+
+def _name(known: dict[str, Any]) -> Any:
+    return next((known[name] for name in ("id", "_id", "doc_id") if name in known), None)
+
+
+def _plain(value: Any) -> Any:
+    """Return an array as a list, which is how Ray keeps some columns of lists."""
+    return value.tolist() if hasattr(value, "tolist") else value

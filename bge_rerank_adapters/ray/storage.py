@@ -1,0 +1,167 @@
+"""Folders that all machines of a cluster see: listed, read, and written a whole file at a time."""
+
+import io
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from bge_rerank_adapters.errors import SettingsError
+
+PARQUET = (".parquet",)
+JSONL = (".jsonl", ".ndjson")
+
+
+def locate(path: str | os.PathLike[str]) -> tuple[fs.FileSystem, str]:
+    """Return the file system of a path or URI (`s3://...`), and the path within it.
+
+    Raises:
+        SettingsError: There is no such file system.
+    """
+    text = os.fspath(path)
+    if "://" not in text:
+        return fs.LocalFileSystem(), str(Path(text).resolve())
+    try:
+        return fs.FileSystem.from_uri(text)  # type: ignore[no-any-return]
+    except (pa.ArrowException, ValueError, OSError) as error:
+        raise SettingsError(
+            f"{text} cannot be reached: {error}; give a path, or a URI that pyarrow can open."
+        ) from error
+
+
+def list_files(system: fs.FileSystem, path: str) -> list[fs.FileInfo]:
+    """Return the files that a path names, itself or all below it, in the order of their names.
+
+    What begins with "_" or "." is passed over, as Parquet readers do.
+
+    Raises:
+        SettingsError: There are none, or of several kinds, or of one that cannot be read.
+    """
+    (root,) = system.get_file_info([path])
+    if root.type == fs.FileType.NotFound:
+        raise SettingsError(f"{path} cannot be read: there is no such file or folder.")
+    found = [root]
+    if root.type == fs.FileType.Directory:
+        below = system.get_file_info(fs.FileSelector(path, recursive=True))
+        found = [each for each in below if each.is_file and not _hidden(each.path, path)]
+    if not found:
+        raise SettingsError(f"{path} has no files; give a folder of Parquet or JSONL files.")
+    for each in found:
+        kind_of(each.path)
+    kinds = {kind_of(each.path) for each in found}
+    if len(kinds) > 1:
+        raise SettingsError(
+            f"{path} has both Parquet and JSONL files; give each a folder, and run them apart."
+        )
+    return sorted(found, key=lambda each: each.path)
+
+
+def kind_of(path: str) -> str:
+    """Return `"parquet"` or `"jsonl"`, by a file's name.
+
+    Raises:
+        SettingsError: It is neither.
+    """
+    for kind, suffixes in (("parquet", PARQUET), ("jsonl", JSONL)):
+        if path.endswith(suffixes):
+            return kind
+    raise SettingsError(
+        f"{path} is of no kind that can be read; give files whose names end in "
+        f"{', '.join((*PARQUET, *JSONL))}."
+    )
+
+
+def fingerprint(files: list[fs.FileInfo]) -> list[list[Any]]:
+    """Return what tells files from changed ones: path, size and time of the last change."""
+    return [[each.path, each.size, each.mtime_ns] for each in files]
+
+
+def read_rows(
+    system: fs.FileSystem, path: str, *, start: int, columns: list[str] | None = None
+) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of a Parquet file from one on, a few at a time."""
+    with system.open_input_file(path) as file, pq.ParquetFile(file) as parquet:
+        groups: list[int] = []
+        for group in range(parquet.metadata.num_row_groups):
+            rows = parquet.metadata.row_group(group).num_rows
+            if groups or rows > start:
+                groups.append(group)
+            else:
+                start -= rows
+        for batch in parquet.iter_batches(batch_size=1024, row_groups=groups, columns=columns):
+            if start < batch.num_rows:
+                yield batch.slice(start)
+            start = max(0, start - batch.num_rows)
+
+
+def read_lines(
+    system: fs.FileSystem, path: str, *, start: int, stop: int
+) -> tuple[list[bytes], list[int]]:
+    """Return the lines that begin in a part of a file, and the bytes at which they begin."""
+    with system.open_input_file(path) as file:
+        begin = max(0, start - 1)
+        file.seek(begin)
+        data: bytes = file.read(stop - begin)
+        if start:
+            # A line that began in the part before belongs to that.
+            end = data.find(b"\n") + 1
+            begin, data = begin + end, data[end:] if end else b""
+        while data and not data.endswith(b"\n"):
+            more: bytes = file.read(65_536)
+            if not more:
+                break
+            end = more.find(b"\n") + 1
+            data += more[:end] if end else more
+    lines, places = io.BytesIO(data).readlines(), []
+    for line in lines:
+        places.append(begin)
+        begin += len(line)
+    return lines, places
+
+
+def write_whole(system: fs.FileSystem, path: str, data: bytes) -> None:
+    """Write a file that is seen as a whole or not at all, in place of one of its name.
+
+    What a killed job leaves of it is in the folder `_unfinished` beside it.
+    """
+    folder, _, name = path.rpartition("/")
+    aside = f"{folder}/_unfinished"
+    system.create_dir(aside, recursive=True)
+    unfinished = f"{aside}/{name}.{uuid.uuid4().hex}"
+    with system.open_output_stream(unfinished) as file:
+        file.write(data)
+    if isinstance(system, fs.LocalFileSystem):
+        # A name must not outlive a power cut that its content did not.
+        with Path(unfinished).open("rb+") as written:
+            os.fsync(written.fileno())
+    system.move(unfinished, path)
+
+
+def names_in(system: fs.FileSystem, folder: str) -> set[str]:
+    """Return the names of a folder's files; none where there is no folder."""
+    found = system.get_file_info(fs.FileSelector(folder, allow_not_found=True))
+    return {each.base_name for each in found if each.is_file}
+
+
+def read_bytes(system: fs.FileSystem, path: str) -> bytes:
+    """Return what is in a file."""
+    with system.open_input_stream(path) as file:
+        return file.read()  # type: ignore[no-any-return]
+
+
+def remove_folders(system: fs.FileSystem, folders: list[str]) -> None:
+    """Remove folders with all that is in them; those that are not there are none."""
+    for folder in folders:
+        (found,) = system.get_file_info([folder])
+        if found.type == fs.FileType.Directory:
+            system.delete_dir(folder)
+
+
+def _hidden(path: str, root: str) -> bool:
+    below = path.removeprefix(root).strip("/")
+    return any(name.startswith(("_", ".")) for name in below.split("/"))

@@ -1,0 +1,80 @@
+"""What was ranked of a part, as the bytes of a Parquet or JSONL file."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bge_rerank_adapters.items import Bad, Item
+from bge_rerank_adapters.ranking import Ranking
+from bge_rerank_adapters.ray.corpus import IDS
+from bge_rerank_adapters.ray.parts import Part, Read
+from bge_rerank_adapters.ray.rows import DOCUMENTS, ERROR, RESULTS, ranked_table, valid_text
+
+Rankings = list[Ranking | Bad]
+
+
+def aside_jsonl(part: Part, read: Read, rankings: Rankings) -> bytes:
+    """Return a line for each row that has no results: where it stands, why, and the row itself."""
+    lines = [
+        json.dumps(
+            {
+                **part.place(read.items[place].line),
+                "error": ranking.reason,
+                "input": read.source(place),
+            },
+            default=str,
+        )
+        for place, ranking in enumerate(rankings)
+        if isinstance(ranking, Bad)
+    ]
+    return "".join(f"{line}\n" for line in lines).encode()
+
+
+def ranked_jsonl(read: Read, rankings: Rankings, *, with_text: bool) -> bytes:
+    """Return the lines of `bge-rerank rerank`, of the rows that have results."""
+    lines: list[bytes] = []
+    for place, (item, ranking) in enumerate(zip(read.items, rankings, strict=True)):
+        if isinstance(item, Item) and isinstance(ranking, Ranking):
+            told = item if read.table is None else replace(item, extra=_rest(read.source(place)))
+            lines.append(told.to_json(ranking, with_text=with_text))
+    return b"".join(lines)
+
+
+def ranked_parquet(read: Read, rankings: Rankings, *, with_text: bool) -> bytes:
+    """Return a Parquet file of the rows that have results."""
+    rows = _table_of_lines(read.items) if read.table is None else read.table
+    table = ranked_table(rows, read.items, rankings, with_text=with_text)
+    good = table.filter(table[ERROR].is_null()).drop_columns([ERROR])
+    sink = pa.BufferOutputStream()
+    pq.write_table(good, sink)
+    return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
+
+
+def _table_of_lines(items: list[Item | Bad]) -> pa.Table:
+    """Return what JSON lines tell besides their documents, in columns that all parts have."""
+    known = [each if isinstance(each, Item) else None for each in items]
+    columns = {
+        "query_id": [each and valid_text(each.extra.get("query_id")) for each in known],
+        "query": [each and valid_text(each.query) for each in known],
+        "rest": [each and valid_text(_json_of_rest(each)) for each in known],
+    }
+    return pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
+
+
+def _json_of_rest(item: Item) -> str | None:
+    rest = {name: value for name, value in item.extra.items() if name != "query_id"}
+    return json.dumps(rest) if rest else None
+
+
+def _rest(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the other fields of a Parquet row as JSON has them, dates and the like as texts."""
+    told = {
+        name: value
+        for name, value in row.items()
+        if name not in {"query", DOCUMENTS, IDS, RESULTS, ERROR}
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(told, default=str))
+    return plain
