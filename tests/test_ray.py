@@ -579,7 +579,8 @@ def test_without_ray_the_extra_is_named_and_the_command_works_without_it(tmp_pat
     code = (
         "import sys\n"
         "from bge_rerank_adapters.cli import main\n"
-        f"sys.argv = ['x', 'rerank', {str(tmp_path / 'in.jsonl')!r}, '--model', 'tiny', *{FAST!r}, *MORE]\n"
+        f"sys.argv = ['x', 'rerank', {str(tmp_path / 'in.jsonl')!r}, *{FAST!r}, *MORE]\n"
+        "sys.argv += ['--model', 'tiny']\n"
         "main()\n"
     )
     plain = run_python("MORE = []\n" + code, blocked=("ray", "pyarrow"))
