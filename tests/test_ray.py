@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -33,7 +34,7 @@ from bge_rerank_adapters.ray.storage import read_lines, read_rows
 from bge_rerank_adapters.settings import EngineSettings
 from tests.checkpoints import build_xlm_roberta, read_queries, read_sentences
 from tests.test_cli import invoke
-from tests.test_imports import PACKAGE, run_python
+from tests.test_imports import PACKAGE, loaded_after, run_python
 from tests.texts import DOCUMENTS, QUERY
 
 TINY = EngineSettings(model="tiny", device="cpu", dtype="float32")
@@ -113,13 +114,13 @@ linux_only = pytest.mark.skipif(sys.platform != "linux", reason="processes are f
 
 
 def test_two_actors_say_what_one_process_says_row_for_row(cluster, reranker: Reranker):
-    rows = questions(40)
+    rows = questions(24)
     rows[7]["documents"] = []
     rows[11]["documents"] = ["twice", "once", "twice"]
     dataset = ray.data.from_items(rows, override_num_blocks=8)
     ranked = rerank_dataset(dataset, settings=TINY, top_k=3, concurrency=2, batch_size=4)
     found = {row["query_id"]: row for row in ranked.materialize().iter_rows()}
-    assert sorted(found) == list(range(40))
+    assert sorted(found) == list(range(24))
     for row in rows:
         told = found[row["query_id"]]
         assert told.keys() == {"query_id", "query", "results", "error"}
@@ -373,7 +374,27 @@ def test_a_cluster_with_no_processor_left_for_reading_is_told(cluster, tmp_path,
     assert told.getMessage().startswith("The actors take 2 of the cluster's 2 processors")
 
 
+def test_the_examples_of_the_page_on_scaling_run(cluster, tmp_path, monkeypatch, capsys):
+    page = (PACKAGE.parent / "docs" / "scaling.md").read_text("utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert len(blocks) == 2
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "questions").mkdir()
+    write_lines(tmp_path / "questions" / "a.jsonl", 10)
+    for block in blocks:
+        exec(block.replace("BAAI/bge-reranker-v2-m3", "tiny"), {"__name__": "example"})  # noqa: S102
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("q1 1 0.")
+    assert first.endswith("Goethe wrote Faust.")
+    assert second == ("FilesReport(parts=1, parts_before=0, queries=10, pairs=50, put_aside=1)")
+    assert (tmp_path / "ranked" / "part-000000.jsonl").exists()
+
+
 # What follows needs no cluster.
+
+
+def test_who_starts_a_job_needs_no_torch():
+    assert loaded_after("import bge_rerank_adapters.ray.cluster", ("torch", "transformers")) == []
 
 
 def test_a_row_that_the_model_fails_on_does_not_take_its_neighbours_along(monkeypatch):
