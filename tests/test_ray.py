@@ -7,10 +7,13 @@ import pickle
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -28,6 +31,8 @@ from bge_rerank_adapters.ray import explode, rerank_dataset, rerank_files, split
 from bge_rerank_adapters.ray.cluster import chunk_ranker, connected, share
 from bge_rerank_adapters.ray.corpus import CorpusFiles, corpus_source, with_texts
 from bge_rerank_adapters.ray.dataset import RowRanker
+from bge_rerank_adapters.ray.job import Counts, Folder
+from bge_rerank_adapters.ray.parts import Part
 from bge_rerank_adapters.ray.recipe import Resources, check_concurrency, make_recipe
 from bge_rerank_adapters.ray.rows import exploded_table
 from bge_rerank_adapters.ray.storage import read_lines, read_rows
@@ -590,6 +595,25 @@ def test_an_address_that_does_not_answer_is_told(address):
         pass
 
 
+def test_what_is_no_cluster_is_told_soon(monkeypatch):
+    monkeypatch.setattr("bge_rerank_adapters.ray.cluster._ANSWER_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        address = f"127.0.0.1:{mute.getsockname()[1]}"
+        with (
+            pytest.raises(SettingsError, match=f"No Ray cluster answers at '{address}'"),
+            connected(address),
+        ):
+            pass
+    server = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
+    threading.Thread(target=server.handle_request, daemon=True).start()
+    with (
+        server.socket,
+        pytest.raises(SettingsError, match="what listens there is no head node"),
+        connected(f"127.0.0.1:{server.server_port}"),
+    ):
+        pass
+
+
 def test_without_ray_the_extra_is_named_and_the_command_works_without_it(tmp_path):
     done = run_python("import bge_rerank_adapters.ray", blocked=("ray",))
     assert done.returncode == 1
@@ -615,3 +639,20 @@ def test_without_ray_the_extra_is_named_and_the_command_works_without_it(tmp_pat
 def test_actors_without_a_cluster_are_wrong_usage():
     assert invoke("rerank", "--actors", "2").exit_code == 2
     assert issubclass(SettingsError, RerankError)
+
+
+def test_a_job_that_has_written_nothing_may_be_asked_otherwise(tmp_path):
+    folder = Folder(fs.LocalFileSystem(), str(tmp_path / "out"))
+    parts = [Part(0, "in.jsonl", 0, 10), Part(1, "in.jsonl", 10, 20)]
+    assert folder.begin({"model": "mistyped"}, parts) == parts
+    assert folder.begin({"model": "right"}, parts) == parts
+    folder.finish_part(parts[0], Counts(1, 2, 3), {"part-000000.jsonl": b"{}\n"})
+    assert folder.begin({"model": "right"}, parts) == parts[1:]
+    assert (folder.counts(parts[0]), folder.counts(parts[1])) == (Counts(1, 2, 3), None)
+    with pytest.raises(SettingsError, match="is of a job that differs in model;"):
+        folder.begin({"model": "mistyped"}, parts)
+    folder.finish()
+    assert not [*(tmp_path / "out").rglob("_unfinished")]
+    (tmp_path / "out" / "_job.json").write_text("{")
+    with pytest.raises(SettingsError, match=r"_job\.json is damaged"):
+        folder.begin({"model": "right"}, parts)

@@ -1,6 +1,7 @@
 """A cluster as what ranks for a program that reads and writes by itself, in order."""
 
 import logging
+import os
 import socket
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -24,6 +25,10 @@ _START_S = 900.0
 # One chunk is ranked while the next is on its way.
 _CHUNKS_OF_ACTOR = 2
 _RETRIES = 3
+# Clusters speak gRPC, and so HTTP/2: either side begins with a frame of settings, RFC 9113, 3.4.
+_HTTP2_SETTINGS = b"\x04"
+_HTTP2_HEADER_BYTES = 9
+_HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + _HTTP2_SETTINGS + bytes(5)
 
 
 @contextmanager
@@ -210,13 +215,18 @@ def _free() -> Any:
 
 
 def _check_answers(address: str) -> None:
-    """Refuse an address that nothing listens at, which Ray itself would wait for at length."""
+    """Refuse an address where no cluster answers, which Ray itself would wait for by minutes."""
     if address in {"local", "auto"}:
         return
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
-        with socket.create_connection((host, int(port)), timeout=_ANSWER_S):
-            return
+        with socket.create_connection((host, int(port)), timeout=_ANSWER_S) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") not in {"", "0"}:
+                return  # nobody answers a greeting in the clear
+            connection.sendall(_HTTP2_GREETING)
+            answer = connection.makefile("rb").read(_HTTP2_HEADER_BYTES)
+        if answer[3:4] != _HTTP2_SETTINGS:
+            raise ConnectionError("what listens there is no head node")
     except (OSError, ValueError, OverflowError) as error:
         raise SettingsError(
             f'No Ray cluster answers at {address!r} ({error}); give "local", "auto", "host:port" '

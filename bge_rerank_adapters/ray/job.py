@@ -8,7 +8,13 @@ from pyarrow import fs
 
 from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.ray.parts import Part
-from bge_rerank_adapters.ray.storage import names_in, read_bytes, remove_folders, write_whole
+from bge_rerank_adapters.ray.storage import (
+    UNFINISHED,
+    names_in,
+    read_bytes,
+    remove_folders,
+    write_whole,
+)
 
 _MANIFEST = "_job.json"
 _DONE = "_done"
@@ -51,11 +57,16 @@ class Folder:
         """
         manifest = f"{self.path}/{_MANIFEST}"
         asked = json.loads(json.dumps(asked))
-        (found,) = self.system.get_file_info([manifest])
-        if found.type == fs.FileType.NotFound:
-            self._refuse_others()
+        there = self._names()
+        # A job that has written nothing, for want of its model, say, may be asked otherwise.
+        if not there - {_MANIFEST}:
             write_whole(self.system, manifest, json.dumps({"asked": asked}, indent=1).encode())
             return parts
+        if _MANIFEST not in there:
+            raise SettingsError(
+                f"{self.path} has files that are no earlier job's, such as {min(there)}; give "
+                "output a new folder."
+            )
         self._refuse_changed(manifest, asked)
         done = names_in(self.system, f"{self.path}/{_DONE}")
         return [part for part in parts if f"{part.name}.json" not in done]
@@ -82,22 +93,18 @@ class Folder:
     def finish(self) -> None:
         """Remove what killed actors left unfinished."""
         folders = ("", f"/{_DONE}", f"/{PUT_ASIDE}")
-        remove_folders(self.system, [f"{self.path}{each}/_unfinished" for each in folders])
+        remove_folders(self.system, [f"{self.path}{each}/{UNFINISHED}" for each in folders])
 
     def _mark(self, part: Part) -> str:
         return f"{self.path}/{_DONE}/{part.name}.json"
 
-    def _refuse_others(self) -> None:
+    def _names(self) -> set[str]:
+        """Return what is in the folder, but for what killed actors left unfinished."""
         (found,) = self.system.get_file_info([self.path])
         if found.type == fs.FileType.File:
             raise SettingsError(f"{self.path} is a file; give output the name of a folder.")
         below = self.system.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
-        names = sorted(each.base_name for each in below if each.base_name != "_unfinished")
-        if names:
-            raise SettingsError(
-                f"{self.path} has files that are no earlier job's, such as {names[0]}; give output "
-                "a new folder."
-            )
+        return {each.base_name for each in below} - {UNFINISHED}
 
     def _refuse_changed(self, manifest: str, asked: dict[str, Any]) -> None:
         try:

@@ -15,6 +15,7 @@ from bge_rerank_adapters.errors import SettingsError
 
 PARQUET = (".parquet",)
 JSONL = (".jsonl", ".ndjson")
+UNFINISHED = "_unfinished"
 
 
 def locate(path: str | os.PathLike[str]) -> tuple[fs.FileSystem, str]:
@@ -127,10 +128,10 @@ def read_lines(
 def write_whole(system: fs.FileSystem, path: str, data: bytes) -> None:
     """Write a file that is seen as a whole or not at all, in place of one of its name.
 
-    What a killed job leaves of it is in the folder `_unfinished` beside it.
+    What a killed job leaves of it is in the folder `UNFINISHED` beside it.
     """
     folder, _, name = path.rpartition("/")
-    aside = f"{folder}/_unfinished"
+    aside = f"{folder}/{UNFINISHED}"
     system.create_dir(aside, recursive=True)
     unfinished = f"{aside}/{name}.{uuid.uuid4().hex}"
     with system.open_output_stream(unfinished) as file:
