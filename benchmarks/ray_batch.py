@@ -28,7 +28,7 @@ from bge_rerank_adapters.settings import EngineSettings
 
 # Actors and the processors of each.
 POOLS = ((1, 1), (2, 1), (1, 2))
-_EMPTY_ROWS = 20_000
+_EMPTY_ROWS = 10_000
 
 Rows = list[dict[str, Any]]
 
@@ -142,10 +142,10 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--model", default="tiny", help='a checkpoint\'s folder, or "tiny"')
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--rows", type=int, default=400, help="questions")
-    parser.add_argument("--documents", type=int, default=20, help="passages of each")
+    parser.add_argument("--rows", type=int, default=80, help="questions")
+    parser.add_argument("--documents", type=int, default=8, help="passages of each")
     parser.add_argument(
-        "--batch-size", type=int, default=16, help="rows that an actor ranks at once"
+        "--batch-size", type=int, default=4, help="rows that an actor ranks at once"
     )
     parser.add_argument("--json", type=Path, default=Path("build/benchmarks/ray_batch.json"))
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)

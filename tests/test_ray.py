@@ -131,6 +131,7 @@ def test_two_actors_say_what_one_process_says_row_for_row(cluster, reranker: Rer
     rows = questions(24)
     rows[7]["documents"] = []
     rows[11]["documents"] = ["twice", "once", "twice"]
+    rows[13]["documents"] = ["a text", {"id": 5, "text": "an object"}]
     dataset = ray.data.from_items(rows, override_num_blocks=8)
     ranked = rerank_dataset(dataset, settings=TINY, top_k=3, concurrency=2, batch_size=4)
     found = {row["query_id"]: row for row in ranked.materialize().iter_rows()}
@@ -140,7 +141,9 @@ def test_two_actors_say_what_one_process_says_row_for_row(cluster, reranker: Rer
         assert told.keys() == {"query_id", "query", "results", "error"}
         assert told["error"] is None
         assert [each["rank"] for each in told["results"]] == [1, 2, 3][: len(told["results"])]
+        row["documents"] = [d["text"] if isinstance(d, dict) else d for d in row["documents"]]
         assert_ranked(row, told["results"], reranker, top_k=3)
+    assert {each["index"]: each["id"] for each in found[13]["results"]} == {0: None, 1: "5"}
     assert [each["index"] for each in found[11]["results"]].count(0) == 1
 
 
@@ -436,6 +439,17 @@ def test_a_row_that_the_model_fails_on_does_not_take_its_neighbours_along(monkey
     assert [row["error"] for row in ranked[::2]] == [None, None]
     assert ranked[0]["results"][0]["text"] is None
     assert [row["n"] for row in ranked] == [1, 2, 3]
+
+
+def test_rows_may_name_their_documents(reranker: Reranker):
+    recipe = make_recipe(None, TINY, top_k=1, score_threshold=None, resources=Resources())
+    source = corpus_source({1: DOCUMENTS[0], "2": "nothing"})
+    table = pa.table({"query": [QUERY, QUERY], "document_ids": [[2, 1], [3]]})
+    first, second = RowRanker(recipe, source, with_text=True)(table).to_pylist()
+    (result,) = first["results"]
+    wanted = reranker.rerank(QUERY, ["nothing", DOCUMENTS[0]], top_k=1)[0]
+    assert (result["id"], result["index"], result["text"]) == ("1", wanted.index, wanted.text)
+    assert second["error"] == "document 3 is not in the corpus."
 
 
 def test_an_empty_table_explodes_to_an_empty_one():

@@ -16,11 +16,14 @@ from bge_rerank_adapters.ranking import RankedDocument
 from bge_rerank_adapters.ray.recipe import Recipe, Resources, make_recipe
 from bge_rerank_adapters.settings import EngineSettings
 
+_log = logging.getLogger(__name__)
+
 Chunk = list[Item | Bad]
 Write = Callable[[Item, Iterable[RankedDocument]], bytes]
 
 _ANSWER_S = 10.0
 # The first actor may have to wait for a machine, and to fetch the model.
+_PATIENCE_S = 30.0
 _START_S = 900.0
 # One chunk is ranked while the next is on its way.
 _CHUNKS_OF_ACTOR = 2
@@ -123,7 +126,15 @@ class ChunkRanker:
         self._actors: list[Any] = [remote.remote(recipe, write) for _ in range(count)]
         self._loading = {actor.load.remote(): actor for actor in self._actors}
         self._free: list[Any] = []
-        ready, _ = ray.wait([*self._loading], timeout=_START_S)
+        ready, _ = ray.wait([*self._loading], timeout=_PATIENCE_S)
+        if not ready:
+            _log.warning(
+                "No actor is ready after %.0f s; each needs %s. It may wait for room in the "
+                "cluster, or for the model.",
+                _PATIENCE_S,
+                resources,
+            )
+            ready, _ = ray.wait([*self._loading], timeout=_START_S)
         if not ready:
             raise RerankError(
                 f"No actor of {count} was ready within {_START_S:.0f} s; each needs {resources}, "

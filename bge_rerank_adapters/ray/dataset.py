@@ -77,7 +77,8 @@ def rerank_dataset(
         batch_size: Rows that an actor ranks at a time.
 
     Returns:
-        The columns of the input without the documents, and besides:
+        The columns of the input without the documents, in whatever order Ray finishes the rows,
+        unless `DataContext` says `execution_options.preserve_order`; and besides:
 
         - `results`: a list, best first, of `rank` (from 1), `index` (from 0, in the row's own
           documents), `id` (as a text; null if it has none), `score`, `logit`, `truncated`, `span`
@@ -109,7 +110,6 @@ def rerank_dataset(
         compute=ActorPoolStrategy(min_size=least, max_size=most),
         num_gpus=num_gpus or None,
         num_cpus=num_cpus,
-        udf_modifying_row_count=False,
     )
 
 
