@@ -7,6 +7,8 @@ from types import FrameType
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.markup import escape
 
 from bge_rerank_adapters.cli import options
 from bge_rerank_adapters.errors import SettingsError
@@ -57,7 +59,7 @@ def serve(
         int | None, _option("Largest body of a request; else 4 MiB.", min=1)
     ] = None,
     max_concurrent_requests: Annotated[
-        int | None, _option("Most requests at a time; else 512.", min=1)
+        int | None, _option("Most requests at a time; else 256.", min=1)
     ] = None,
     max_queued_pairs: Annotated[
         int | None, _option("Most pairs that may wait; else 100000.", min=1)
@@ -120,6 +122,8 @@ def _serve(settings: Any, listener: socket.socket, *, access_log: bool) -> None:
             timeout_graceful_shutdown=int(settings.timeout_s + settings.body_timeout_s) + 1,
             backlog=_BACKLOG,
         )
+        told = f"Serving {settings.model_name} on {_address(listener)}, described at /docs"
+        Console(stderr=True).print(escape(told), highlight=False, soft_wrap=True)
         with suppress(KeyboardInterrupt):
             uvicorn.Server(config).run(sockets=[listener])
 
@@ -142,6 +146,11 @@ def _bind(host: str, port: int) -> socket.socket:
             "another --port, or a --host of this machine."
         ) from error
     return listener
+
+
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _end(_number: int, _frame: FrameType | None) -> None:

@@ -15,6 +15,8 @@ from bge_rerank_adapters.serve.settings import ServerSettings
 # From here on a body is parsed in a thread, where Python's lock is passed on in between.
 _LARGE_BODY_BYTES = 64 * 1024
 _LISTS = ("documents", "texts")
+# What is looked at name by name, on the event loop, must not be a million of them.
+_MOST_NAMES = 100
 
 
 class JsonRequest(Request):
@@ -140,6 +142,8 @@ def _no_constant(name: str) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > _MOST_NAMES:
+        raise _NotReadError(f"an object has more than {_MOST_NAMES} names")
     made = dict(pairs)
     # Of two values for a name a proxy may check one, and we would take the other.
     if len(made) != len(pairs):
@@ -148,6 +152,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_lists(parsed: dict[str, Any], most: int) -> None:
+    fields = parsed.get("rank_fields")
+    if isinstance(fields, list) and len(fields) > _MOST_NAMES:
+        raise Refusal(422, f"rank_fields must name at most {_MOST_NAMES} fields.")
     for name in _LISTS:
         items = parsed.get(name)
         if isinstance(items, list) and len(items) > most:

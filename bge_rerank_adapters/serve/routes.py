@@ -72,8 +72,6 @@ async def rerank_tei(request: Request, body: TeiRerankRequest, service: Served) 
     """Return the texts' scores, best first."""
     if not body.texts:
         raise Refusal(400, "`texts` cannot be empty.", kind="Empty")
-    if body.truncation_direction != "right":
-        raise Refusal(422, "truncation_direction must be Right: documents are cut at their end.")
     ranking = await service.rank(request.receive, body.query, body.texts)
     if body.truncate is False:
         _refuse_cuts(ranking)

@@ -6,12 +6,10 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     PlainValidator,
     StrictBool,
-    StrictInt,
     WithJsonSchema,
 )
 
@@ -63,8 +61,20 @@ def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, str | int)
 
 
-def _direction(value: object) -> object:
-    return value.lower() if isinstance(value, str) else value
+def _count(value: object) -> int:
+    # JSON knows no integers: 3.0 is one as well as 3.
+    whole = isinstance(value, float) and value.is_integer()
+    if isinstance(value, bool) or not (isinstance(value, int) or whole):
+        raise ValueError("must be a whole number")
+    if value < 1:  # type: ignore[operator]
+        raise ValueError("must be at least 1; leave it out for no limit")
+    return int(value)  # type: ignore[call-overload, no-any-return]
+
+
+def _direction(value: object) -> str:
+    if not isinstance(value, str) or value.lower() != "right":
+        raise ValueError("must be Right: documents are cut at their end")
+    return "Right"
 
 
 Text = Annotated[str, PlainValidator(_text), WithJsonSchema({"type": "string"})]
@@ -72,6 +82,9 @@ Texts = Annotated[
     list[str],
     PlainValidator(_texts),
     WithJsonSchema({"type": "array", "items": {"type": "string"}}),
+]
+Direction = Annotated[
+    str, PlainValidator(_direction), WithJsonSchema({"type": "string", "enum": ["Right", "right"]})
 ]
 Documents = Annotated[
     list[Document],
@@ -95,7 +108,7 @@ Documents = Annotated[
         }
     ),
 ]
-Count = Annotated[StrictInt, Field(ge=1)]
+Count = Annotated[int, PlainValidator(_count), WithJsonSchema({"type": "integer", "minimum": 1})]
 
 
 class _Strict(BaseModel):
@@ -115,7 +128,9 @@ class RerankRequest(_Strict):
         None, description="Whether results hold their documents, as they were sent."
     )
     rank_fields: Texts | None = Field(
-        None, description="Fields of the objects to rank by, in place of `text`, each on a line."
+        None,
+        description="Fields of the objects to rank by, in place of `text`, each on a line.",
+        json_schema_extra={"minItems": 1},
     )
     max_tokens_per_doc: Count | None = Field(
         None,
@@ -136,7 +151,8 @@ class RerankRequest(_Strict):
         Raises:
             Refusal: An object has none.
         """
-        fields = ["text"] if self.rank_fields is None else self.rank_fields
+        # Each once: a text that is scored as often as it is named grows beyond all limits.
+        fields = ["text"] if self.rank_fields is None else list(dict.fromkeys(self.rank_fields))
         if not fields:
             raise Refusal(422, "rank_fields must name a field; leave it out to rank by text.")
         return [
@@ -150,12 +166,16 @@ def _joined(document: dict[str, Any], fields: Sequence[str], index: int) -> str:
     if not values:
         raise Refusal(
             422,
-            f"documents[{index}] has no {' or '.join(map(repr, fields[:5]))}; each object needs "
+            f"documents[{index}] has no {' or '.join(map(_shown, fields[:5]))}; each object needs "
             "what it is ranked by: text, or one of rank_fields.",
         )
     if len(fields) == 1 and not isinstance(values[0], str):
-        raise Refusal(422, f"documents[{index}]: {fields[0]!r} must be a string.")
+        raise Refusal(422, f"documents[{index}]: {_shown(fields[0])} must be a string.")
     return "\n".join(map(str, values))
+
+
+def _shown(name: str) -> str:
+    return repr(name[:50])
 
 
 class RankedText(BaseModel):
@@ -203,8 +223,8 @@ class TeiRerankRequest(_Strict):
         None,
         description="Whether what is too long is cut; if false it is refused. True, if not given.",
     )
-    truncation_direction: Annotated[Literal["right", "left"], BeforeValidator(_direction)] = Field(
-        "right", description="Which end is cut off; only that on the right can be."
+    truncation_direction: Direction = Field(
+        "Right", description="Which end is cut off; only that on the right can be."
     )
 
 

@@ -44,7 +44,7 @@ class ServerSettings:
     max_characters: int = 100_000
     timeout_s: float = 60.0
     body_timeout_s: float = 30.0
-    max_concurrent_requests: int = 512
+    max_concurrent_requests: int = 256
     api_key_left_out: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
