@@ -162,7 +162,7 @@ def test_int8_survives_the_outliers_of_large_models(tmp_path, monkeypatch):
 
     exact = logits("float32")
     smoothed = error(logits("int8"))
-    monkeypatch.setattr("bge_rerank_adapters.models.encoder.smoothing", lambda *_: None)
+    monkeypatch.setattr("bge_rerank_adapters.models.encoder_layers.smoothing", lambda *_: None)
     assert smoothed < 0.1 * statistics.stdev(exact)
     assert error(logits("int8")) > 2 * smoothed
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification
 
 from bge_rerank_adapters import CheckpointError, DeviceError, Reranker, UnsupportedCheckpointError
 from bge_rerank_adapters.models import devices
-from bge_rerank_adapters.models.encoder import ACTIVATIONS
+from bge_rerank_adapters.models.activations import ACTIVATIONS
 from bge_rerank_adapters.models.loading import load_model, load_pair_tokenizer, read_checkpoint
 from bge_rerank_adapters.settings import EngineSettings
 from bge_rerank_adapters.tokenization import TokenPair

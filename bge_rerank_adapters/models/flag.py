@@ -19,7 +19,8 @@ import torch
 
 from bge_rerank_adapters.errors import DeviceError, UnsupportedCheckpointError
 from bge_rerank_adapters.models.devices import is_out_of_memory
-from bge_rerank_adapters.models.encoder import ENCODER_TYPES, check_one_label, parse_config
+from bge_rerank_adapters.models.encoder_config import ENCODER_TYPES, parse_config
+from bge_rerank_adapters.models.encoder_layers import check_one_label
 from bge_rerank_adapters.models.weights import open_weights, read_config
 from bge_rerank_adapters.settings import EngineSettings
 from bge_rerank_adapters.tokenization import (

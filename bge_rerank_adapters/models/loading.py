@@ -15,7 +15,8 @@ from bge_rerank_adapters.families import check_family_settings
 from bge_rerank_adapters.models.causal_config import parse_gemma, parse_gemma2, parse_minicpm
 from bge_rerank_adapters.models.decoder import DecoderModel
 from bge_rerank_adapters.models.devices import resolve_dtype
-from bge_rerank_adapters.models.encoder import ENCODER_TYPES, EncoderModel, parse_config
+from bge_rerank_adapters.models.encoder import EncoderModel
+from bge_rerank_adapters.models.encoder_config import ENCODER_TYPES, parse_config
 from bge_rerank_adapters.models.flag import FlagModel, TextPairTokenizer
 from bge_rerank_adapters.models.layerwise import LayerwiseModel
 from bge_rerank_adapters.models.lightweight import LightweightModel
