@@ -240,6 +240,39 @@ def test_a_job_that_is_killed_as_a_whole_finishes_the_rest_only(cluster, tmp_pat
         rerank_files(source, output, settings=TINY, part_bytes=part_bytes, top_k=2)
 
 
+@linux_only
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_actors_and_jobs_killed_at_random_lose_and_double_nothing(cluster, tmp_path, reranker):
+    source, output = tmp_path / "in.jsonl", tmp_path / "out"
+    write_lines(source, 1000)
+    arguments = [sys.executable, "-c", JOB, cluster, str(source), str(output), "20000"]
+    chance = random.Random(5)
+    kills = 0
+    for _ in range(4):
+        job = subprocess.Popen(arguments, cwd=PACKAGE.parent)
+        wait_until(lambda: len(actor_processes()) == 2)
+        for _ in range(3):
+            time.sleep(1 + 4 * chance.random())
+            for actor in actor_processes()[:1]:
+                os.kill(actor, signal.SIGKILL)
+                kills += 1
+        assert job.poll() is None, "the job was too short to be killed"
+        job.kill()
+        job.wait()
+        wait_until(lambda: not actor_processes())
+    assert kills >= 8
+    report = rerank_files(source, output, settings=TINY, concurrency=2, part_bytes=20_000)
+    assert 0 < report.parts_before < report.parts
+    assert (report.queries, report.pairs, report.put_aside) == (1000, 5000, 20)
+    found = [row for path in sorted(output.glob("part-*")) for row in json_lines(path)]
+    assert [row["number"] for row in found] == list(range(1000))
+    aside = [row for path in (output / "_put_aside").iterdir() for row in json_lines(path)]
+    assert len(aside) == 20
+    for row, asked in zip(found[::50], questions(1000)[::50], strict=True):
+        assert_ranked(asked, row["results"], reranker)
+
+
 def test_json_lines_with_ids_of_a_corpus_come_back_in_both_formats(
     cluster, tmp_path, reranker, monkeypatch
 ):

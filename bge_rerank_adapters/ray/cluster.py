@@ -156,7 +156,9 @@ class ChunkRanker:
                 chunk = next(chunks, None)
                 more = chunk is not None
                 if chunk is not None:
-                    actor = self._free.pop(0)
+                    # The one that has least to do.
+                    actor = max(self._free, key=self._free.count)
+                    self._free.remove(actor)
                     told = actor.rank.remote(chunk)
                     busy[told] = actor
                     under_way.append((chunk, told))

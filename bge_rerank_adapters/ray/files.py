@@ -113,7 +113,7 @@ def rerank_files(
     folder = Folder(*locate(output))
     _refuse_inside(folder.path, path)
     files = list_files(system, path)
-    job = PartRanker.Job(
+    job = Job(
         recipe=recipe,
         corpus=texts,
         system=system,
@@ -138,30 +138,31 @@ def rerank_files(
     return _report(folder, parts, parts_before=len(parts) - len(todo))
 
 
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What all actors of a job are told.
+
+    Attributes:
+        recipe: How to make the engine.
+        corpus: Where documents are that rows name by id.
+        system: Where the input is.
+        folder: Where the output goes.
+        output_format: `"parquet"` or `"jsonl"`.
+        with_text: Whether results have the document's text.
+    """
+
+    recipe: Recipe
+    corpus: CorpusSource | None
+    system: fs.FileSystem
+    folder: Folder
+    output_format: str
+    with_text: bool
+
+
 class PartRanker:
     """What each actor is: an engine that ranks whole parts."""
 
-    @dataclass(frozen=True, slots=True)
-    class Job:
-        """What all actors of a job are told.
-
-        Attributes:
-            recipe: How to make the engine.
-            corpus: Where documents are that rows name by id.
-            system: Where the input is.
-            folder: Where the output goes.
-            output_format: `"parquet"` or `"jsonl"`.
-            with_text: Whether results have the document's text.
-        """
-
-        recipe: Recipe
-        corpus: CorpusSource | None
-        system: fs.FileSystem
-        folder: Folder
-        output_format: str
-        with_text: bool
-
-    def __init__(self, job: "PartRanker.Job") -> None:
+    def __init__(self, job: Job) -> None:
         """Load the model; errors as in `Reranker`."""
         self._job = job
         self._prepare = preparation(job.corpus)
@@ -196,7 +197,7 @@ class PartRanker:
 
 
 def _run(
-    job: PartRanker.Job,
+    job: Job,
     parts: list[Part],
     concurrency: tuple[int, int],
     resources: Resources,
