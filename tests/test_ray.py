@@ -163,6 +163,8 @@ def test_bad_rows_are_put_aside_and_the_others_exploded(cluster, reranker: Reran
         "c": "documents must be a list, got nothing.",
         "d": "documents[0] must be a text or an object with a text, got dict.",
     }
+    assert sorted(row["query_id"] for row in good.iter_rows()) == ["a", "e"]
+    assert good.columns() == ["query_id", "query", "results"]
     flat = explode(good).take_all()
     assert [(row["query_id"], row["rank"], row["index"], row["id"]) for row in flat] == [
         *(("a", 1, 0, "7"), ("e", 1, 0, None), ("e", 2, 1, None))

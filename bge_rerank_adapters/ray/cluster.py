@@ -56,8 +56,9 @@ def connected(address: str) -> Generator[None, None, None]:
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         told = next(iter(str(error).splitlines()), type(error).__name__)
         raise SettingsError(
-            f'No Ray cluster answers at {address!r}: {told} Give "local", "auto", "host:port" or '
-            '"ray://host:port".'
+            f'No Ray cluster answers at {address!r}: {told.rstrip(".")}. Give "local", "auto", '
+            '"host:port" or "ray://host:port"; where the cluster asks for a token, set '
+            "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to it, as well."
         ) from error
     try:
         yield
