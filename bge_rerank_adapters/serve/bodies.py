@@ -1,7 +1,9 @@
 """Bodies of requests: read within limits, and parsed as strictly as JSON is defined."""
 
 import asyncio
+import itertools
 import json
+import re
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -17,6 +19,10 @@ _LARGE_BODY_BYTES = 64 * 1024
 _LISTS = ("documents", "texts")
 # What is looked at name by name, on the event loop, must not be a million of them.
 _MOST_NAMES = 100
+# A string, or the rest of the body where it does not end. Possessive, so that it takes one pass.
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+# Lists and objects of a request that are no documents.
+_OTHER_PARTS = 20
 
 
 class JsonRequest(Request):
@@ -47,10 +53,11 @@ class JsonRequest(Request):
         """
         if not hasattr(self, "_json"):
             body = await self.body()
+            most = self._limits.max_documents
             large = len(body) > _LARGE_BODY_BYTES
-            parsed = await asyncio.to_thread(_parse, body) if large else _parse(body)
-            # Before anything looks at the items, of which there may be millions.
-            _check_lists(parsed, self._limits.max_documents)
+            parsed = await asyncio.to_thread(_parse_large, body, most) if large else _parse(body)
+            # Before anything looks at the items, of which there may be many.
+            _check_lists(parsed, most)
             self._json = parsed
         return self._json
 
@@ -111,6 +118,41 @@ class JsonRoute(APIRoute):
             return await handler(JsonRequest(request.scope, request.receive))
 
         return handle
+
+
+def _parse_large(body: bytes, most: int) -> dict[str, Any]:
+    _check_parts(body, most)
+    return _parse(body)
+
+
+def _check_parts(body: bytes, most: int) -> None:
+    """Refuse a body of far more parts than a request has.
+
+    A few megabytes of empty lists take Python's parser and garbage collector a second, in which
+    nothing else runs, threads or not.
+
+    Raises:
+        Refusal: It has them.
+    """
+    if _fits(body.count(b"[") + body.count(b"{"), body.count(b","), most):
+        return
+    # Most are in texts, then. A loop of Python's own lets other threads have their turn.
+    parts = commas = end = 0
+    for string in itertools.chain(_STRING.finditer(body), (None,)):
+        start = len(body) if string is None else string.start()
+        parts += body.count(b"[", end, start) + body.count(b"{", end, start)
+        commas += body.count(b",", end, start)
+        if not _fits(parts, commas, most):
+            raise Refusal(
+                413,
+                f"The body has far more parts than a request of {most} documents, which is the "
+                "most that this server takes at a time; send them in parts.",
+            )
+        end = start if string is None else string.end()
+
+
+def _fits(parts: int, commas: int, most: int) -> bool:
+    return parts <= most + _OTHER_PARTS and commas <= (most + _OTHER_PARTS) * _MOST_NAMES
 
 
 class _NotReadError(ValueError):
