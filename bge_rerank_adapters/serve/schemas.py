@@ -100,7 +100,9 @@ Documents = Annotated[
                         "properties": {"text": {"type": "string"}},
                         "required": ["text"],
                         "additionalProperties": {
-                            "type": ["string", "number", "boolean", "null"],
+                            "anyOf": [
+                                {"type": kind} for kind in ("string", "number", "boolean", "null")
+                            ],
                         },
                     },
                 ]
