@@ -1,7 +1,8 @@
 """BGE rerankers for LangChain, LlamaIndex, Milvus and plain Python.
 
 `Reranker` is the scoring engine; `bge_rerank_adapters.langchain`, `.llama_index` and `.milvus`
-fit it into their hosts. Importing this package loads no torch: that comes with `Reranker`.
+fit it into their hosts; `RemoteReranker` asks a server instead. Importing this package loads no
+torch and no httpx: these come with `Reranker` and `RemoteReranker`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from bge_rerank_adapters.errors import (
     InputTypeError,
     NonFiniteLogitError,
     Overloaded,
+    RemoteError,
     RerankError,
     RerankTimeoutError,
     ScoringError,
@@ -26,6 +28,7 @@ from bge_rerank_adapters.stats import EngineStats
 
 if TYPE_CHECKING:
     from bge_rerank_adapters.engine import Reranker
+    from bge_rerank_adapters.remote import RemoteReranker
 
 __version__ = "0.1.0"
 
@@ -40,6 +43,8 @@ __all__ = [
     "Overloaded",
     "RankedDocument",
     "Ranking",
+    "RemoteError",
+    "RemoteReranker",
     "RerankError",
     "RerankTimeoutError",
     "Reranker",
@@ -53,12 +58,17 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Load the engine, and torch with it, when it is first asked for."""
+    """Load the engine and torch, or the remote one and httpx, when it is first asked for."""
     if name == "Reranker":
         from bge_rerank_adapters.engine import Reranker
 
         globals()[name] = Reranker
         return Reranker
+    if name == "RemoteReranker":
+        from bge_rerank_adapters.remote import RemoteReranker
+
+        globals()[name] = RemoteReranker
+        return RemoteReranker
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -17,7 +17,7 @@ S = TypeVar("S")
 T = TypeVar("T")
 # A call is a generator. It yields each future it waits for and is sent its result; it yields
 # `None` before work that takes its time. It neither blocks nor knows which door it is run from.
-Call = Generator["Future[list[float]] | None", "list[float] | None", T]
+Call = Generator["Future[Any] | None", Any, T]
 Step = tuple[bool, Any]
 
 # Two threads tokenise as fast as the tokenizer, which has threads of its own, and more would only
@@ -27,7 +27,7 @@ _THREADS = 2
 _ITEMS_PER_TURN = 8
 
 
-def advance(call: Call[T], result: list[float] | None = None) -> Step:
+def advance(call: Call[T], result: Any = None) -> Step:
     """Run a call up to where it next yields.
 
     Args:
@@ -71,10 +71,10 @@ class Places:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._futures: set[Future[list[float]]] = set()
+        self._futures: set[Future[Any]] = set()
         self._given_up = False
 
-    def hold(self, future: Future[list[float]]) -> None:
+    def hold(self, future: Future[Any]) -> None:
         """Remember a future until it is done; cancel it if the call has been given up already."""
         with self._lock:
             self._futures.add(future)
@@ -92,7 +92,7 @@ class Places:
         for future in futures:
             future.cancel()
 
-    def _forget(self, future: Future[list[float]]) -> None:
+    def _forget(self, future: Future[Any]) -> None:
         with self._lock:
             self._futures.discard(future)
 
@@ -150,7 +150,7 @@ class AsyncDoor:
                 pool.shutdown(wait=False)
 
 
-async def _step(pool: ThreadPoolExecutor, call: Call[Any], result: list[float] | None) -> Step:
+async def _step(pool: ThreadPoolExecutor, call: Call[Any], result: Any) -> Step:
     """Run a call's next step in a thread."""
     try:
         step = pool.submit(advance, call, result)
@@ -181,13 +181,13 @@ def _close_when_idle(call: Call[Any]) -> None:
         call.close()
 
 
-def _wait(
-    future: Future[list[float]], deadline: float | None, timeout_s: float | None
-) -> list[float]:
+def _wait(future: Future[Any], deadline: float | None, timeout_s: float | None) -> Any:
     left = None if deadline is None else max(0.0, deadline - time.monotonic())
     try:
         return future.result(left)
     except FutureTimeoutError as error:
+        if future.done():
+            raise  # not ours: what was waited for ended with it
         raise _timed_out(timeout_s) from error
 
 

@@ -10,9 +10,10 @@ RerankError
 │   └── UnsupportedCheckpointError        readable, but not a reranker that can be run here
 ├── DeviceError                           the device asked for is not there
 ├── ScoringError                          the model failed while it was scoring
-│   └── NonFiniteLogitError               the model gave NaN or infinity for a pair
+│   ├── NonFiniteLogitError               the model gave NaN or infinity for a pair
+│   └── RemoteError                       a server was not reached, refused, or answered wrongly
 ├── WorkerDiedError                       the scoring thread ended with pairs still waiting
-├── Overloaded                            too many pairs wait; nothing of the call was queued
+├── Overloaded                            too many pairs wait, here or on a server
 ├── RerankTimeoutError (also TimeoutError) a call's timeout_s ran out
 └── ClosedError                           the engine has been closed
 ```
@@ -57,12 +58,27 @@ class NonFiniteLogitError(ScoringError):
     """The model gave NaN or infinity for a pair, so the pair has no score."""
 
 
+class RemoteError(ScoringError):
+    """A server could not be reached, refused a request, or gave an answer that cannot be right.
+
+    Attributes:
+        status_code: Of the HTTP answer, where it was the reason; otherwise `None`.
+    """
+
+    def __init__(self, message: str, *, status_code: int | None = None) -> None:
+        super().__init__(message)
+        self.status_code = status_code
+
+
 class WorkerDiedError(RerankError):
     """The scoring thread ended while pairs were waiting; the cause is chained."""
 
 
 class Overloaded(RerankError):  # noqa: N818 - the name is part of the public contract
-    """More pairs wait than `max_queued_pairs` allows; nothing of this call was queued."""
+    """More pairs wait than `max_queued_pairs` allows, or than a server takes (429).
+
+    Nothing of the call was queued here.
+    """
 
 
 class RerankTimeoutError(RerankError, TimeoutError):

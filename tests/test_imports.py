@@ -24,7 +24,7 @@ LAYERS = {
     **dict.fromkeys(("models", "backlog"), 4),
     "worker": 5,
     "engine": 6,
-    "sharing": 7,
+    **dict.fromkeys(("sharing", "remote"), 7),
     "adapter_settings": 8,
     **dict.fromkeys(("langchain", "llama_index", "milvus"), 9),
     **dict.fromkeys(("verification", "evaluation", "model_table"), 9),
@@ -38,11 +38,13 @@ LAYERS = {
 HOSTS = {
     "langchain": ("langchain_core", "langchain"),
     "llama_index": ("llama_index", "llama-index"),
+    "remote": ("httpx", "remote"),
 }
 HEAVY = (
     *("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "numpy"),
     *("langchain_core", "langchain_classic", "llama_index", "pymilvus", "milvus_model"),
     *("FlagEmbedding", "pydantic", "typer", "rich", "fastapi", "prometheus_client", "ray"),
+    "httpx",
 )
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -188,7 +190,7 @@ def test_all_names_every_exported_name():
     public = {name for name in vars(bge_rerank_adapters) if not name.startswith("_")}
     modules = {path.stem for path in PACKAGE.iterdir()} | {"annotations"}
     helpers = {"TYPE_CHECKING", "Any"}
-    exported = (public - modules - helpers) | {"Reranker", "__version__"}
+    exported = (public - modules - helpers) | {"Reranker", "RemoteReranker", "__version__"}
     assert sorted(exported) == sorted(bge_rerank_adapters.__all__)
     assert dir(bge_rerank_adapters) == sorted(bge_rerank_adapters.__all__)
     for name in bge_rerank_adapters.__all__:

@@ -1,0 +1,218 @@
+"""A server's answer to scores that can be trusted, and these to a ranking: pure Python."""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from bge_rerank_adapters.errors import RemoteError
+from bge_rerank_adapters.ranking import RankedDocument, Ranking, sigmoid
+
+# Of somebody else's text in an error: enough to understand it.
+SHOWN_CHARACTERS = 300
+# How far beyond [0, 1] float32 arithmetic may put a score that is meant to be within.
+_ROUNDING = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What a server told of one document.
+
+    Attributes:
+        index: Its position among the documents that were asked about.
+        score: In [0, 1].
+        logit: `None` where the server tells scores alone.
+        truncated: Whether the server says that it was cut.
+        span: The characters of its best window, where the server tells them.
+    """
+
+    index: int
+    score: float
+    logit: float | None
+    truncated: bool = False
+    span: tuple[int, int] | None = None
+
+    @property
+    def order(self) -> float:
+        """What rankings are ordered by."""
+        return self.score if self.logit is None else self.logit
+
+    def moved(self, places: int) -> "Told":
+        """Return the same of a document that stands so many places further on."""
+        return replace(self, index=self.index + places)
+
+
+def read_answer(body: bytes, *, documents: int, scale: str, server: str) -> list[Told]:
+    """Return what a server told of n documents, in its order.
+
+    Args:
+        body: A list of `{"index", "score"}`, as text-embeddings-inference answers, or an object
+            with a list of `{"index", "relevance_score"}` under `results` (Cohere, Jina, vLLM,
+            infinity) or `data` (older infinity). A `logit` beside the score is taken along.
+        documents: n.
+        scale: `"logit"` where the numbers are logits, `"score"` where they are in [0, 1].
+        server: Its address, for errors.
+
+    Raises:
+        RemoteError: It is no such thing, an index is missing, doubled or out of range, or a number
+            is not finite or not in [0, 1].
+    """
+    rows = _rows(body, server)
+    told = [_told(row, scale=scale, server=server) for row in rows]
+    if len({each.logit is None for each in told}) > 1:
+        raise RemoteError(f"{server} answered with logits for some documents alone.")
+    _check_indexes([each.index for each in told], documents, server)
+    return told
+
+
+def _rows(body: bytes, server: str) -> list[Any]:
+    try:
+        answer = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise RemoteError(
+            f"{server} answered with something else than JSON: {shortened(body)}; "
+            "is it the address of a rerank server?"
+        ) from error
+    rows = answer
+    if isinstance(answer, dict):
+        rows = answer.get("results", answer.get("data"))
+    if not isinstance(rows, list):
+        raise RemoteError(
+            f"{server} answered without a list of results: {shortened(body)}; "
+            "is it the address of a rerank server, and api= its kind?"
+        )
+    return rows
+
+
+def _told(row: object, *, scale: str, server: str) -> Told:
+    if not isinstance(row, dict):
+        raise _wrong(server, row, "is no object with an index and a score")
+    index = row.get("index")
+    if not isinstance(index, int) or isinstance(index, bool):
+        raise _wrong(server, row, "has no index")
+    logit, number = row.get("logit"), row.get("relevance_score", row.get("score"))
+    if logit is None and scale == "logit":
+        logit, number = number, None
+    if logit is not None:
+        logit = _finite(logit, row, server)
+        score = sigmoid(logit) if number is None else _finite(number, row, server)
+    else:
+        score = _finite(number, row, server)
+    if not -_ROUNDING <= score <= 1 + _ROUNDING:
+        raise _wrong(
+            server,
+            row,
+            'has a score outside [0, 1]; if the server tells logits, say scale="logit"',
+        )
+    return Told(
+        index,
+        min(max(score, 0.0), 1.0),
+        logit,
+        row.get("truncated") is True,
+        _span(row.get("span")),
+    )
+
+
+def _finite(number: object, row: object, server: str) -> float:
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise _wrong(server, row, "has no number for a score")
+    try:
+        value = float(number)
+    except OverflowError:
+        value = math.inf
+    if not math.isfinite(value):
+        raise _wrong(server, row, "has a score that is not finite")
+    return value
+
+
+def _span(value: object) -> tuple[int, int] | None:
+    if isinstance(value, list) and len(value) == 2 and all(type(each) is int for each in value):
+        return value[0], value[1]
+    return None
+
+
+def _check_indexes(indexes: Sequence[int], documents: int, server: str) -> None:
+    seen: set[int] = set()
+    for index in indexes:
+        if not 0 <= index < documents:
+            raise RemoteError(
+                f"{server} answered with index {index} for a request of {documents} documents."
+            )
+        if index in seen:
+            raise RemoteError(f"{server} answered with index {index} twice.")
+        seen.add(index)
+    if len(seen) < documents:
+        missing = next(each for each in range(documents) if each not in seen)
+        raise RemoteError(
+            f"{server} answered with {len(seen)} results for {documents} documents, "
+            f"without index {missing}; all scores were asked for."
+        )
+
+
+def _wrong(server: str, row: object, what: str) -> RemoteError:
+    return RemoteError(f"{server} answered with a result that {what}: {shortened(repr(row))}")
+
+
+def shortened(text: str | bytes) -> str:
+    """Return the beginning of somebody else's text, on one line."""
+    if isinstance(text, bytes):
+        text = text[: 4 * SHOWN_CHARACTERS].decode("utf-8", errors="replace")
+    line = " ".join(text.split())
+    return line if len(line) <= SHOWN_CHARACTERS else f"{line[:SHOWN_CHARACTERS]} ..."
+
+
+class Question:
+    """A query and its documents, of which identical ones are asked about once.
+
+    Attributes:
+        query: The query.
+        texts: The n documents.
+        distinct: Those of them that differ, in the order of their first places.
+    """
+
+    def __init__(self, query: str, texts: list[str]) -> None:
+        self.query, self.texts = query, texts
+        places: dict[str, list[int]] = {}
+        for index, text in enumerate(texts):
+            places.setdefault(text, []).append(index)
+        self.distinct = list(places)
+        self._places = list(places.values())
+        self._told: list[Told] = []
+
+    def parts(self, max_documents: int) -> Iterator[tuple[int, list[str]]]:
+        """Yield where each part of the distinct documents begins, and the part."""
+        for start in range(0, len(self.distinct), max_documents):
+            yield start, self.distinct[start : start + max_documents]
+
+    def take(self, start: int, told: Sequence[Told]) -> None:
+        """Keep what was told of the part that begins there, in the server's order."""
+        self._told += [each.moved(start) for each in told]
+
+    def in_order(self) -> list[Told]:
+        """Return what was told of each of the n documents, in input order."""
+        told: list[Told | None] = [None] * len(self.texts)
+        for each in self._told:
+            for index in self._places[each.index]:
+                told[index] = each
+        return [each for each in told if each is not None]
+
+    def rank(self, *, top_k: int | None, score_threshold: float | None) -> Ranking:
+        """Return the documents best first.
+
+        Highest logit first, or score where there are no logits; what is equal keeps the server's
+        order, and parts of a call their own.
+        """
+        ranked = Ranking()
+        for each in sorted(self._told, key=lambda told: -told.order):
+            if score_threshold is not None and each.score < score_threshold:
+                break
+            for index in self._places[each.index]:
+                if len(ranked) == top_k:
+                    return ranked
+                ranked.append(
+                    RankedDocument(
+                        index, each.score, self.texts[index], each.logit, each.truncated, each.span
+                    )
+                )
+        return ranked

@@ -1,0 +1,129 @@
+"""The HTTP interfaces that rerank servers speak: a frozen table, and how an address tells one.
+
+Sources, besides our own server: text-embeddings-inference `router/src/http/types.rs` and
+`server.rs`; vLLM `vllm/entrypoints/pooling/scoring/protocol.py`; infinity_emb 0.0.78
+`fastapi_schemas/pymodels.py`; the cohere package 7.3 `v2/raw_client.py`; Jina's public examples.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+AUTO = "auto"
+# Hosts that speak one interface; all others are asked, or told by their path.
+_HOSTS = {"api.cohere.com": "cohere", "api.cohere.ai": "cohere", "api.jina.ai": "jina"}
+_VERSION = re.compile(r"/v\d+$")
+
+
+@dataclass(frozen=True, slots=True)
+class Api:
+    """How one kind of server wants to be asked.
+
+    Attributes:
+        paths: Where it may answer, below a base address; the first that is there is used.
+        texts: The name of the documents in a request.
+        constants: What else every request says.
+        raw: What asks for logits in place of scores; `None` where there is no way to.
+        scale: What its numbers are where the user leaves it open: `"score"` or `"logit"`.
+        max_documents: Most documents of a request where the user leaves it open.
+        tells_limit: Whether `GET /info` tells `max_client_batch_size`.
+        most_documents: Most documents of a request whatever the server allows: parts of a long
+            call are better sent side by side.
+    """
+
+    paths: tuple[str, ...]
+    texts: str = "documents"
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    raw: Mapping[str, Any] | None = None
+    scale: str = "score"
+    max_documents: int = 1000
+    tells_limit: bool = False
+    most_documents: int = 1000
+
+    def request(
+        self, query: str, texts: list[str], *, model: str | None, scale: str
+    ) -> dict[str, Any]:
+        """Return the body of a request for all scores of n texts, ready for JSON."""
+        body: dict[str, Any] = {"query": query, self.texts: texts, **self.constants}
+        if model is not None:
+            body["model"] = model
+        if self.texts == "documents":
+            # Some servers cut to a few where it is left out.
+            body["top_n"] = len(texts)
+        if scale == "logit" and self.raw is not None:
+            body |= self.raw
+        return body
+
+
+APIS: Mapping[str, Api] = {
+    "bge": Api(("/v1/rerank",), constants={"return_details": True}, tells_limit=True),
+    "tei": Api(
+        ("/rerank",),
+        texts="texts",
+        constants={"truncate": True},
+        raw={"raw_scores": True},
+        scale="logit",
+        max_documents=32,
+        tells_limit=True,
+    ),
+    # -1 cuts to the model's length; left out, a pair that is too long is an error there.
+    "vllm": Api(
+        ("/rerank",), constants={"truncate_prompt_tokens": -1}, raw={"use_activation": False}
+    ),
+    "infinity": Api(("/rerank",), raw={"raw_scores": True}),
+    "cohere": Api(("/v2/rerank",)),
+    "jina": Api(("/v1/rerank",), constants={"return_documents": False}),
+}
+# What our own server calls itself in `/info`.
+OUR_NAME = "bge_rerank_adapters"
+# What Cohere's, Jina's, vLLM's, infinity's and our own server have in common.
+COMMON = Api(("/rerank", "/v1/rerank", "/v2/rerank"))
+NAMES = (AUTO, *APIS)
+
+
+def api_of_address(url: str) -> Api | None:
+    """Return the interface that an address alone tells, or `None` where the server must be asked.
+
+    A known host tells its own, a path such as `/v1/rerank` or `/v1` the common one.
+    """
+    parts = urlsplit(url)
+    if parts.hostname in _HOSTS:
+        return APIS[_HOSTS[parts.hostname]]
+    versioned = _VERSION.search(parts.path.removesuffix("/rerank"))
+    return COMMON if versioned else None
+
+
+def addresses(url: str, api: Api) -> tuple[str, ...]:
+    """Return the addresses to ask, best guess first: that of the user, or those below it."""
+    path = urlsplit(url).path
+    if path.endswith("/rerank"):
+        return (url,)
+    if _VERSION.search(path):
+        return (f"{url}/rerank",)
+    return tuple(f"{url}{each}" for each in api.paths)
+
+
+def api_of_info(told: object) -> Api:
+    """Return the interface of a server from what its `/info` tells; `None` for no answer."""
+    if not isinstance(told, dict):
+        return COMMON
+    if told.get("server") == OUR_NAME:
+        return APIS["bge"]
+    return APIS["tei"] if "max_client_batch_size" in told else COMMON
+
+
+def limit_of_info(told: object, api: Api) -> int:
+    """Return the most documents of a request, from what `/info` tells or else by default."""
+    limit = told.get("max_client_batch_size") if isinstance(told, dict) else None
+    if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
+        return api.max_documents
+    return min(limit, api.most_documents)
+
+
+def info_address(url: str) -> str:
+    """Return where our server and text-embeddings-inference tell what they are."""
+    parts = urlsplit(url)
+    base = _VERSION.sub("", parts.path.removesuffix("/rerank"))
+    return urlunsplit(parts._replace(path=f"{base}/info"))

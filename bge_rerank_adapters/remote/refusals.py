@@ -1,0 +1,85 @@
+"""A server's refusals, as errors of this package that say what to do."""
+
+import json
+from dataclasses import dataclass
+
+from bge_rerank_adapters.errors import Overloaded, RemoteError, RerankError
+from bge_rerank_adapters.remote.answers import shortened
+from bge_rerank_adapters.remote.settings import RemoteSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An HTTP answer.
+
+    Attributes:
+        status: Its status code.
+        body: Its bytes, or the beginning of them where it is an error.
+        retry_after_s: Seconds after which the server wants to be asked again.
+        location: Where a redirect points.
+    """
+
+    status: int
+    body: bytes
+    retry_after_s: float | None = None
+    location: str | None = None
+
+
+def refusal(answer: Answer, url: str, settings: RemoteSettings) -> RerankError:
+    """Return the error for an answer that is not 200, with the server's own message, bounded."""
+    message = _message(answer.body)
+    if settings.api_key:
+        # Some servers repeat the key that they refuse.
+        message = message.replace(settings.api_key, "***")
+    told = f"{url} answered {answer.status}{_advice(answer, settings)}"
+    told += f" The server says: {shortened(message)}" if message else ""
+    if answer.status == 429:
+        return Overloaded(told)
+    return RemoteError(told, status_code=answer.status)
+
+
+def _advice(answer: Answer, settings: RemoteSettings) -> str:
+    status = answer.status
+    if status in {401, 403}:
+        how = "the api_key is not accepted" if settings.api_key else "api_key is needed"
+        return f": {how}; give api_key= what the server was started with."
+    if status in {404, 405}:
+        return (
+            ": there is no such route, or no such model; check the url's path (try the address "
+            f"without a path), api={settings.api!r} and model={settings.model!r}."
+        )
+    if 300 <= status < 400:
+        return (
+            f": a redirect to {shortened(answer.location or 'nowhere')}, which is not followed, "
+            "for the documents and the api_key would go along; give that address as url if it "
+            "is right."
+        )
+    if status == 413:
+        return ": a single document is more than it takes; make it shorter."
+    if status in {400, 422}:
+        return (
+            f": the request is not what it takes; check api={settings.api!r} and "
+            f"model={settings.model!r}."
+        )
+    if status == 429:
+        return ": it has more to do than it takes; send less at a time, or try again later."
+    if status == 503:
+        return ": it is starting, closing or overloaded; try again later."
+    return "."
+
+
+def _message(body: bytes) -> str:
+    """Return what a body says, under one of the names that servers have for it."""
+    text = body.decode("utf-8", errors="replace").strip()
+    try:
+        said = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    for name in ("message", "error", "detail"):
+        found = said.get(name) if isinstance(said, dict) else None
+        # OpenAI's shape: {"error": {"message": ...}}
+        if isinstance(found, dict):
+            found = found.get("message", found)
+        if found:
+            return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
+    return text

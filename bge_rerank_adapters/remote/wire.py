@@ -1,0 +1,286 @@
+"""What goes over the network: requests, retries and the errors that answers are turned into.
+
+All of a reranker's requests run on one event loop in a thread of its own. A call from any thread
+or event loop hands its request over and gets a future, so there is one pool of connections and one
+implementation, wherever the call comes from.
+"""
+
+import asyncio
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Coroutine, Generator
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import httpx
+
+from bge_rerank_adapters.errors import ClosedError, RerankTimeoutError
+from bge_rerank_adapters.remote.answers import Told, read_answer
+from bge_rerank_adapters.remote.apis import (
+    APIS,
+    AUTO,
+    Api,
+    addresses,
+    api_of_address,
+    api_of_info,
+    info_address,
+    limit_of_info,
+)
+from bge_rerank_adapters.remote.exchange import Answer, Exchange
+from bge_rerank_adapters.remote.refusals import refusal
+from bge_rerank_adapters.remote.settings import RemoteSettings
+from bge_rerank_adapters.remote.stats import Tally
+
+T = TypeVar("T")
+
+# Of an answer with all scores: room for each result, and for documents that are sent back although
+# nobody asked, with escapes.
+_ANSWER_BYTES = 1 << 20
+_ANSWER_FACTOR = 8
+# A host that does not answer at all is tried again after this, as one that refuses is at once.
+_CONNECT_S = 10.0
+_JOIN_S = 5.0
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How the server is asked.
+
+    Attributes:
+        api: What it speaks.
+        urls: Where; several where it has not answered yet.
+        scale: What its numbers are: `"score"` or `"logit"`.
+        max_documents: Most documents of a request.
+    """
+
+    api: Api
+    urls: tuple[str, ...]
+    scale: str
+    max_documents: int
+
+
+class Wire:
+    """The connections of one reranker in one process, on an event loop of their own."""
+
+    def __init__(self, settings: RemoteSettings, tally: Tally) -> None:
+        self._settings, self._tally = settings, tally
+        self._lock = threading.Lock()
+        self._open = True
+        self._plan: Plan | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.new_event_loop()
+        self._stop = asyncio.Event()
+        self._planning = asyncio.Lock()
+        self._slots = asyncio.Semaphore(settings.max_connections)
+        client = httpx.AsyncClient(
+            auth=_Bearer(settings.api_key),
+            timeout=httpx.Timeout(None, connect=_CONNECT_S),
+            limits=httpx.Limits(
+                max_connections=None, max_keepalive_connections=settings.max_connections
+            ),
+            # The documents and the key would go along to wherever a redirect points.
+            follow_redirects=False,
+        )
+        self._client, self._exchange = client, Exchange(client, settings, tally)
+        self._thread = threading.Thread(target=self._run, name="bge-rerank-remote", daemon=True)
+        self._thread.start()
+
+    def plan(self) -> "Future[Plan]":
+        """Return a future of how the server is asked, which may have to be asked for that."""
+        return self._submit(lambda: self._timed(self._planned))
+
+    def known_plan(self) -> Plan | None:
+        """Return how the server is asked, if that is known."""
+        return self._plan
+
+    def ask(self, query: str, texts: list[str]) -> "Future[list[Told]]":
+        """Return a future of what the server tells of n texts, in its order."""
+        return self._submit(
+            lambda: self._timed(lambda deadline: self._asked(query, texts, deadline))
+        )
+
+    def close(self) -> None:
+        """End requests under way with `ClosedError`, and close the connections."""
+        with self._lock:
+            self._open = False
+        self.let_go()
+        self._thread.join(_JOIN_S)
+
+    def let_go(self) -> None:
+        """Signal the thread to end, without waiting for it; safe in a garbage collection."""
+        with suppress(RuntimeError):  # it has ended already
+            self._loop.call_soon_threadsafe(self._stop.set)
+
+    def _submit(self, make: Callable[[], Coroutine[Any, Any, T]]) -> "Future[T]":
+        future: Future[T] = Future()
+        # What is handed over before the lock is given to `close` starts before the loop stops.
+        with self._lock:
+            if not self._open:
+                raise _closed()
+            try:
+                self._loop.call_soon_threadsafe(self._begin, make, future)
+            except RuntimeError as error:
+                raise _closed() from error
+        return future
+
+    def _begin(self, make: Callable[[], Coroutine[Any, Any, T]], future: "Future[T]") -> None:
+        task = self._loop.create_task(self._fulfil(make, future))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        future.add_done_callback(lambda done: self._cancel_with(done, task))
+
+    def _cancel_with(self, future: "Future[Any]", task: "asyncio.Task[None]") -> None:
+        # The caller has gone, from whatever thread: its request goes too.
+        if future.cancelled():
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(task.cancel)
+
+    async def _fulfil(
+        self, make: Callable[[], Coroutine[Any, Any, T]], future: "Future[T]"
+    ) -> None:
+        try:
+            result = await make()
+        except asyncio.CancelledError:
+            _fail(future, _closed())
+        except BaseException as error:  # noqa: BLE001 - raised to who asked
+            _fail(future, error)
+        else:
+            with suppress(InvalidStateError):  # cancelled meanwhile
+                future.set_result(result)
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            runner.run(self._serve())
+
+    async def _serve(self) -> None:
+        try:
+            await self._stop.wait()
+        finally:
+            for task in tuple(self._tasks):
+                task.cancel()
+            if self._tasks:
+                await asyncio.wait(tuple(self._tasks))
+            await self._client.aclose()
+
+    async def _planned(self, deadline: float | None) -> Plan:
+        async with self._planning:
+            if self._plan is None:
+                self._plan = await self._find_plan(deadline)
+            return self._plan
+
+    async def _find_plan(self, deadline: float | None) -> Plan:
+        settings = self._settings
+        api = APIS.get(settings.api) or api_of_address(settings.url)
+        told = None
+        limit_wanted = settings.max_documents_per_request is None
+        if api is None or (api.tells_limit and limit_wanted):
+            told = await self._info(deadline)
+        if api is None:
+            api = api_of_info(told)
+        limit = settings.max_documents_per_request or limit_of_info(told, api)
+        scale = api.scale if settings.scale == AUTO else settings.scale
+        return Plan(api, addresses(settings.url, api), scale, limit)
+
+    async def _info(self, deadline: float | None) -> object:
+        """Return what the server tells of itself, or `None` where it does not."""
+        url = info_address(self._settings.url)
+        answer = await self._exchange.get(url, deadline=deadline, longest=_ANSWER_BYTES)
+        if answer.status in {401, 403}:
+            raise refusal(answer, url, self._settings)
+        try:
+            return json.loads(answer.body) if answer.status == 200 else None
+        except (ValueError, RecursionError):
+            return None
+
+    async def _asked(self, query: str, texts: list[str], deadline: float | None) -> list[Told]:
+        plan = await self._planned(deadline)
+        told = await self._ask(plan, query, texts, deadline)
+        self._tally.add(pairs=len(texts))
+        return told
+
+    async def _ask(
+        self, plan: Plan, query: str, texts: list[str], deadline: float | None
+    ) -> list[Told]:
+        body = _encoded(
+            plan.api.request(query, texts, model=self._settings.model, scale=plan.scale)
+        )
+        answer, url = await self._post(plan, body, deadline)
+        if answer.status == 200:
+            return read_answer(answer.body, documents=len(texts), scale=plan.scale, server=url)
+        if answer.status != 413 or len(texts) == 1:
+            raise refusal(answer, url, self._settings)
+        half = len(texts) // 2
+        _log.info("%s refused %d documents as too many or too long; asking in halves", url, half)
+        first = await self._ask(plan, query, texts[:half], deadline)
+        rest = await self._ask(plan, query, texts[half:], deadline)
+        return first + [each.moved(half) for each in rest]
+
+    async def _post(self, plan: Plan, body: bytes, deadline: float | None) -> tuple[Answer, str]:
+        """Send a request to the first address that is there, and remember which that is."""
+        longest = _ANSWER_BYTES + _ANSWER_FACTOR * len(body)
+        # Another request may have found it meanwhile.
+        urls = plan.urls if self._plan is None else self._plan.urls
+        for url in urls:
+            answer = await self._exchange.post(url, body, deadline=deadline, longest=longest)
+            if answer.status not in {404, 405}:
+                self._plan = Plan(plan.api, (url,), plan.scale, plan.max_documents)
+                return answer, url
+        return answer, " or ".join(urls)
+
+    async def _timed(self, work: Callable[[float | None], Coroutine[Any, Any, T]]) -> T:
+        """Return what `work` returns, given when it must be done; count it, and its errors."""
+        limit = self._settings.timeout_s
+        begin = time.monotonic()
+        self._tally.add(under_way=1)
+        try:
+            async with asyncio.timeout(limit), self._slots:
+                return await work(None if limit is None else begin + limit)
+        except TimeoutError as error:
+            self._tally.add(failed_requests=1)
+            if isinstance(error, RerankTimeoutError):
+                raise
+            raise RerankTimeoutError(
+                f"{self._settings.url} did not answer within timeout_s={limit}; send fewer or "
+                "shorter documents at a time, or allow more time."
+            ) from error
+        except BaseException:
+            self._tally.add(failed_requests=1)
+            raise
+        finally:
+            self._tally.add(under_way=-1, waiting_s=time.monotonic() - begin)
+
+
+class _Bearer(httpx.Auth):
+    """Puts the key into each request, and shows it nowhere."""
+
+    def __init__(self, api_key: str | None) -> None:
+        self._value = None if api_key is None else f"Bearer {api_key}"
+
+    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
+        """Send the request with the key."""
+        if self._value is not None:
+            request.headers["Authorization"] = self._value
+        yield request
+
+
+def _encoded(body: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    except UnicodeEncodeError:
+        # A lone surrogate, which is no text but has an escape; what becomes of it the server says.
+        return json.dumps(body, separators=(",", ":")).encode("ascii")
+
+
+def _fail(future: "Future[Any]", error: BaseException) -> None:
+    with suppress(InvalidStateError):  # cancelled meanwhile
+        future.set_exception(error)
+
+
+def _closed() -> ClosedError:
+    return ClosedError("The remote reranker has been closed; make another one.")
