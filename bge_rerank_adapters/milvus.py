@@ -14,14 +14,17 @@ pymilvus is imported, and nothing is installed at run time.
 import numbers
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 from bge_rerank_adapters.errors import SettingsError
-from bge_rerank_adapters.ranking import RankedDocument, check_documents, check_query, check_top_k
-from bge_rerank_adapters.settings import EngineSettings
-
-if TYPE_CHECKING:
-    from bge_rerank_adapters.engine import Reranker
+from bge_rerank_adapters.ranking import (
+    RankedDocument,
+    Scorer,
+    check_documents,
+    check_query,
+    check_top_k,
+)
+from bge_rerank_adapters.settings import EngineSettings, setting_names
 
 _QUERY_MAX_LENGTH = 256
 # FlagEmbedding's names of the families (`inference/reranker/model_mapping.py`).
@@ -66,7 +69,7 @@ class BGERerankFunction:
         model_name: As it was given, like the next two.
         batch_size: Not needed.
         normalize: Whether `.score` is in [0, 1].
-        device: Where the model runs.
+        device: Where the model runs; `None` where a ready engine does not tell.
     """
 
     def __init__(
@@ -100,6 +103,7 @@ class BGERerankFunction:
         compress_ratio: int | None = None,
         compress_layers: int | Sequence[int] | None = None,
         backend: str = EngineSettings.backend,
+        reranker: Scorer | None = None,
     ) -> None:
         """Load the model, or share the one that is loaded with equal settings.
 
@@ -135,9 +139,12 @@ class BGERerankFunction:
             compress_ratio: How many of a document's tokens are made one.
             compress_layers: Before which layers that is done.
             backend: `"native"`, or `"flagembedding"` to run FlagEmbedding's own classes.
+            reranker: A ready engine, such as a `RemoteReranker`, to use instead of loading one;
+                not together with what is about the model.
 
         Raises:
-            SettingsError: A setting has a value that is not allowed.
+            SettingsError: A setting has a value that is not allowed, or is about the model beside
+                a ready engine.
             CheckpointError: The checkpoint cannot be found or used.
             DeviceError: The device is not there.
         """
@@ -182,18 +189,29 @@ class BGERerankFunction:
             compress_ratio=compress_ratio,
             compress_layers=compress_layers,  # type: ignore[arg-type]
         )
-        self._engine: Reranker | None = None
-        self.device = self.reranker.device
+        self._given, self._was_given = reranker, reranker is not None
+        if self._was_given:
+            _check_ready(reranker, self._settings)
+        self._engine: Any = None
+        self.device: str | None = getattr(self.reranker, "device", None)
 
     @property
-    def reranker(self) -> "Reranker":
-        """The engine that scores, shared by all with equal settings.
+    def reranker(self) -> Any:
+        """The engine that scores: the one given, or one shared by all with equal settings.
 
         It is loaded again where it was let go of, or closed by another who used it.
 
         Raises:
+            SettingsError: A ready engine was given, and left out where this was pickled.
             RerankError: The model cannot be loaded.
         """
+        if self._given is not None:
+            return self._given
+        if self._was_given:
+            raise SettingsError(
+                "This was made with reranker=, which its pickle does not carry; "
+                "make another one with reranker=, or with model_name=."
+            )
         engine = self._engine
         if engine is None or engine.closed:
             # Imported here, so that a wrong setting is told before torch is loaded.
@@ -205,7 +223,8 @@ class BGERerankFunction:
     def close(self) -> None:
         """Let go of the shared engine, which is freed with its last user; a later use loads again.
 
-        The same as the other adapters' `close`; it may be repeated.
+        The same as the other adapters' `close`; it may be repeated. An engine that was given as
+        `reranker=` stays: it is its owner's to close.
         """
         self._engine = None
 
@@ -224,7 +243,8 @@ class BGERerankFunction:
 
         Raises:
             InputTypeError: The query or a document is not a `str`.
-            SettingsError: `top_k` is negative or not a whole number.
+            SettingsError: `top_k` is negative or not a whole number, or `normalize` is False and
+                the ready engine tells no logits.
             RerankError: The model failed.
         """
         texts = check_documents(documents)
@@ -236,12 +256,26 @@ class BGERerankFunction:
         return [RerankResult(texts[each.index], self._score(each), each.index) for each in ranked]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a pickle or a copy carries: the engine is found or loaded anew."""
-        return {**vars(self), "_engine": None}
+        """Return what a pickle carries: the engine is found or loaded anew, or given again."""
+        return {**vars(self), "_engine": None, "_given": None}
+
+    def __copy__(self) -> Self:
+        """Return another one that shares the engine."""
+        copied = type(self).__new__(type(self))
+        vars(copied).update(vars(self))
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return another one that shares the engine: threads and weights are not copied."""
+        return self.__copy__()
 
     def _score(self, ranked: RankedDocument) -> float:
-        if self.normalize or ranked.logit is None:
+        if self.normalize:
             return ranked.score
+        if ranked.logit is None:
+            raise SettingsError(
+                "normalize=False gives logits, which this engine does not tell; leave it at True."
+            )
         return ranked.logit
 
 
@@ -269,6 +303,25 @@ class _Instruction:
         if self.instruction is None:
             return text
         return self.template.format(self.instruction, text)
+
+
+def _check_ready(reranker: object, settings: EngineSettings) -> None:
+    if not isinstance(reranker, Scorer) or isinstance(reranker, type):
+        raise SettingsError(
+            "reranker must be an engine with the methods rerank and arerank, got "
+            f"{type(reranker).__name__}; give one that is made, such as RemoteReranker(...)."
+        )
+    usual = EngineSettings(query_max_length=_QUERY_MAX_LENGTH)
+    # Instructions go into the texts here, whoever scores them.
+    about_the_model = set(setting_names()) - {"query_instruction", "passage_instruction"}
+    given = sorted(
+        name for name in about_the_model if getattr(settings, name) != getattr(usual, name)
+    )
+    if given:
+        raise SettingsError(
+            f"reranker= is a ready engine, so what sets its {', '.join(given)} cannot stand "
+            "beside it; give one or the other."
+        )
 
 
 def _devices(value: str | int | Sequence[str | int] | None) -> str | tuple[str, ...]:
