@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from bge_rerank_adapters import RemoteReranker
+
 
 @dataclass
 class Asked:
@@ -44,86 +46,90 @@ class FakeServer:
     url: str
     asked: list[Asked]
     gone: threading.Event  # a client broke off while it was answered
+    ports: set[int]  # the clients', one for each connection
 
     @property
     def posts(self) -> list[Asked]:
         return [each for each in self.asked if each.method == "POST"]
 
 
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: "_Server"
+
+    def do_POST(self) -> None:
+        self._reply(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+    def do_GET(self) -> None:
+        self._reply(None)
+
+    def _reply(self, body: Any) -> None:
+        request = Asked(self.command, self.path, dict(self.headers), body)
+        self.server.ports.add(self.client_address[1])
+        self.server.asked.append(request)
+        reply = self.server.answer(request)
+        self._wait(reply.delay_s)
+        if reply.breaks == "before":
+            self._reset()
+            return
+        content = json.dumps(reply.content).encode() if reply.raw is None else reply.raw
+        self.send_response(reply.status)
+        self.send_header("Content-Length", str(len(content)))
+        for name, value in reply.headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if reply.breaks == "within":
+            self.wfile.write(content[: len(content) // 2])
+            self._reset()
+            return
+        self.wfile.write(content)
+
+    def _wait(self, seconds: float) -> None:
+        """Wait, but no longer than the client does."""
+        end = time.monotonic() + seconds
+        self.connection.settimeout(0.02)
+        while time.monotonic() < end:
+            try:
+                if not self.connection.recv(1, socket.MSG_PEEK):
+                    raise ConnectionError("The client has gone.")
+            except TimeoutError:
+                continue
+        self.connection.settimeout(None)
+
+    def _reset(self) -> None:
+        # With a linger of 0 the client sees a reset, as of a process that was killed.
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.close()
+        self.close_connection = True
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, answer: Callable[[Asked], Reply]) -> None:
+        self.answer = answer
+        self.asked: list[Asked] = []
+        self.ports: set[int] = set()
+        self.gone = threading.Event()
+        super().__init__(("127.0.0.1", 0), _Handler)
+
+    def handle_error(self, *_: object) -> None:
+        self.gone.set()
+
+
 @contextmanager
 def running(answer: Callable[[Asked], Reply]) -> Iterator[FakeServer]:
     """Run a server whose every reply is what `answer` makes of the request."""
-    asked: list[Asked] = []
-    gone = threading.Event()
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        disable_nagle_algorithm = True
-
-        def do_POST(self) -> None:
-            self._reply(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-
-        def do_GET(self) -> None:
-            self._reply(None)
-
-        def _reply(self, body: Any) -> None:
-            request = Asked(self.command, self.path, dict(self.headers), body)
-            asked.append(request)
-            reply = answer(request)
-            self._wait(reply.delay_s)
-            if reply.breaks == "before":
-                self._reset()
-                return
-            content = json.dumps(reply.content).encode() if reply.raw is None else reply.raw
-            self.send_response(reply.status)
-            self.send_header("Content-Length", str(len(content)))
-            for name, value in reply.headers.items():
-                self.send_header(name, value)
-            self.end_headers()
-            if reply.breaks == "within":
-                self.wfile.write(content[: len(content) // 2])
-                self._reset()
-                return
-            try:
-                self.wfile.write(content)
-            except OSError:
-                gone.set()
-
-        def _wait(self, seconds: float) -> None:
-            end = time.monotonic() + seconds
-            self.connection.settimeout(0.02)
-            while time.monotonic() < end and not gone.is_set():
-                try:
-                    if not self.connection.recv(1, socket.MSG_PEEK):
-                        gone.set()
-                except TimeoutError:
-                    continue
-                except OSError:
-                    gone.set()
-            self.connection.settimeout(None)
-
-        def _reset(self) -> None:
-            # With a linger of 0 the client sees a reset, as of a process that was killed.
-            self.connection.setsockopt(
-                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
-            )
-            self.connection.close()
-            self.close_connection = True
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
-
-        def handle_error(self, *_: object) -> None:
-            gone.set()
-
-    server = Server(("127.0.0.1", 0), Handler)
+    server = _Server(answer)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
-        yield FakeServer(f"http://127.0.0.1:{server.server_port}", asked, gone)
+        url = f"http://127.0.0.1:{server.server_port}"
+        yield FakeServer(url, server.asked, server.gone, server.ports)
     finally:
         server.shutdown()
         server.server_close()
@@ -157,3 +163,22 @@ def in_turn(*replies: Reply | Callable[[Asked], Reply]) -> Callable[[Asked], Rep
         return reply(asked) if callable(reply) else reply
 
     return answer
+
+
+def remote(server: FakeServer, *, path: str = "/v1", **given: Any) -> RemoteReranker:
+    """Return a reranker that is told by the path what its server speaks."""
+    return RemoteReranker(server.url + path, **given)
+
+
+@contextmanager
+def answering(*replies: Any, **given: Any) -> Iterator[tuple[RemoteReranker, FakeServer]]:
+    """Return a reranker in front of a server that gives these replies, and the server."""
+    with running(in_turn(*replies)) as server, remote(server, **given) as reranker:
+        yield reranker, server
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)

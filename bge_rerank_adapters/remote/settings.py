@@ -111,10 +111,12 @@ def _secret(name: str, value: object) -> str | None:
     """Check what goes into a header, where other characters would break the request."""
     if value is None:
         return None
-    if not isinstance(value, str) or not (value.isascii() and value.isprintable() and value):
+    if not isinstance(value, str):
+        raise SettingsError(f"{name} must be a str or None, got a {type(value).__name__}.")
+    if not value or not value.isprintable() or " " in value:
         raise SettingsError(
-            f"{name} must be a str of printable ASCII characters or None, "
-            f"got a {type(value).__name__} that is none; look for a line end in it."
+            f"{name} must be one or more characters without spaces, line ends or control "
+            "characters; a key that was read from a file often ends with one."
         )
     return value
 
