@@ -299,11 +299,13 @@ def test_a_redirect_is_not_followed(server):
 
 
 def test_the_last_of_several_routes_is_named():
-    with running(lambda _: NOT_FOUND) as server, RemoteReranker(server.url) as reranker:
-        with pytest.raises(
-            RemoteError, match=r"/rerank or .*/v1/rerank or .*/v2/rerank answered 404"
-        ):
-            reranker.rerank("q", TEXTS)
+    routes = "/rerank or .*/v1/rerank or .*/v2/rerank"
+    with (
+        running(lambda _: NOT_FOUND) as server,
+        RemoteReranker(server.url) as reranker,
+        pytest.raises(RemoteError, match=f"{routes} answered 404"),
+    ):
+        reranker.rerank("q", TEXTS)
 
 
 def test_after_an_error_the_next_call_works():
