@@ -1,4 +1,4 @@
-"""Rerank servers on a local port that answer, or fail, as a test says."""
+"""Rerank servers on a local port: some that answer, or fail, as a test says, and our own."""
 
 import json
 import socket
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from bge_rerank_adapters import RemoteReranker
+from bge_rerank_adapters import RemoteReranker, Reranker
 
 
 @dataclass
@@ -182,3 +182,26 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.005)
+
+
+@contextmanager
+def serving(engine: Reranker, **settings: Any) -> Iterator[str]:
+    """Serve an engine on a port of its own; the address."""
+    import uvicorn
+
+    from bge_rerank_adapters.serve import ServerSettings, create_app
+
+    app = create_app(ServerSettings(**settings), engine=engine)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on"))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(30)

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.rerank_servers import serving
+
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), flags=re.DOTALL)
 
 
 def test_readme_shows_engine_and_every_host():
-    assert len(BLOCKS) == 7
+    assert len(BLOCKS) == 8
 
 
 @pytest.mark.parametrize(
@@ -25,9 +27,17 @@ def test_example_runs_and_puts_goethe_first(block, capsys):
     assert "It rains" not in shown.split("Goethe")[0]
 
 
+def test_the_server_elsewhere_answers(capsys, reranker):
+    for needed in ("httpx", "uvicorn", "fastapi", "langchain_core"):
+        pytest.importorskip(needed)
+    with serving(reranker, api_key="change-me") as url:
+        exec(BLOCKS[6].replace("http://gpu-box:8000", url), {"__name__": "example"})  # noqa: S102
+    assert capsys.readouterr().out.startswith("Goethe wrote Faust. 0.")
+
+
 def test_the_experiment_runs(capsys, monkeypatch):
     monkeypatch.chdir(README.parent)
-    exec(BLOCKS[6].replace("BAAI/bge-reranker-v2-m3", "tiny"), {"__name__": "example"})  # noqa: S102
+    exec(BLOCKS[7].replace("BAAI/bge-reranker-v2-m3", "tiny"), {"__name__": "example"})  # noqa: S102
     shown = capsys.readouterr().out
     assert "10 queries, 600 documents, 5 candidates" in shown
     assert "p_value" in shown

@@ -4,12 +4,9 @@ import asyncio
 import os
 import socket
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,7 +15,6 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("fastapi")
 
 import httpx
-import uvicorn
 
 from bge_rerank_adapters import (
     Overloaded,
@@ -29,15 +25,13 @@ from bge_rerank_adapters import (
     SettingsError,
 )
 from bge_rerank_adapters.milvus import BGERerankFunction
-from bge_rerank_adapters.serve import ServerSettings, create_app
-from bge_rerank_adapters.settings import EngineSettings
 from tests.checkpoints import read_sentences
+from tests.rerank_servers import serving
 from tests.test_imports import PACKAGE, run_python
 from tests.texts import DOCUMENTS, QUERY
 
 pytestmark = pytest.mark.timeout(180)
 
-TINY = EngineSettings(model="tiny", device="cpu", dtype="float32")
 KEY = "sekret-ß-42"
 LONG = "The sun shines in Weimar. " * 120
 # What a small image lacks, whatever its host brings.
@@ -45,25 +39,6 @@ ENGINE_ONLY = (
     *("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub"),
     *("typer", "rich"),
 )
-
-
-@contextmanager
-def serving(engine: Reranker, **settings: Any) -> Iterator[str]:
-    """Serve an engine on a port of its own; the address."""
-    app = create_app(ServerSettings(engine=TINY, **settings), engine=engine)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on"))
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join(30)
 
 
 @pytest.fixture(scope="module")
