@@ -167,6 +167,16 @@ def test_model_key_and_raw_scores_are_asked_for():
     assert post.headers["Authorization"].encode("latin-1").decode() == f"Bearer {KEY}"
 
 
+@pytest.mark.parametrize("path", ["", "/v1"])
+def test_numbers_of_an_unknown_kind_of_server_are_not_taken_for_logits(server, path):
+    unknown = remote(server, path=path, scale="logit")
+    with unknown, pytest.raises(SettingsError, match='scale="logit" needs api='):
+        unknown.rerank("q", TEXTS)
+    assert server.posts == []
+    with remote(server, path=path, api="jina", scale="logit") as reranker:
+        assert reranker.logits("q", TEXTS) == [0.25, 0.75, 0.5]
+
+
 def test_texts_arrive_as_they_are():
     texts = ["0.5 ß 北京 😀 \x00 \n", "0.25 \ud800 alone"]
     with answering(common) as (reranker, server):

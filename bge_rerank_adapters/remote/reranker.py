@@ -107,8 +107,8 @@ class RemoteReranker:
             model: What the server calls its model; `None` is not sent.
             api_key: Secret, sent as a bearer token; in no repr, dump, error, log or pickle.
             scale: What the server's numbers are: `"score"`, in [0, 1]; `"logit"`, which vLLM
-                (from `use_activation` on) and infinity are then asked for; `"auto"` is logits from
-                our server and text-embeddings-inference, scores elsewhere.
+                (from `use_activation` on) and infinity are then asked for, `api` being given;
+                `"auto"` is logits from our server and text-embeddings-inference, else scores.
             timeout_s: Seconds that one HTTP request may take at most, with its retries and their
                 waits; `None` is for ever. A call of many documents may be several requests.
             max_retries: How often a request is sent again at most.

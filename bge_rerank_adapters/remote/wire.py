@@ -18,11 +18,12 @@ from typing import Any, TypeVar
 
 import httpx
 
-from bge_rerank_adapters.errors import ClosedError, RerankTimeoutError
+from bge_rerank_adapters.errors import ClosedError, RerankTimeoutError, SettingsError
 from bge_rerank_adapters.remote.answers import Told, read_answer
 from bge_rerank_adapters.remote.apis import (
     APIS,
     AUTO,
+    COMMON,
     Api,
     addresses,
     api_of_address,
@@ -183,6 +184,12 @@ class Wire:
             told = await self._info(deadline)
         if api is None:
             api = api_of_info(told)
+        if api is COMMON and settings.scale == "logit":
+            raise SettingsError(
+                f'scale="logit" needs api=, for {settings.url} may be of any kind, and would not '
+                'be asked for logits; give api="vllm" or "infinity", or "jina" or "cohere" where '
+                "logits are what it tells anyway."
+            )
         limit = settings.max_documents_per_request or limit_of_info(told, api)
         scale = api.scale if settings.scale == AUTO else settings.scale
         return Plan(api, addresses(settings.url, api), scale, limit)
