@@ -400,8 +400,12 @@ def test_a_killed_actor_of_the_command_does_its_chunk_again(cluster, reranker: R
         assert_ranked(rows[row["query_id"]], row["results"], reranker)
 
 
-def test_a_model_that_is_not_there_is_told_as_it_is_in_one_process(cluster):
+def test_a_model_that_is_not_there_is_told_as_it_is_in_one_process(cluster, tmp_path):
     settings = EngineSettings(model="./missing")
+    write_lines(tmp_path / "in.jsonl", 1)
+    with pytest.raises(RerankError, match=r"ended early: .*NotFoundError: model '\./missing'"):
+        rerank_files(tmp_path / "in.jsonl", tmp_path / "out", settings=settings)
+    assert not [*(tmp_path / "out").glob("part-*")]
     limits = {"top_k": None, "score_threshold": None}
     with (
         pytest.raises(CheckpointNotFoundError, match=r"\./missing"),

@@ -102,6 +102,7 @@ def rerank_files(
     Raises:
         SettingsError: A setting is not allowed; the input cannot be read or has changed since the
             job began; or the output is of another job.
+        RerankError: The job ended early, as the model cannot be loaded, say; the message says why.
     """
     actors = check_concurrency(concurrency)
     resources = Resources(num_gpus, num_cpus)
@@ -216,8 +217,16 @@ def _run(
         num_gpus=resources.num_gpus or None,
         num_cpus=resources.num_cpus,
     )
-    for _ in ranked.iter_rows():
-        pass
+    try:
+        for _ in ranked.iter_rows():
+            pass
+    except ray.exceptions.RayError as error:
+        # Of a trace through Ray's own code the last line is the reason.
+        reason = str(error).strip().splitlines()[-1]
+        raise RerankError(
+            f"The job ended early: {reason} What was finished stays; start it again once that is "
+            "mended."
+        ) from error
 
 
 def _report(folder: Folder, parts: list[Part], *, parts_before: int) -> FilesReport:
