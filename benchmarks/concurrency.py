@@ -207,6 +207,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--passages", type=int, default=10, help="of each request")
     parser.add_argument("--bulk", type=int, default=10_000, help="passages of the bulk job")
+    parser.add_argument("--words", type=int, help="of a passage; else about 130")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, default=Path("build/benchmarks/concurrency.json"))
     return parser.parse_args()
@@ -216,6 +217,8 @@ def main() -> None:
     """Measure, print tables and write JSON."""
     options, console = parse(), Console(width=150)
     query, texts = read_collection(None)
+    if options.words is not None:
+        texts = [" ".join(text.split()[: options.words]) for text in texts]
     passages = pick(texts, options.requests * options.passages)
     requests = [
         passages[start : start + options.passages]
