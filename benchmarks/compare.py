@@ -7,6 +7,7 @@ in alternating order, so that a machine whose speed drifts is the same for all.
 
 import argparse
 import json
+import os
 import statistics
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -186,9 +187,12 @@ def processor() -> dict[str, Any]:
     )
     known = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
     flags = set(text.split())
+    # These make a processor pass for an older one.
+    limits = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
     return {
         "model": model,
         "features": [name for name in known if name in flags],
+        "limited by": {name: os.environ[name] for name in limits if name in os.environ},
         "cores": torch.get_num_threads(),
         "torch": torch.__version__,
     }

@@ -138,7 +138,9 @@ def _products(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
             taken = functional.pad(taken, (0, 0, 0, rows - len(taken)))
         return taken.view(rows, heads, -1).transpose(0, 1)
 
-    scores = torch.bmm(split(query) * (hidden // heads) ** -0.5, split(key).transpose(1, 2))
+    # Copied: oneDNN's product gains more from a key that lies head by head than the copy costs.
+    keys = split(key).contiguous().transpose(1, 2)
+    scores = torch.bmm(split(query) * (hidden // heads) ** -0.5, keys)
     scores[:, :, tokens:] = float("-inf")
     # It sums in float32, whatever the dtype.
     out = torch.bmm(torch.softmax(scores, dim=-1), split(value))
