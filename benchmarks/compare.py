@@ -22,7 +22,7 @@ from scipy.stats import kendalltau
 from tokenizers import Tokenizer
 
 from benchmarks.checkpoints import SHAPES, Shape, build
-from benchmarks.contenders import CONTENDERS, MAX_LENGTH, ORDER_ALONE
+from benchmarks.contenders import CONTENDERS, MAX_LENGTH, ORDER_ALONE, OWN_CHOICE
 from benchmarks.processes import Contender
 from benchmarks.texts import pick, read_collection, short
 
@@ -96,7 +96,7 @@ def summarise(
                 "median_s": row.median_s,
                 "passages_per_s": len(lengths) / row.median_s,
                 "useful_gflops": work / row.median_s,
-                "share_of_rate": work / row.median_s / rates[_dtype(row.name, rates)],
+                "share_of_rate": _share(row, work, rates),
                 "times_ours": row.median_s / first.median_s if first else 1.0,
                 "largest_difference": _difference(row, reference) if compared else None,
                 "kendall_tau": _agreement(row, reference) if compared else None,
@@ -106,9 +106,11 @@ def summarise(
     return figures
 
 
-def _dtype(name: str, rates: dict[str, float]) -> str:
-    fitting = [dtype for dtype in rates if dtype in name]
-    return fitting[0] if fitting else "float32"
+def _share(row: Row, gigaflops: float, rates: dict[str, float]) -> float | None:
+    if row.name in OWN_CHOICE:
+        return None
+    fitting = [dtype for dtype in rates if dtype in row.name]
+    return gigaflops / row.median_s / rates[fitting[0] if fitting else "float32"]
 
 
 def _difference(row: Row, reference: Row | None) -> float | None:
@@ -139,7 +141,7 @@ def show(console: Console, title: str, figures: Sequence[dict[str, Any]]) -> Non
             f"{each['median_s']:.3f}",
             f"{each['passages_per_s']:.1f}",
             f"{each['useful_gflops']:.0f}",
-            f"{each['share_of_rate']:.0%}",
+            _maybe(each["share_of_rate"], "{:.0%}"),
             f"{each['times_ours']:.2f}",
             _maybe(each["largest_difference"], "{:.1e}"),
             _maybe(each["kendall_tau"], "{:.4f}"),
