@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 # Scores of a query's documents in input order. Logits, but for peers that give probabilities or
-# an order alone, which `CONTENDERS` says.
+# an order alone, which `ORDER_ALONE` names.
 Score = Callable[[str, Sequence[str]], list[float]]
 MAX_LENGTH = 512
 
@@ -56,14 +56,13 @@ def cross_encoder(dtype: str, batch: int, **settings: Any) -> Callable[[Path], S
         import torch
         from sentence_transformers import CrossEncoder
 
-        kwargs = {"dtype": getattr(torch, dtype)} if "backend" not in settings else {}
+        kwargs = {} if "backend" in settings else {"dtype": getattr(torch, dtype)}
         model = CrossEncoder(
             str(folder),
             max_length=MAX_LENGTH,
             device="cpu",
             activation_fn=torch.nn.Identity(),
-            model_kwargs=settings.pop("model_kwargs", kwargs),
-            **settings,
+            **{"model_kwargs": kwargs, **settings},
         )
 
         def score(query: str, documents: Sequence[str]) -> list[float]:

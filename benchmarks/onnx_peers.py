@@ -8,8 +8,8 @@ _WHOLE = "model.onnx"
 
 
 def exported(folder: Path) -> Path:
-    """Return the folder beside the checkpoint whose `onnx` has `model.onnx`, made if need be."""
-    made = folder.with_name(f"{folder.name}-onnx")
+    """Return the folder in the checkpoint's whose `onnx` has `model.onnx`, made if need be."""
+    made = folder / "for-onnx"
     if not (made / "onnx" / _WHOLE).is_file():
         CrossEncoder(str(folder), backend="onnx", device="cpu").save_pretrained(str(made))
     return made
@@ -20,12 +20,13 @@ def quantised(folder: Path) -> tuple[Path, str]:
 
     The kind is that of processors that add 8-bit products in one step, where this is one.
     """
-    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    info = Path("/proc/cpuinfo")
+    flags = info.read_text(encoding="utf-8").split() if info.is_file() else []
     kind = "avx512_vnni" if "avx512_vnni" in flags else "avx2"
-    made, name = exported(folder), f"model_qint8_{kind}.onnx"
+    made, name = exported(folder), f"model_{kind}.onnx"
     if not (made / "onnx" / name).is_file():
         whole = CrossEncoder(
             str(made), backend="onnx", device="cpu", model_kwargs={"file_name": _WHOLE}
         )
-        export_dynamic_quantized_onnx_model(whole, kind, str(made))
+        export_dynamic_quantized_onnx_model(whole, kind, str(made), file_suffix=kind)
     return made, name

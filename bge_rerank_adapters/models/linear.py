@@ -143,6 +143,7 @@ class Int8Linear:
         if self._divisor is not None:
             states = states * self._divisor
         lowest = self._lowest or 0.0
+        # Where the lowest is known, a magnitude stands for the maximum, which is never above it.
         scale = ((_largest(states) - lowest) / self._levels).clamp_min(
             torch.finfo(torch.float32).tiny
         )
