@@ -99,8 +99,6 @@ class EncoderReader:
         attention_norm = self.norm(f"{name}.attention.output.LayerNorm")
         activation = ACTIVATIONS[self.config.activation]
         hidden, wide = self.config.hidden, self.config.intermediate
-        # GELU and its approximation reach down to -0.17.
-        lowest = -0.17 if self.config.activation.startswith("gelu") else None
         return Layer(
             projections=self._projections(name, self.norm(before), last=self._is_last(index)),
             attention_output=self._linear(f"{name}.attention.output.dense", hidden, hidden),
@@ -108,7 +106,7 @@ class EncoderReader:
             up=self._linear(
                 f"{name}.intermediate.dense", wide, hidden, activation, after=attention_norm
             ),
-            down=self._linear(f"{name}.output.dense", hidden, wide, lowest=lowest),
+            down=self._linear(f"{name}.output.dense", hidden, wide),
             output_norm=self.norm(f"{name}.output.LayerNorm"),
         )
 
@@ -149,10 +147,8 @@ class EncoderReader:
         activation: Activation | None = None,
         *,
         after: Norm | None = None,
-        lowest: float | None = None,
     ) -> Linear:
-        parts = self._parts(name, outputs, inputs)
-        return self._make(*parts, activation, after=after, lowest=lowest)
+        return self._make(*self._parts(name, outputs, inputs), activation, after=after)
 
     def _make(
         self,
@@ -161,7 +157,6 @@ class EncoderReader:
         activation: Activation | None = None,
         *,
         after: Norm | None = None,
-        lowest: float | None = None,
     ) -> Linear:
         """Return a layer of the kind that this model runs on.
 
@@ -170,12 +165,11 @@ class EncoderReader:
             bias: Shape (outputs,).
             activation: Applied to the outputs.
             after: The norm whose output it reads, if it does.
-            lowest: The smallest value that it reads, if that is known.
         """
         if not self.int8:
             return linear_maker(self.device, self.dtype)(weight, bias, activation)
         smooth = None if after is None else smoothing(after.weight, after.bias, weight)
-        return Int8Linear(weight, bias, activation, smooth=smooth, lowest=lowest)
+        return Int8Linear(weight, bias, activation, smooth=smooth)
 
     def _parts(
         self, name: str, outputs: int, inputs: int, dtype: torch.dtype | None = None

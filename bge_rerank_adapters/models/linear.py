@@ -98,7 +98,6 @@ class Int8Linear:
         activation: Activation | None = None,
         *,
         smooth: Tensor | None = None,
-        lowest: float | None = None,
     ) -> None:
         """Quantise the weight.
 
@@ -107,10 +106,7 @@ class Int8Linear:
             bias: Shape (outputs,); its dtype is that of the states.
             activation: Applied to the outputs.
             smooth: What each input is divided by before it is quantised, shape (inputs,).
-            lowest: The smallest value that a state can have, where that is known: all steps then
-                go to the range above it. `None` quantises symmetrically around zero.
         """
-        steps = _steps()
         exact = weight.float()
         self._divisor = None if smooth is None else smooth.float().reciprocal()
         if smooth is not None:
@@ -119,16 +115,8 @@ class Int8Linear:
         rounded = (exact / scale[:, None]).round_().clamp_(-127, 127)
         self._weight = torch.ops.onednn.qlinear_prepack(rounded.to(torch.int8), None)
         self._scale, self._zeros = scale, torch.zeros_like(scale, dtype=torch.int32)
-        self._activation, self._lowest = activation, lowest
-        # A state is (q - zero) * its row's scale, or q * scale + lowest.
-        sums = rounded.sum(dim=1) * scale
-        self._shift: Tensor | None = None
-        if lowest is None:
-            self._zero, self._levels = (steps + 1) // 2, (steps - 1) // 2
-            self._shift, self._bias = -self._zero * sums, bias.float()
-        else:
-            self._zero, self._levels = 0, steps
-            self._bias = bias.float() + lowest * sums
+        self._sums = rounded.sum(dim=1) * scale
+        self._bias, self._activation = bias.float(), activation
 
     def __call__(self, states: Tensor) -> Tensor:
         """Return the outputs for states of shape (rows, inputs)."""
@@ -142,12 +130,7 @@ class Int8Linear:
         """Return the outputs for some rows, in float32, which is rounded once at the end."""
         if self._divisor is not None:
             states = states * self._divisor
-        lowest = self._lowest or 0.0
-        # Where the lowest is known, a magnitude stands for the maximum, which is never above it.
-        scale = ((_largest(states) - lowest) / self._levels).clamp_min(
-            torch.finfo(torch.float32).tiny
-        )
-        quantised = _to_unsigned(states, scale, zero=self._zero, lowest=lowest)
+        quantised, scale, zero = _quantise(states)
         product: Tensor = torch.ops.onednn.qlinear_pointwise(
             _filled_up(quantised),
             1.0,
@@ -155,7 +138,7 @@ class Int8Linear:
             self._weight,
             self._scale,
             self._zeros,
-            self._shift,
+            None,
             1.0,
             0,
             torch.float32,
@@ -163,8 +146,9 @@ class Int8Linear:
             [],
             "",
         )
-        # Not by addcmul, which takes three times as long as the two.
-        out = product[: len(states)].mul_(scale).add_(self._bias)
+        # A state is (q - zero) * scale, so a sum of them times weights is likewise.
+        out = product[: len(states)].addcmul_(zero, self._sums, value=-1.0)
+        out = out.mul_(scale).add_(self._bias)
         return out if self._activation is None else self._activation(out)
 
 
@@ -178,25 +162,24 @@ _OUTLIER = 6.0
 # Added to a float32 below 2**22 in size, it leaves no room for a fraction, so that the sum's last
 # bits are the nearest integer: rounding for the price of an addition, where round() takes ten.
 _ROUNDING = 1.5 * 2**23
-# By the size of a number in bytes: an integer of that size, and its bits but the sign.
-_MAGNITUDE_BITS = {2: (torch.int16, 0x7FFF), 4: (torch.int32, 0x7FFFFFFF)}
 
 
-def _largest(states: Tensor) -> Tensor:
-    """Return the largest magnitude in each row, NaN if it has one; float32, shape (rows, 1).
+def _quantise(states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Spread each row's range, from its least to its largest value or zero, over the steps.
 
-    Taken from the bits as integers, which order magnitudes as the numbers do with NaN above all, in
-    a quarter of the time.
+    Returns:
+        q as uint8, and in float32, of shape (rows, 1), each row's scale and zero, an integer: a
+        state is about (q - zero) * scale. Scale and zero of a row with NaN are NaN.
     """
-    dtype, mask = _MAGNITUDE_BITS[states.element_size()]
-    return (states.view(dtype) & mask).amax(dim=1, keepdim=True).view(states.dtype).float()
-
-
-def _to_unsigned(states: Tensor, scale: Tensor, *, zero: int, lowest: float) -> Tensor:
-    """Return round((states - lowest) / scale) + zero as uint8, by a float32 scale that fits."""
+    least = states.amin(dim=1, keepdim=True).float().clamp_max(0.0)
+    largest = states.amax(dim=1, keepdim=True).float().clamp_min(0.0)
+    # One step less than there are, since zero is rounded too.
+    scale = (largest - least) / (_steps() - 1)
+    scale = scale.clamp_min(torch.finfo(torch.float32).tiny)
     inverse = scale.reciprocal()
-    sums = (states * inverse).add_(inverse * -lowest + (zero + _ROUNDING))
-    return sums.view(torch.int32).to(torch.uint8)
+    zero = (least * -inverse).round_()
+    sums = (states * inverse).add_(zero + _ROUNDING)
+    return sums.view(torch.int32).to(torch.uint8), scale, zero
 
 
 def _has_onednn() -> bool:
