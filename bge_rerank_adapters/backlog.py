@@ -24,20 +24,21 @@ class Backlog:
         closed: Whether it lets nobody in any more.
     """
 
-    def __init__(self, *, max_queued_pairs: int) -> None:
+    def __init__(self, *, max_queued_pairs: int, pack_multiple: int = 1) -> None:
         """Begin with nobody waiting.
 
         Args:
             max_queued_pairs: Most pairs that may wait.
+            pack_multiple: Of how many pairs full packs are a multiple, as of `PackQueue`.
         """
-        self._max_queued_pairs = max_queued_pairs
+        self._max_queued_pairs, self._pack_multiple = max_queued_pairs, pack_multiple
         self.closed = False
         self._pid = os.getpid()
         self._begin_empty()
 
     def _begin_empty(self) -> None:
         self.changed = threading.Condition()
-        self._queue: PackQueue[TokenPair] = PackQueue()
+        self._queue: PackQueue[TokenPair] = PackQueue(multiple=self._pack_multiple)
         # How many pairs each call that is still tokenising will bring, and their sum.
         self._reserved: dict[Logits, int] = {}
         self._reserved_pairs = 0

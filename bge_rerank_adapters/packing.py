@@ -82,7 +82,14 @@ class PackQueue(Generic[PairT]):
     without a lock.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, multiple: int = 1) -> None:
+        """Make an empty queue.
+
+        Args:
+            multiple: A pack that leaves pairs of a call behind takes a multiple of so many of it:
+                of much the same length, they share out evenly among as many streams.
+        """
+        self._multiple = multiple
         self._arrivals = count()
         # Both hold every job that waits: in the order of arrival, and of size. An OrderedDict, for
         # the first key of a plain one is found only after all that were deleted before it.
@@ -123,10 +130,10 @@ class PackQueue(Generic[PairT]):
         while self._jobs:
             job = self._jobs[next(iter(self._jobs)) if oldest_first else self._sizes[0][1]]
             taken = self._take_from(job, room, alone=not pack)
-            if not taken:
-                break
             pack.extend((job, position) for position in taken)
             room -= sum(len(job.pairs[position]) for position in taken)
+            if job.waiting:
+                break
         self._packs += bool(pack)
         pack.sort(key=lambda place: -len(place[0].pairs[place[1]]))
         return pack
@@ -146,6 +153,9 @@ class PackQueue(Generic[PairT]):
                 break
             taken.append(job.waiting.pop())
             room -= tokens
+        if job.waiting and len(taken) > self._multiple:
+            for _ in range(len(taken) % self._multiple):
+                job.waiting.append(taken.pop())
         if taken:
             self._forget_size(job)
             job.tokens_left -= sum(len(job.pairs[position]) for position in taken)

@@ -40,12 +40,13 @@ class ScoringCore:
         *,
         pack_tokens: int,
         max_queued_pairs: int,
+        pack_multiple: int = 1,
     ) -> None:
-        """Take over the models, one for each device."""
+        """Take over the models, one for each device; the rest is as of `Backlog`."""
         self._models = list(models)
         self._pack_tokens = pack_tokens
         self._budgets = [pack_tokens] * len(self._models)
-        self._backlog = Backlog(max_queued_pairs=max_queued_pairs)
+        self._backlog = Backlog(max_queued_pairs=max_queued_pairs, pack_multiple=pack_multiple)
         self.tally = Tally()
         self._threads: list[threading.Thread | None] = [None] * len(self._models)
         _live_cores.add(self)

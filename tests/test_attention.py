@@ -1,6 +1,7 @@
 """The ways to attend over a pack, against attention over each pair alone."""
 
 import sys
+import time
 from types import ModuleType
 
 import pytest
@@ -12,6 +13,7 @@ from bge_rerank_adapters.models.attention import (
     Layout,
     attention_for,
     grouped_attention,
+    overlapping_attention,
     product_attention,
     varlen_attention,
 )
@@ -51,11 +53,18 @@ def reference_varlen(query, key, value, bounds_query, bounds_key, max_query, max
     return torch.cat(outputs)
 
 
-@pytest.fixture(params=["grouped", "products", "products of short pairs too", "varlen"])
+WAYS = ["grouped", "overlapping", "products", "products of short pairs too", "varlen"]
+
+
+@pytest.fixture(params=WAYS)
 def attention(request, monkeypatch):
-    """The three ways; varlen's kernel, which runs on CUDA alone, replaced by what it computes."""
+    """The four ways; varlen's kernel, which runs on CUDA alone, replaced by what it computes."""
     if request.param == "grouped":
         return grouped_attention
+    if request.param == "overlapping":
+        monkeypatch.setattr(attention_module, "_SHORT_TOKENS", 1)
+        monkeypatch.setattr(attention_module, "_KEYS_STEP", 4)
+        return overlapping_attention
     if request.param.startswith("products"):
         if request.param.endswith("too"):
             monkeypatch.setattr(attention_module, "_SHORT_TOKENS", 1)
@@ -101,7 +110,6 @@ def test_what_is_not_finite_stays_within_its_pair(attend, monkeypatch):
 @pytest.mark.parametrize(
     ("device", "dtype", "capability", "chosen"),
     [
-        ("cpu", torch.bfloat16, (9, 0), product_attention),
         ("cpu", torch.float32, (9, 0), grouped_attention),
         ("cpu", torch.float16, (9, 0), grouped_attention),
         ("cuda", torch.float32, (9, 0), grouped_attention),
@@ -114,6 +122,27 @@ def test_each_device_and_dtype_gets_the_fastest(monkeypatch, device, dtype, capa
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(attention_module, "_varlen_works", lambda *_: True)
     assert attention_for(torch.device(device), dtype, heads=HEADS, width=WIDTH) is chosen
+
+
+@pytest.mark.parametrize("products_win", [True, False])
+def test_a_timing_picks_bfloat16s_way_on_a_processor(monkeypatch, products_win):
+    slow = grouped_attention if products_win else product_attention
+    calls = []
+
+    def slowed(query, key, value, layout, heads):
+        calls.append(len(query))
+        time.sleep(0.1)
+        return slow(query, key, value, layout, heads)
+
+    name = "overlapping_attention" if products_win else "product_attention"
+    monkeypatch.setattr(attention_module, name, slowed)
+    attention_module._products_win.cache_clear()
+    try:
+        chosen = attention_for(CPU, torch.bfloat16, heads=HEADS, width=WIDTH)
+    finally:
+        attention_module._products_win.cache_clear()
+    assert chosen is (product_attention if products_win else overlapping_attention)
+    assert calls
 
 
 def refusing_varlen(*_):

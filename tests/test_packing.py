@@ -46,6 +46,38 @@ def test_a_pair_longer_than_the_budget_goes_alone():
     ]
 
 
+def test_a_full_pack_has_as_many_pairs_for_each_stream():
+    queue: PackQueue[str] = PackQueue(multiple=2)
+    queue.put(job(*[4] * 12))
+    assert [len(pack) for pack in packs(queue, 21)] == [4, 4, 4]
+    # The rest of a call, or all of it, goes as it is; so does what fits no multiple.
+    for pairs, sizes in ((7, [4, 3]), (5, [5]), (3, [3]), (1, [1])):
+        queue.put(job(*[4] * pairs))
+        assert [len(pack) for pack in packs(queue, 21)] == sizes
+    queue.put(job(15, 15, 15))
+    assert [lengths(pack) for pack in packs(queue, 21)] == [[15], [15], [15]]
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=12), min_size=1, max_size=6),
+    st.integers(1, 4),
+    st.integers(1, 80),
+)
+def test_multiples_lose_no_pair(calls, multiple, budget):
+    queue: PackQueue[str] = PackQueue(multiple=multiple)
+    jobs = [job(*each) for each in calls]
+    for each in jobs:
+        queue.put(each)
+    taken = packs(queue, budget)
+    assert all(sum(lengths(pack)) <= budget or len(pack) == 1 for pack in taken)
+    places = Counter((id(each), position) for pack in taken for each, position in pack)
+    assert places == {
+        (id(each), position): 1 for each in jobs for position in range(len(each.pairs))
+    }
+    assert len(queue) == 0
+    assert [each.tokens_left for each in jobs] == [0] * len(jobs)
+
+
 def test_an_empty_queue_gives_an_empty_pack():
     queue = PackQueue[str]()
     assert queue.take(10) == []

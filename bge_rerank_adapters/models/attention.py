@@ -1,8 +1,9 @@
 """Attention over packs: each pair attends to itself alone, without a mask over the whole row."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import groupby
 from typing import cast
 
@@ -64,6 +65,10 @@ class Layout:
 # Pairs below this are served by torch's fused kernel in any dtype.
 _SHORT_TOKENS = 64
 _ROWS_STEP = 32
+_KEYS_STEP = 16
+# The pair that ways to attend are timed on, and how often; ten milliseconds at most.
+_TIMED_TOKENS = 192
+_TIMINGS = 6
 
 # From query, key and value of shapes (rows, heads * width) to the attended values; query has
 # either as many rows as key and value, or one per pair, which is the pair's first token's.
@@ -93,13 +98,57 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, pairs: int, heads: int) -
     return out.transpose(1, 2).reshape(-1, query.shape[-1])
 
 
+def overlapping_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, heads: int
+) -> Tensor:
+    """Attend likewise, to a number of keys that suits AMX: for bfloat16 on a processor that has it.
+
+    There torch's fused kernel takes up to twice as long where the keys are no multiple of 16. So a
+    run of pairs takes in the rows after it as well, which a mask gives a weight of zero. NaN and
+    infinity outlast that: what is not finite in one pair can spoil the pair before it.
+    """
+    if len(query) != len(key):
+        return grouped_attention(query, key, value, layout, heads)
+    attended = torch.empty_like(query)
+    for group in layout.groups:
+        rows = slice(group.start, group.start + group.pairs * group.tokens)
+        keys = -(-group.tokens // _KEYS_STEP) * _KEYS_STEP
+        beyond = keys - group.tokens
+        if not beyond or group.tokens < _SHORT_TOKENS or rows.stop + beyond > len(key):
+            attended[rows] = _attend(query[rows], key[rows], value[rows], group.pairs, heads)
+            continue
+        mask = query.new_zeros(1, 1, 1, keys)
+        mask[..., group.tokens :] = float("-inf")
+        out = functional.scaled_dot_product_attention(
+            _windows(query, group, heads, group.tokens),
+            _windows(key, group, heads, keys),
+            _windows(value, group, heads, keys),
+            attn_mask=mask,
+        )
+        attended[rows] = out.transpose(1, 2).reshape(-1, query.shape[-1])
+    return attended
+
+
+def _windows(states: Tensor, group: Group, heads: int, rows: int) -> Tensor:
+    """Return, for each pair of a group, so many rows from its first; a view of the states.
+
+    Shape (pairs, heads, rows, width); with more rows than a pair has, windows overlap.
+    """
+    stride, width = states.stride(0), states.shape[1] // heads
+    return states.as_strided(
+        (group.pairs, heads, rows, width),
+        (group.tokens * stride, width, stride, 1),
+        states.storage_offset() + group.start * stride,
+    )
+
+
 def product_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, heads: int
 ) -> Tensor:
-    """Attend by plain matrix products, one pair at a time: for bfloat16 on a processor.
+    """Attend by plain matrix products, one pair at a time: for bfloat16 on some processors.
 
-    There torch's fused kernel takes nearly twice as long as oneDNN's own products, which run here;
-    in float32, and for short pairs, it is as fast.
+    With AVX512 alone torch's fused kernel takes nearly twice as long as oneDNN's own products,
+    which run here; with AMX it takes half as long. In float32, and for short pairs, it is as fast.
     """
     if len(query) != len(key):
         return grouped_attention(query, key, value, layout, heads)
@@ -183,10 +232,33 @@ def attention_for(device: torch.device, dtype: torch.dtype, *, heads: int, width
     """
     half = dtype in (torch.float16, torch.bfloat16)
     if device.type == "cpu" and dtype == torch.bfloat16:
-        return product_attention
+        return product_attention if _products_win(heads, width) else overlapping_attention
     if device.type != "cuda" or not half or torch.cuda.get_device_capability(device) < (8, 0):
         return grouped_attention
     return varlen_attention if _varlen_works(device, dtype, heads, width) else grouped_attention
+
+
+@cache
+def _products_win(heads: int, width: int) -> bool:
+    """Return whether plain products attend faster in bfloat16 here than torch's fused kernel.
+
+    One is about twice as fast as the other, so a short timing does not waver between them.
+    """
+    layout = Layout([_TIMED_TOKENS], torch.device("cpu"))
+    states = torch.ones(_TIMED_TOKENS, 3 * heads * width, dtype=torch.bfloat16)
+    query, key, value = states.chunk(3, dim=-1)
+
+    def seconds(attend: Attention) -> float:
+        begin = time.perf_counter()
+        attend(query, key, value, layout, heads)
+        return time.perf_counter() - begin
+
+    with torch.inference_mode():
+        products, fused = (
+            min(seconds(attend) for _ in range(_TIMINGS))
+            for attend in (product_attention, overlapping_attention)
+        )
+    return products < fused
 
 
 def _varlen_works(device: torch.device, dtype: torch.dtype, heads: int, width: int) -> bool:

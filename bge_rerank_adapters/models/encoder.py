@@ -5,6 +5,7 @@ and ends. Architecture: `modeling_xlm_roberta.py` and `modeling_bert.py` of tran
 whose numbers this gives to float32 rounding.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bge_rerank_adapters.models.attention import Layout, attention_for
+from bge_rerank_adapters.models.attention import (
+    Attention,
+    Layout,
+    attention_for,
+    grouped_attention,
+    overlapping_attention,
+)
 from bge_rerank_adapters.models.devices import resolve_dtype
 from bge_rerank_adapters.models.encoder_config import parse_config
 from bge_rerank_adapters.models.encoder_layers import (
     EncoderReader,
-    Layer,
     check_last_layer,
     check_one_label,
 )
@@ -77,18 +83,27 @@ class EncoderModel:
         Returns:
             n floats, which are NaN or infinite where the model gives that.
         """
+        logits = self._run(pairs, self._attend)
+        if self._attend is overlapping_attention and not all(map(math.isfinite, logits)):
+            # What is not finite in one pair may have come into others.
+            return self._run(pairs, grouped_attention)
+        return logits
+
+    def _run(self, pairs: Sequence[TokenPair], attend: Attention) -> list[float]:
         count = len(pairs)
         pairs = [*pairs, *self._fillers(pairs)]
         layout = Layout([len(pair) for pair in pairs], self.device)
+        heads = self.config.heads
         states = self._embed(pairs)
         for layer in self._layers[:-1]:
             query, key, value = layer.projections[0](states).chunk(3, dim=-1)
-            states = self._rest(layer, states, query, key, value, layout)
+            states = layer.rest(states, attend(query, key, value, layout, heads))
         last = self._layers[-1]
         # The head reads the first token of each pair, so no other is computed further.
         first = states[layout.first]
         key, value = last.projections[1](states).chunk(2, dim=-1)
-        states = self._rest(last, first, last.projections[0](first), key, value, layout)
+        query = last.projections[0](first)
+        states = last.rest(first, attend(query, key, value, layout, heads))
         logits: list[float] = self._head(states[:count].float()).squeeze(-1).tolist()
         return logits
 
@@ -136,20 +151,6 @@ class EncoderModel:
         real = pair.ids != self.config.pad_id
         positions: TokenIds = np.cumsum(real, dtype=np.int64) * real + self.config.pad_id
         return positions
-
-    def _rest(
-        self,
-        layer: Layer,
-        states: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        layout: Layout,
-    ) -> Tensor:
-        """Return what a layer makes of its states, given their projections."""
-        attended = self._attend(query, key, value, layout, self.config.heads)
-        states = layer.attention_norm(layer.attention_output(attended) + states)
-        return layer.output_norm(layer.down(layer.up(states)) + states)
 
 
 def _token_types(pair: TokenPair) -> TokenIds:

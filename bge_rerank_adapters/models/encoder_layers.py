@@ -58,6 +58,11 @@ class Layer:
     down: Linear
     output_norm: Norm
 
+    def rest(self, states: Tensor, attended: Tensor) -> Tensor:
+        """Return the output for states and what their attention gave, both (rows, hidden)."""
+        states = self.attention_norm(self.attention_output(attended, states))
+        return self.output_norm(self.down(self.up(states), states))
+
 
 @dataclass(frozen=True, slots=True)
 class EncoderReader:

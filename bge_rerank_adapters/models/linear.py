@@ -35,8 +35,13 @@ def _filled_up(states: Tensor) -> Tensor:
 class Linear(Protocol):
     """`activation(states @ weight.T + bias)`, from (rows, inputs) to (rows, outputs)."""
 
-    def __call__(self, states: Tensor) -> Tensor:
-        """Return the outputs, in the dtype of the states."""
+    def __call__(self, states: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Return the outputs, in the dtype of the states.
+
+        Args:
+            states: Shape (rows, inputs).
+            residual: Added to the outputs, whose shape it has; not for layers with an activation.
+        """
         ...
 
 
@@ -49,9 +54,11 @@ class PlainLinear:
         """Keep the weight, shape (outputs, inputs), and the bias, shape (outputs,), if any."""
         self._weight, self._bias, self._activation = weight, bias, activation
 
-    def __call__(self, states: Tensor) -> Tensor:
+    def __call__(self, states: Tensor, residual: Tensor | None = None) -> Tensor:
         """Return the outputs for states of shape (rows, inputs)."""
         out = functional.linear(states, self._weight, self._bias)
+        if residual is not None:
+            return out.add_(residual)
         return out if self._activation is None else self._activation(out)
 
 
@@ -70,12 +77,15 @@ class PackedLinear:
         self._post = ("gelu", [], "none") if fused else ("none", [], "")
         self._activation = None if fused else activation
 
-    def __call__(self, states: Tensor) -> Tensor:
+    def __call__(self, states: Tensor, residual: Tensor | None = None) -> Tensor:
         """Return the outputs for states of shape (rows, inputs)."""
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(  # noqa: SLF001
-            _filled_up(states), self._weight, self._bias, *self._post
-        )
-        out = out[: len(states)]
+        product = torch.ops.mkldnn._linear_pointwise  # noqa: SLF001
+        out: Tensor
+        filled = _filled_up(states)
+        if residual is not None:
+            out = product.binary(filled, _filled_up(residual), self._weight, self._bias, "add")
+            return out[: len(states)]
+        out = product(filled, self._weight, self._bias, *self._post)[: len(states)]
         return out if self._activation is None else self._activation(out)
 
 
@@ -118,13 +128,13 @@ class Int8Linear:
         self._sums = rounded.sum(dim=1) * scale
         self._bias, self._activation = bias.float(), activation
 
-    def __call__(self, states: Tensor) -> Tensor:
+    def __call__(self, states: Tensor, residual: Tensor | None = None) -> Tensor:
         """Return the outputs for states of shape (rows, inputs)."""
         out = states.new_empty(len(states), len(self._scale))
         blocks = zip(*(torch.split(each, _BLOCK_ROWS) for each in (states, out)), strict=True)
         for block, block_out in blocks:
             block_out.copy_(self._block(block))
-        return out
+        return out if residual is None else out.add_(residual)
 
     def _block(self, states: Tensor) -> Tensor:
         """Return the outputs for some rows, in float32, which is rounded once at the end."""

@@ -20,6 +20,7 @@ from bge_rerank_adapters.models.encoder_config import ENCODER_TYPES, parse_confi
 from bge_rerank_adapters.models.flag import FlagModel, TextPairTokenizer
 from bge_rerank_adapters.models.layerwise import LayerwiseModel
 from bge_rerank_adapters.models.lightweight import LightweightModel
+from bge_rerank_adapters.models.streams import StreamedModel, stream_count
 from bge_rerank_adapters.models.weights import read_config
 from bge_rerank_adapters.prompts import YES, decoder_template
 from bge_rerank_adapters.settings import EngineSettings
@@ -152,7 +153,9 @@ def load_model(
     make = _makers(settings)[family]
     if family == "decoder":
         make = partial(make, yes_id=tokenizer.first_id(YES))
-    return make(checkpoint.config, checkpoint.folder, device=device, dtype=dtype)
+    model = make(checkpoint.config, checkpoint.folder, device=device, dtype=dtype)
+    streams = stream_count(device, dtype)
+    return StreamedModel(model, streams) if streams > 1 else model
 
 
 def _makers(settings: EngineSettings) -> dict[str, Callable[..., Model]]:

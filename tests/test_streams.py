@@ -1,0 +1,164 @@
+"""Packs shared out among streams: what goes where, and what a program around them notices."""
+
+import gc
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from bge_rerank_adapters import Reranker
+from bge_rerank_adapters.models import attention, encoder, streams
+from bge_rerank_adapters.models.streams import StreamedModel, stream_count
+from bge_rerank_adapters.settings import EngineSettings
+from bge_rerank_adapters.tokenization import TokenPair
+from tests.checkpoints import read_sentences
+
+CPU = torch.device("cpu")
+THREADS = 4
+SENTENCES = list(read_sentences().values())
+
+
+def pair(tokens: int, index: int = 0) -> TokenPair:
+    return TokenPair(np.full(tokens, 7), 1, truncated=False, index=index)
+
+
+class FakeModel:
+    """Gives each pair its own index, and keeps by which thread each part was run."""
+
+    device, dtype = CPU, torch.bfloat16
+
+    def __init__(self):
+        self.parts: list[tuple[str, list[int]]] = []
+        self.threads: set[int] = set()
+        self.error: Exception | None = None
+
+    def logits(self, pairs):
+        self.parts.append((threading.current_thread().name, [len(each) for each in pairs]))
+        self.threads.add(torch.get_num_threads())
+        if self.error is not None and pairs[0].index == 0:
+            raise self.error
+        time.sleep(0.05)
+        return [float(each.index) for each in pairs]
+
+
+@pytest.fixture(autouse=True)
+def _threads(monkeypatch):
+    # All four together are then 1.7 times as fast as one, whatever cores there are.
+    monkeypatch.setattr(streams, "_SHARED_SPEED", 0.4)
+    before = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def model():
+    return FakeModel()
+
+
+def lengths(model) -> list[list[int]]:
+    return sorted(part for _, part in model.parts)
+
+
+def test_pairs_are_shared_out_evenly_and_logits_come_in_order(model):
+    tokens = [9, 30, 12, 28, 11, 10]
+    pairs = [pair(each, index) for index, each in enumerate(tokens)]
+    assert StreamedModel(model, 2).logits(pairs) == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    assert lengths(model) == [[28, 12, 10], [30, 11, 9]]
+    assert {name.rpartition("_")[0] for name, _ in model.parts} == {"bge-rerank-stream"}
+    assert len({name for name, _ in model.parts}) == 2
+
+
+def test_a_pair_alone_is_run_by_all_threads_together(model):
+    streamed = StreamedModel(model, 2)
+    for pairs in ([pair(100)], [pair(100), pair(5, 1)]):
+        assert streamed.logits(pairs) == [float(each.index) for each in pairs]
+    assert [name for name, _ in model.parts] == [threading.current_thread().name] * 2
+    assert model.threads == {THREADS}
+
+
+def test_streams_share_the_threads_and_leave_others_theirs(model):
+    assert StreamedModel(model, 2).logits([pair(9, 0), pair(9, 1)]) == [0.0, 1.0]
+    assert model.threads == {THREADS // 2}
+    counts = []
+    later = threading.Thread(target=lambda: counts.append(torch.get_num_threads()))
+    later.start()
+    later.join()
+    assert [*counts, torch.get_num_threads()] == [THREADS] * 2
+
+
+def test_an_error_comes_as_it_is_once_all_parts_are_done(model):
+    model.error = MemoryError("no room")
+    streamed = StreamedModel(model, 2)
+    with pytest.raises(MemoryError, match="no room"):
+        streamed.logits([pair(9, 0), pair(9, 1)])
+    assert len(model.parts) == 2
+    model.error = None
+    assert streamed.logits([pair(9, 0), pair(9, 1)]) == [0.0, 1.0]
+
+
+def test_threads_end_with_the_model(model):
+    before = set(threading.enumerate())
+    streamed = StreamedModel(model, 2)
+    streamed.logits([pair(9, 0), pair(9, 1)])
+    ours = set(threading.enumerate()) - before
+    assert len(ours) == 2
+    del streamed
+    gc.collect()
+    for each in ours:
+        each.join(10)
+        assert not each.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "threads", "count"),
+    [
+        ("cpu", torch.bfloat16, 2, 2),
+        ("cpu", torch.int8, 3, 3),
+        ("cpu", torch.bfloat16, 1, 1),
+        ("cpu", torch.bfloat16, 40, 8),
+        ("cpu", torch.float32, 2, 1),
+        ("cuda", torch.bfloat16, 2, 1),
+    ],
+)
+def test_half_precision_on_a_processor_gets_streams(monkeypatch, device, dtype, threads, count):
+    monkeypatch.setattr(streams.torch, "get_num_threads", lambda: threads)
+    assert stream_count(torch.device(device), dtype) == count
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.1), ("int8", 0.3)])
+def test_the_engine_scores_with_streams_as_with_one(dtype, tolerance):
+    settings = EngineSettings(model="tiny", dtype=dtype, device="cpu")
+    query, documents = SENTENCES[0], SENTENCES[1:40]
+    with Reranker.from_settings(settings) as engine:
+        streamed = engine._core._models[0]
+        assert isinstance(streamed, StreamedModel)
+        found = engine.logits(query, documents)
+        assert found == engine.logits(query, documents)
+        alone = [engine.logits(query, [document])[0] for document in documents]
+        pool = [each for each in threading.enumerate() if "bge-rerank-stream" in each.name]
+        assert pool
+    assert found == pytest.approx(alone, abs=tolerance)
+
+
+def test_a_pair_that_is_not_finite_spoils_no_other(monkeypatch):
+    """Though its neighbours' attention takes in its rows."""
+    monkeypatch.setattr(attention, "_SHORT_TOKENS", 1)
+    monkeypatch.setattr(encoder, "attention_for", lambda *_, **__: attention.overlapping_attention)
+    with Reranker("tiny", dtype="bfloat16", device="cpu") as engine:
+        model = engine._core._models[0]._model
+        texts = [(SENTENCES[0], text) for text in SENTENCES[1:9]]
+        pairs = sorted(engine._tokenizer.tokenize(texts).distinct, key=len, reverse=True)
+        sound = model.logits(pairs)
+        others = {word for each in (*pairs[:3], *pairs[4:]) for word in each.ids}
+        model._words[next(word for word in pairs[3].ids if word not in others)] = float("nan")
+        attended = model._run(pairs, attention.overlapping_attention)
+        assert np.isnan(attended).sum() > 1, "no neighbour that needs to be protected"
+        found = model.logits(pairs)
+    assert np.isnan(found).nonzero()[0].tolist() == [3]
+    kept = [place for place in range(len(pairs)) if place != 3]
+    assert [found[place] for place in kept] == pytest.approx(
+        [sound[place] for place in kept], abs=0.1
+    )
