@@ -5,6 +5,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from bge_rerank_adapters.models.linear import (
 )
 from tests.checkpoints import build_xlm_roberta, read_queries, read_sentences
 
+CPU = torch.device("cpu")
 needs_packed = pytest.mark.skipif(
     not linear.packed_works(torch.float32), reason="this torch has no oneDNN to prepack for"
 )
@@ -159,7 +161,14 @@ def outlier_checkpoint(folder):
     return folder
 
 
+@pytest.fixture
+def int8_pays(monkeypatch):
+    """8-bit layers whether or not they are the fastest here."""
+    monkeypatch.setattr("bge_rerank_adapters.models.encoder.int8_pays", lambda _: True)
+
+
 @needs_int8
+@pytest.mark.usefixtures("int8_pays")
 def test_int8_survives_the_outliers_of_large_models(tmp_path, monkeypatch):
     folder = outlier_checkpoint(tmp_path)
     query = next(iter(read_queries().values()))
@@ -184,6 +193,7 @@ def test_int8_survives_the_outliers_of_large_models(tmp_path, monkeypatch):
 
 
 @needs_int8
+@pytest.mark.usefixtures("int8_pays")
 def test_int8_of_the_bundled_checkpoint_is_near_float32():
     query = next(iter(read_queries().values()))
     documents = list(read_sentences().values())[:60]
@@ -226,6 +236,44 @@ def test_no_sum_saturates_on_a_processor_without_8_bit_sums(isa):
 def test_a_sum_that_saturates_is_noticed(monkeypatch):
     monkeypatch.setattr(linear, "_exact_up_to", lambda largest: largest < 255)
     assert linear._steps.__wrapped__() == 127
+
+
+@needs_int8
+@pytest.mark.parametrize("pays", [True, False])
+def test_layers_are_8_bit_where_that_is_faster(monkeypatch, pays):
+    monkeypatch.setattr("bge_rerank_adapters.models.encoder.int8_pays", lambda _: pays)
+    kinds = []
+
+    def noted(kind):
+        def make(*args, **kwargs):
+            kinds.append(kind)
+            return kind(*args, **kwargs)
+
+        return make
+
+    reader = "bge_rerank_adapters.models.encoder_layers"
+    monkeypatch.setattr(f"{reader}.Int8Linear", noted(linear.Int8Linear))
+    maker = noted(linear.linear_maker(torch.device("cpu"), devices.resolve_dtype("auto", CPU)))
+    monkeypatch.setattr(f"{reader}.linear_maker", lambda *_: maker)
+    with Reranker("tiny", device="cpu", dtype="int8") as reranker:
+        assert reranker.dtype == "int8"
+        assert len(reranker.logits("a", ["b", "c"])) == 2
+    assert len(set(kinds)) == 1
+    assert (kinds[0] is linear.Int8Linear) is pays
+
+
+@needs_int8
+@pytest.mark.parametrize("slow", ["Int8Linear", "linear_maker"])
+def test_8_bit_layers_are_timed_against_the_others(monkeypatch, slow):
+    class Slow:
+        def __init__(self, *_):
+            assert torch.get_num_threads() == 1
+
+        def __call__(self, states):
+            time.sleep(0.2)
+
+    monkeypatch.setattr(devices, slow, Slow if slow == "Int8Linear" else lambda *_: Slow)
+    assert devices.int8_pays.__wrapped__(torch.float32) is (slow == "linear_maker")
 
 
 def test_int8_is_for_processors_alone(monkeypatch):

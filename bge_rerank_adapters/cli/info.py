@@ -2,9 +2,13 @@
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    import torch
 
 _PACKAGES = (
     *(
@@ -33,13 +37,14 @@ def info() -> None:
 
     console = Console()
     device = resolve_device("auto")
-    picked = str(resolve_dtype("auto", device)).removeprefix("torch.")
+    dtype = resolve_dtype("auto", device)
+    picked = str(dtype).removeprefix("torch.")
     console.print(f'device "auto": {device} ({device_name(device)})', highlight=False)
     console.print(f'dtype "auto":  {picked}', highlight=False)
     console.print(_timings(dtype_timings(device), picked, worthwhile=WORTHWHILE_SPEEDUP))
     console.print(
         f"A half type is picked where it is {WORTHWHILE_SPEEDUP} times as fast as float32; int8 "
-        "only where it is asked for.\n",
+        f"only where it is asked for{_int8_here(device, dtype)}.\n",
         highlight=False,
     )
     console.print(_versions())
@@ -60,6 +65,16 @@ def _timings(timings: dict[str, float], picked: str, *, worthwhile: float) -> Ta
         shown = (f"{1000 * seconds:.2f} ms", f"{speed:.2f}x") if speed else ("-", "-")
         table.add_row(name, *shown, verdict)
     return table
+
+
+def _int8_here(device: "torch.device", dtype: "torch.dtype") -> str:
+    from bge_rerank_adapters.models.devices import int8_pays
+    from bge_rerank_adapters.models.linear import int8_works
+
+    if device.type != "cpu" or not int8_works():
+        return ""
+    faster = "faster" if int8_pays(dtype) else "slower, so that it is not used"
+    return f", and here {faster}"
 
 
 def _versions() -> Table:

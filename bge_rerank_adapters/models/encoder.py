@@ -5,6 +5,7 @@ and ends. Architecture: `modeling_xlm_roberta.py` and `modeling_bert.py` of tran
 whose numbers this gives to float32 rounding.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from bge_rerank_adapters.models.attention import (
     grouped_attention,
     overlapping_attention,
 )
-from bge_rerank_adapters.models.devices import resolve_dtype
+from bge_rerank_adapters.models.devices import int8_pays, resolve_dtype
 from bge_rerank_adapters.models.encoder_config import parse_config
 from bge_rerank_adapters.models.encoder_layers import (
     EncoderReader,
@@ -33,6 +34,8 @@ from bge_rerank_adapters.models.linear import few_sizes
 from bge_rerank_adapters.models.weights import open_weights
 from bge_rerank_adapters.tokenization import TokenIds, TokenPair
 
+_log = logging.getLogger(__name__)
+
 
 class EncoderModel:
     """A cross-encoder on one device.
@@ -41,7 +44,8 @@ class EncoderModel:
         config: What the checkpoint's `config.json` says.
         device: Where it runs.
         dtype: Of weights and activations; the head and the logits are float32 always. With int8,
-            activations are of the fastest floating-point dtype.
+            activations are of the fastest floating-point dtype, and so is all else on a processor
+            where that is faster than 8-bit integers, as it is with AMX.
     """
 
     def __init__(
@@ -62,15 +66,16 @@ class EncoderModel:
         self.config = parse_config(config, folder=folder)
         self.device, self.dtype = device, dtype
         compute = resolve_dtype("auto", device) if dtype == torch.int8 else dtype
+        int8 = dtype == torch.int8 and int8_pays(compute)
+        if dtype == torch.int8 and not int8:
+            _log.info("8-bit layers are slower than %s ones here, which run instead", compute)
         heads = self.config.heads
         width = self.config.hidden // heads
         self._attend = attention_for(device, compute, heads=heads, width=width)
         with open_weights(folder) as weights:
             check_one_label(weights, self.config)
             check_last_layer(weights, self.config)
-            self._load(
-                EncoderReader(weights, self.config, device, compute, int8=dtype == torch.int8)
-            )
+            self._load(EncoderReader(weights, self.config, device, compute, int8=int8))
 
     @torch.inference_mode()
     def logits(self, pairs: Sequence[TokenPair]) -> list[float]:
