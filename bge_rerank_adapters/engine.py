@@ -22,7 +22,7 @@ from bge_rerank_adapters.models.loading import (
     load_pair_tokenizer,
     read_checkpoint,
 )
-from bge_rerank_adapters.models.streams import StreamedModel
+from bge_rerank_adapters.models.streams import StreamedModel, settle_threads
 from bge_rerank_adapters.packing import Job
 from bge_rerank_adapters.progress import ProgressBar
 from bge_rerank_adapters.ranking import (
@@ -521,6 +521,7 @@ def _in_fresh_thread(work: Callable[[], T]) -> T:
     outcome: Future[T] = Future()
 
     def run_work() -> None:
+        settle_threads()
         try:
             outcome.set_result(work())
         except BaseException as error:  # noqa: BLE001 - raised to who asked

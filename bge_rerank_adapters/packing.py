@@ -76,7 +76,7 @@ class PackQueue(Generic[PairT]):
     The job with the fewest tokens left goes first, so a call of ten pairs overtakes the rest of a
     call of ten thousand, and calls of one size are served as they came. Every eighth pack begins
     with the job that has waited longest instead, so no stream of short calls starves a long one:
-    the oldest gets an eighth of the work at least. What room is left goes to the next in line.
+    the oldest gets about an eighth of the work. What room is left goes to the next in line.
 
     Adding and taking cost the logarithm of the number of jobs. Not safe to share between threads
     without a lock.
@@ -86,7 +86,7 @@ class PackQueue(Generic[PairT]):
         """Make an empty queue.
 
         Args:
-            multiple: A pack that leaves pairs of a call behind takes a multiple of so many of it:
+            multiple: A pack that leaves pairs of a call behind has a multiple of so many pairs:
                 of much the same length, they share out evenly among as many streams.
         """
         self._multiple = multiple
@@ -129,7 +129,7 @@ class PackQueue(Generic[PairT]):
         oldest_first = self._packs % _OLDEST_EVERY == _OLDEST_EVERY - 1
         while self._jobs:
             job = self._jobs[next(iter(self._jobs)) if oldest_first else self._sizes[0][1]]
-            taken = self._take_from(job, room, alone=not pack)
+            taken = self._take_from(job, room, before=len(pack))
             pack.extend((job, position) for position in taken)
             room -= sum(len(job.pairs[position]) for position in taken)
             if job.waiting:
@@ -144,17 +144,23 @@ class PackQueue(Generic[PairT]):
         self._sizes.clear()
         self.pairs = 0
 
-    def _take_from(self, job: Job[PairT], room: int, *, alone: bool) -> list[int]:
-        """Take the longest pairs of a job that fit the room; one that is `alone` always does."""
+    def _take_from(self, job: Job[PairT], room: int, *, before: int) -> list[int]:
+        """Take the longest pairs of a job that fit the room; one at least for an empty pack.
+
+        Args:
+            job: The one in turn.
+            room: Tokens that the pack may still take.
+            before: How many pairs the pack has already.
+        """
         taken: list[int] = []
         while job.waiting:
             tokens = len(job.pairs[job.waiting[-1]])
-            if tokens > room and not (alone and not taken):
+            if tokens > room and (before or taken):
                 break
             taken.append(job.waiting.pop())
             room -= tokens
-        if job.waiting and len(taken) > self._multiple:
-            for _ in range(len(taken) % self._multiple):
+        if job.waiting and before + len(taken) > self._multiple:
+            for _ in range(min(len(taken), (before + len(taken)) % self._multiple)):
                 job.waiting.append(taken.pop())
         if taken:
             self._forget_size(job)

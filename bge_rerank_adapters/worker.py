@@ -14,6 +14,7 @@ from bge_rerank_adapters.backlog import Backlog, Logits, TokenJob, TokenPack, fa
 from bge_rerank_adapters.errors import NonFiniteLogitError, ScoringError, WorkerDiedError
 from bge_rerank_adapters.models.devices import is_out_of_memory, release_memory
 from bge_rerank_adapters.models.loading import Model
+from bge_rerank_adapters.models.streams import settle_threads
 from bge_rerank_adapters.packing import Job
 from bge_rerank_adapters.stats import EngineStats, Tally
 from bge_rerank_adapters.tokenization import TokenPair
@@ -138,6 +139,7 @@ class ScoringCore:
                 _threads.add(started)
 
     def _run(self, place: int, model: Model) -> None:
+        settle_threads()
         try:
             while self._run_pack(place, model):
                 pass

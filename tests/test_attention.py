@@ -58,7 +58,7 @@ WAYS = ["grouped", "overlapping", "products", "products of short pairs too", "va
 
 @pytest.fixture(params=WAYS)
 def attention(request, monkeypatch):
-    """The four ways; varlen's kernel, which runs on CUDA alone, replaced by what it computes."""
+    """All ways; varlen's kernel, which runs on CUDA alone, replaced by what it computes."""
     if request.param == "grouped":
         return grouped_attention
     if request.param == "overlapping":

@@ -59,7 +59,7 @@ def test_a_prepacked_layer_equals_a_plain_one(activation, rows):
 def test_a_prepacked_layer_is_not_used_where_the_operator_is_missing_or_wrong(monkeypatch):
     works = linear.packed_works.__wrapped__
     assert not works(torch.float64)
-    monkeypatch.setattr(PackedLinear, "__call__", lambda self, states: torch.zeros(8, 32))
+    monkeypatch.setattr(PackedLinear, "__call__", lambda *_: torch.zeros(8, 32))
     assert not works(torch.float32)
 
     def missing(self, states):

@@ -19,13 +19,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_xlm_roberta(tmp_path_factory.mktemp("processes") / "checkpoint")
 
 
-def run_script(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+# In bfloat16 threads take pairs of their own, in float32 they share products.
+each_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+
+
+def run_script(code: str, folder: Path, dtype: str = "float32") -> subprocess.CompletedProcess[str]:
     """Run code after an engine has been made and used, and return how the process ended."""
     begin = f"""
     import asyncio, os, sys, threading, time
     from bge_rerank_adapters import ClosedError, Reranker, WorkerDiedError
-    engine = Reranker({str(folder)!r}, device="cpu", dtype="float32")
+    engine = Reranker({str(folder)!r}, device="cpu", dtype={dtype!r})
     engine.score("query", ["text"])
+    engine.score("query", ["text", "words"])
     LONG = [f"{{i}} " + "river stone tiger " * 100 for i in range(600)]
     ends = []
     def ask():
@@ -56,7 +61,8 @@ def assert_clean(done: subprocess.CompletedProcess[str], *, out: str = "") -> No
     assert (done.returncode, done.stdout, done.stderr) == (0, out, "")
 
 
-def test_a_program_that_ends_while_threads_and_tasks_wait_ends_cleanly(folder):
+@each_dtype
+def test_a_program_that_ends_while_threads_and_tasks_wait_ends_cleanly(folder, dtype):
     code = """
     async def leave():
         leave.tasks = [asyncio.create_task(engine.arerank("query", LONG)) for _ in range(4)]
@@ -65,7 +71,7 @@ def test_a_program_that_ends_while_threads_and_tasks_wait_ends_cleanly(folder):
     asyncio.run(leave())
     wait_until_busy()
     """
-    assert_clean(run_script(code, folder))
+    assert_clean(run_script(code, folder, dtype))
 
 
 def test_a_program_that_ends_while_a_dropped_engine_is_freed_waits_for_that(folder):
@@ -82,7 +88,8 @@ def test_a_program_that_ends_while_a_dropped_engine_is_freed_waits_for_that(fold
     assert_clean(run_script(code, folder), out="begun\nfreed\n")
 
 
-def test_a_thread_of_the_program_is_served_to_its_end(folder):
+@each_dtype
+def test_a_thread_of_the_program_is_served_to_its_end(folder, dtype):
     code = """
     import concurrent.futures.thread as pools
     def ask_late():
@@ -96,19 +103,21 @@ def test_a_thread_of_the_program_is_served_to_its_end(folder):
     threading.Thread(target=ask_late).start()
     """
     # Once the main thread has ended, Python takes no new work for thread pools.
-    assert_clean(run_script(code, folder), out="100\nclosed\n")
+    assert_clean(run_script(code, folder, dtype), out="100\nclosed\n")
 
 
+@each_dtype
 @pytest.mark.skipif(sys.platform != "linux", reason="forks are for Linux")
-def test_a_child_forked_while_all_locks_are_held_ends_cleanly_and_loads_its_own(folder):
+def test_a_child_forked_while_all_locks_are_held_ends_cleanly_and_loads_its_own(folder, dtype):
     code = """
     import gc, warnings
+    from bge_rerank_adapters.models import streams
     from langchain_core.documents import Document
     from bge_rerank_adapters.langchain import BGEDocumentCompressor
     warnings.simplefilter("ignore", DeprecationWarning)
     compressor = BGEDocumentCompressor(model=engine.settings.model, device="cpu", dtype="float32")
     documents = [Document(page_content=text) for text in LONG[:20]]
-    logits = engine.logits("query", LONG[:20])
+    logits, dtype = engine.logits("query", LONG[:20]), engine.dtype
     compressor.compress_documents(documents, "query")
     ask_in_thread()
     wait_until_busy()
@@ -116,8 +125,9 @@ def test_a_child_forked_while_all_locks_are_held_ends_cleanly_and_loads_its_own(
     def hold():
         with engine._core._backlog.changed, engine._core.tally._lock:
             with engine._door._short._shutdown_lock, engine._door._long._shutdown_lock:
-                entered.set()
-                over.wait(60)
+                with streams._starting:
+                    entered.set()
+                    over.wait(60)
     threading.Thread(target=hold, daemon=True).start()
     entered.wait(60)
     pid = os.fork()
@@ -143,13 +153,13 @@ def test_a_child_forked_while_all_locks_are_held_ends_cleanly_and_loads_its_own(
         engine.close()
         del engine
         gc.collect()
-        with Reranker(compressor.model, device="cpu", dtype="float32") as own:
+        with Reranker(compressor.model, device="cpu", dtype=dtype) as own:
             pairs = zip(own.logits("query", LONG[:20]), logits, strict=True)
             assert max(abs(a - b) for a, b in pairs) < 1e-5
         print(len(compressor.compress_documents(documents, "query")))
     sys.stdout.flush()
     """
-    assert_clean(run_script(code, folder), out="told\ntold\n3\nchild 0\n")
+    assert_clean(run_script(code, folder, dtype), out="told\ntold\n3\nchild 0\n")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are for POSIX")

@@ -32,21 +32,21 @@ class FakeModel:
     def __init__(self):
         self.parts: list[tuple[str, list[int]]] = []
         self.threads: set[int] = set()
+        self.idents: set[int] = set()
         self.error: Exception | None = None
 
     def logits(self, pairs):
-        self.parts.append((threading.current_thread().name, [len(each) for each in pairs]))
         self.threads.add(torch.get_num_threads())
+        self.idents.add(threading.get_ident())
         if self.error is not None and pairs[0].index == 0:
             raise self.error
         time.sleep(0.05)
+        self.parts.append((threading.current_thread().name, [len(each) for each in pairs]))
         return [float(each.index) for each in pairs]
 
 
 @pytest.fixture(autouse=True)
-def _threads(monkeypatch):
-    # All four together are then 1.7 times as fast as one, whatever cores there are.
-    monkeypatch.setattr(streams, "_SHARED_SPEED", 0.4)
+def _threads():
     before = torch.get_num_threads()
     torch.set_num_threads(THREADS)
     yield
@@ -67,8 +67,8 @@ def test_pairs_are_shared_out_evenly_and_logits_come_in_order(model):
     pairs = [pair(each, index) for index, each in enumerate(tokens)]
     assert StreamedModel(model, 2).logits(pairs) == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
     assert lengths(model) == [[28, 12, 10], [30, 11, 9]]
-    assert {name.rpartition("_")[0] for name, _ in model.parts} == {"bge-rerank-stream"}
-    assert len({name for name, _ in model.parts}) == 2
+    assert {name for name, _ in model.parts} == {"bge-rerank-stream"}
+    assert len(model.idents) == 2
 
 
 def test_a_pair_alone_is_run_by_all_threads_together(model):
@@ -94,7 +94,7 @@ def test_an_error_comes_as_it_is_once_all_parts_are_done(model):
     streamed = StreamedModel(model, 2)
     with pytest.raises(MemoryError, match="no room"):
         streamed.logits([pair(9, 0), pair(9, 1)])
-    assert len(model.parts) == 2
+    assert [part for _, part in model.parts] == [[9]], "one part was not waited for"
     model.error = None
     assert streamed.logits([pair(9, 0), pair(9, 1)]) == [0.0, 1.0]
 
@@ -118,6 +118,10 @@ def test_threads_end_with_the_model(model):
         ("cpu", torch.bfloat16, 2, 2),
         ("cpu", torch.int8, 3, 3),
         ("cpu", torch.bfloat16, 1, 1),
+        ("cpu", torch.bfloat16, 8, 8),
+        ("cpu", torch.bfloat16, 9, 4),
+        ("cpu", torch.bfloat16, 15, 7),
+        ("cpu", torch.bfloat16, 16, 8),
         ("cpu", torch.bfloat16, 40, 8),
         ("cpu", torch.float32, 2, 1),
         ("cuda", torch.bfloat16, 2, 1),
@@ -126,6 +130,40 @@ def test_threads_end_with_the_model(model):
 def test_half_precision_on_a_processor_gets_streams(monkeypatch, device, dtype, threads, count):
     monkeypatch.setattr(streams.torch, "get_num_threads", lambda: threads)
     assert stream_count(torch.device(device), dtype) == count
+
+
+@pytest.mark.parametrize("threads", [2, 3, 8, 9, 16, 32, 64])
+def test_equal_pairs_are_shared_out_however_many_threads_there_are(monkeypatch, model, threads):
+    monkeypatch.setattr(streams.torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(streams.torch, "set_num_threads", lambda _: None)
+    count = stream_count(CPU, torch.bfloat16)
+    streamed = StreamedModel(model, count)
+    streamed.logits([pair(50, index) for index in range(3 * count)])
+    assert lengths(model) == [[50, 50, 50]] * count
+    model.parts.clear()
+    streamed.logits([pair(400), *(pair(5, index) for index in range(1, 5))])
+    assert lengths(model) == [[400, 5, 5, 5, 5]]
+
+
+def test_a_stream_that_cannot_start_leaves_nothing_behind(model, monkeypatch):
+    started = []
+
+    class Refusing(threading.Thread):
+        def start(self):
+            if started:
+                raise RuntimeError("can't start new thread")
+            started.append(self)
+            super().start()
+
+    monkeypatch.setattr(streams.threading, "Thread", Refusing)
+    with pytest.raises(RuntimeError, match="new thread") as caught:
+        StreamedModel(model, 2)
+    caught.value.__traceback__ = None
+    del caught
+    gc.collect()
+    started[0].join(10)
+    assert not started[0].is_alive()
+    assert torch.get_num_threads() == THREADS
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.1), ("int8", 0.3)])

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bge_rerank_adapters.models.streams import in_one_thread
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
@@ -253,12 +255,15 @@ def _products_win(heads: int, width: int) -> bool:
         attend(query, key, value, layout, heads)
         return time.perf_counter() - begin
 
-    with torch.inference_mode():
-        products, fused = (
-            min(seconds(attend) for _ in range(_TIMINGS))
-            for attend in (product_attention, overlapping_attention)
-        )
-    return products < fused
+    def compare() -> bool:
+        with torch.inference_mode():
+            products, fused = (
+                min(seconds(attend) for _ in range(_TIMINGS))
+                for attend in (product_attention, overlapping_attention)
+            )
+        return products < fused
+
+    return in_one_thread(compare)
 
 
 def _varlen_works(device: torch.device, dtype: torch.dtype, heads: int, width: int) -> bool:

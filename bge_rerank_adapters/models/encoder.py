@@ -46,6 +46,7 @@ class EncoderModel:
         dtype: Of weights and activations; the head and the logits are float32 always. With int8,
             activations are of the fastest floating-point dtype, and so is all else on a processor
             where that is faster than 8-bit integers, as it is with AMX.
+        layer_dtype: What the layers are in: int8, or a floating-point dtype.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class EncoderModel:
         self.device, self.dtype = device, dtype
         compute = resolve_dtype("auto", device) if dtype == torch.int8 else dtype
         int8 = dtype == torch.int8 and int8_pays(compute)
+        self.layer_dtype = dtype if int8 else compute
         if dtype == torch.int8 and not int8:
             _log.info("8-bit layers are slower than %s ones here, which run instead", compute)
         heads = self.config.heads

@@ -203,13 +203,17 @@ def packed_works(dtype: torch.dtype) -> bool:
         return False
     weight = (torch.arange(32.0 * 16).reshape(32, 16) % 7 - 3).to(dtype)
     states, bias = weight[:8].contiguous(), weight[:, 0].contiguous()
+    residual = weight.reshape(16, 32)[:8].contiguous()
+
+    def outputs(kind: Callable[..., Linear]) -> Tensor:
+        activated = kind(weight, bias, functional.gelu)(states)
+        return torch.cat((activated, kind(weight, bias)(states, residual))).float()
+
     try:
-        out = PackedLinear(weight, bias, functional.gelu)(states)
+        out = outputs(PackedLinear)
     except (AttributeError, RuntimeError):
         return False
-    return torch.allclose(
-        out.float(), PlainLinear(weight, bias, functional.gelu)(states).float(), rtol=0.01
-    )
+    return torch.allclose(out, outputs(PlainLinear), rtol=0.01)
 
 
 @cache

@@ -154,7 +154,7 @@ def load_model(
     if family == "decoder":
         make = partial(make, yes_id=tokenizer.first_id(YES))
     model = make(checkpoint.config, checkpoint.folder, device=device, dtype=dtype)
-    streams = stream_count(device, dtype)
+    streams = stream_count(device, getattr(model, "layer_dtype", dtype))
     return StreamedModel(model, streams) if streams > 1 else model
 
 

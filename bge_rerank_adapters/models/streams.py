@@ -5,9 +5,12 @@ are short, as in half precision on a processor with matrix units, waking and wai
 as they do, and longer once another part of the program computes with torch as well.
 """
 
+import os
 import threading
+import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
+from queue import SimpleQueue
 from typing import Protocol, TypeVar
 
 import torch
@@ -22,6 +25,8 @@ _MOST_STREAMS = 8
 _SHARED_SPEED = 0.75
 
 T = TypeVar("T")
+# What a stream is given to do; `None` ends it.
+_Tasks = SimpleQueue[Callable[[], None] | None]
 
 
 class _Model(Protocol):
@@ -32,13 +37,19 @@ class _Model(Protocol):
 
 
 def stream_count(device: torch.device, dtype: torch.dtype) -> int:
-    """Return how many streams a model of this dtype gets here; 1 leaves threads together.
+    """Return how many streams suit a model here; 1 leaves threads together.
 
     In float32 products are long enough that threads lose nothing by sharing them.
+
+    Args:
+        device: Where the model runs.
+        dtype: Of its layers.
     """
     if device.type != "cpu" or dtype == torch.float32:
         return 1
-    return min(torch.get_num_threads(), _MOST_STREAMS)
+    threads = torch.get_num_threads()
+    own = -(-threads // _MOST_STREAMS)
+    return threads // own
 
 
 class StreamedModel:
@@ -61,13 +72,13 @@ class StreamedModel:
         """
         self.device, self.dtype, self.streams = model.device, model.dtype, streams
         self._model = model
-        self._together = torch.get_num_threads() ** _SHARED_SPEED
-        self._pool = ThreadPoolExecutor(
-            streams,
-            thread_name_prefix="bge-rerank-stream",
-            initializer=_limit_threads,
-            initargs=(torch.get_num_threads() // streams, torch.get_num_threads()),
-        )
+        threads = torch.get_num_threads()
+        own = threads // streams
+        # How many times as fast as a stream all threads are together.
+        self._together = (threads / own) ** _SHARED_SPEED
+        self._tasks: _Tasks = SimpleQueue()
+        weakref.finalize(self, _end, self._tasks, streams).atexit = False
+        _start(streams, own, self._tasks)
 
     def logits(self, pairs: Sequence[TokenPair]) -> list[float]:
         """Return the logit of each pair of a pack; the same for the same pack each time."""
@@ -75,10 +86,7 @@ class StreamedModel:
         longest = max(sum(len(pairs[place]) for place in part) for part in parts)
         if longest > sum(map(len, pairs)) / self._together:
             return self._model.logits(pairs)
-        futures = [
-            self._pool.submit(self._model.logits, [pairs[place] for place in part])
-            for part in parts
-        ]
+        futures = [self._score([pairs[place] for place in part]) for part in parts]
         # All of them, so that none holds memory any longer when one has failed for want of it.
         wait(futures)
         logits = [0.0] * len(pairs)
@@ -87,12 +95,90 @@ class StreamedModel:
                 logits[place] = logit
         return logits
 
+    def _score(self, pairs: Sequence[TokenPair]) -> Future[list[float]]:
+        future, model = Future[list[float]](), self._model
+        self._tasks.put(lambda: _fulfil(future, lambda: model.logits(pairs)))
+        return future
+
 
 def in_one_thread(work: Callable[[], T]) -> T:
     """Return what `work` returns, done as a stream of one thread would do it."""
-    limits = (1, torch.get_num_threads())
-    with ThreadPoolExecutor(1, initializer=_limit_threads, initargs=limits) as pool:
-        return pool.submit(work).result()
+    future, tasks = Future[T](), _Tasks()
+    tasks.put(lambda: _fulfil(future, work))
+    _end(tasks, 1)
+    _start(1, 1, tasks)
+    return future.result()
+
+
+def settle_threads() -> None:
+    """Let this thread compute with as many threads as torch's others.
+
+    A thread gets their number when it first uses torch, which must not be while streams start.
+    """
+    with _starting:
+        torch.get_num_threads()
+
+
+_starting = threading.Lock()
+
+
+def _forget_starting() -> None:
+    # Whoever may have held it is not in a forked process.
+    global _starting
+    _starting = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_starting)
+
+
+def _start(streams: int, own: int, tasks: _Tasks) -> None:
+    """Start streams, in which torch computes with so many threads each, and in others as before.
+
+    torch.set_num_threads speaks for its own thread, and for all that use torch for the first time
+    later; so the caller's number, which others have as well, is set again in the end.
+    """
+    with _starting:
+        default = torch.get_num_threads()
+        limited = threading.Semaphore(0)
+
+        def run() -> None:
+            # A thread's first use of torch sets its number to that of others, so it comes first.
+            torch.get_num_threads()
+            torch.set_num_threads(own)
+            limited.release()
+            _work(tasks)
+
+        started = 0
+        try:
+            for _ in range(streams):
+                # As daemons, they serve the program's threads to the end. They are idle by then:
+                # who has given them something to do waits for it.
+                threading.Thread(target=run, name="bge-rerank-stream", daemon=True).start()
+                started += 1
+        finally:
+            for _ in range(started):
+                limited.acquire()
+            torch.set_num_threads(default)
+
+
+def _work(tasks: _Tasks) -> None:
+    while (task := tasks.get()) is not None:
+        task()
+        # It holds the model, which may be dropped while this thread waits for the next.
+        del task
+
+
+def _end(tasks: _Tasks, streams: int) -> None:
+    for _ in range(streams):
+        tasks.put(None)
+
+
+def _fulfil(future: Future[T], work: Callable[[], T]) -> None:
+    try:
+        future.set_result(work())
+    except BaseException as error:  # noqa: BLE001 - raised to who waits
+        future.set_exception(error)
 
 
 def _share_out(lengths: Sequence[int], parts: int) -> list[list[int]]:
@@ -104,17 +190,3 @@ def _share_out(lengths: Sequence[int], parts: int) -> list[list[int]]:
         shares[least].append(place)
         tokens[least] += lengths[place]
     return shares
-
-
-def _limit_threads(own: int, default: int) -> None:
-    """Let torch compute with so many threads in this one, and in others as before.
-
-    torch.set_num_threads speaks for its own thread, and for all that use torch for the first time
-    later. The latter is taken back by a thread that ends at once. This one's first use, which would
-    set its own number to theirs, is made before.
-    """
-    torch.get_num_threads()
-    torch.set_num_threads(own)
-    taking_back = threading.Thread(target=torch.set_num_threads, args=(default,))
-    taking_back.start()
-    taking_back.join()
