@@ -219,7 +219,10 @@ class ScoringCore:
             if not math.isfinite(logit):
                 fail(job.future, _not_finite(job, job.pairs[position], logit))
         for job in complete:
-            finish(job.future, [each for each in job.logits if each is not None])
+            logits = [each for each in job.logits if each is not None]
+            # Whoever scored what is not finite tells so, and may be about to.
+            if all(map(math.isfinite, logits)):
+                finish(job.future, logits)
 
     def _fail_all(self, place: int, error: BaseException) -> None:
         with self._backlog.changed:

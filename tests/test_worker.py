@@ -18,6 +18,7 @@ from bge_rerank_adapters import (
     ScoringError,
     WorkerDiedError,
 )
+from bge_rerank_adapters import worker as worker_module
 from bge_rerank_adapters.packing import Job
 from bge_rerank_adapters.tokenization import TokenPair
 from bge_rerank_adapters.worker import ScoringCore
@@ -359,6 +360,32 @@ def test_a_thread_that_dies_leaves_the_other_device_working(make_core):
             outcomes.append(None)
     assert all(outcome in (None, [float(BAD)]) for outcome in outcomes)
     assert submit(core, pairs(1, 2, 3)).future.result(WAIT_S) == [1.0, 2.0, 3.0]
+
+
+def test_what_is_not_finite_is_not_handed_out_by_the_device_that_is_done_last(
+    make_core, monkeypatch
+):
+    telling, tell = threading.Event(), threading.Event()
+    told = worker_module.fail
+
+    def slow_fail(future, error):
+        telling.set()
+        tell.wait(WAIT_S)
+        told(future, error)
+
+    def wait_for_the_other(ids: list[int]) -> None:
+        if ids == [1]:
+            telling.wait(WAIT_S)
+
+    monkeypatch.setattr(worker_module, "fail", slow_fail)
+    models = [FakeModel(wait_for_the_other, logits={BAD: float("nan")}) for _ in range(2)]
+    core = make_core(*models, pack_tokens=ONE_PAIR)
+    future = submit(core, pairs(BAD, 1)).future
+    while core.stats().packs < 2:
+        time.sleep(0.001)
+    time.sleep(0.05)
+    tell.set()
+    assert isinstance(failure(future), NonFiniteLogitError)
 
 
 def test_every_future_resolves_under_random_faults_from_many_threads(make_core):

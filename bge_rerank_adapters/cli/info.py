@@ -2,13 +2,10 @@
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-
-if TYPE_CHECKING:
-    import torch
 
 _PACKAGES = (
     *(
@@ -67,7 +64,7 @@ def _timings(timings: dict[str, float], picked: str, *, worthwhile: float) -> Ta
     return table
 
 
-def _int8_here(device: "torch.device", dtype: "torch.dtype") -> str:
+def _int8_here(device: Any, dtype: Any) -> str:
     from bge_rerank_adapters.models.devices import int8_pays
     from bge_rerank_adapters.models.linear import int8_works
 
