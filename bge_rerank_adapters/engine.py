@@ -521,8 +521,8 @@ def _in_fresh_thread(work: Callable[[], T]) -> T:
     outcome: Future[T] = Future()
 
     def run_work() -> None:
-        settle_threads()
         try:
+            settle_threads()
             outcome.set_result(work())
         except BaseException as error:  # noqa: BLE001 - raised to who asked
             outcome.set_exception(error)

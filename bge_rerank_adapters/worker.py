@@ -139,8 +139,8 @@ class ScoringCore:
                 _threads.add(started)
 
     def _run(self, place: int, model: Model) -> None:
-        settle_threads()
         try:
+            settle_threads()
             while self._run_pack(place, model):
                 pass
         except BaseException as error:  # noqa: BLE001 - callers must hear of whatever ended it
