@@ -176,6 +176,10 @@ CLOSE = b"Connection: close"
         (post(BODY, CLOSE, b"Authorization: Bearer \xff\xfe\xe2\x82\xac"), 200),
         (post(b"", CLOSE, b"Content-Length: 5000000"), 413),
         (post(chunked(b" " * 300_000, 9000), CLOSE, b"Transfer-Encoding: chunked"), 413),
+        # Refused before all of the body is read, which must not reset the connection.
+        (post(b" " * 3_000_000, CLOSE), 413),
+        (post(b" " * 3_000_000, version=b"1.0"), 413),
+        (post(b" " * 3_000_000, b"Content-Type: text/plain", b"Connection: te, Close"), 415),
         (post(BODY, CLOSE, path=b"/v2/rerank?top_n=1&x=%00"), 200),
         (post(BODY, CLOSE, path=b"//v2/rerank"), 404),
         (post(BODY, CLOSE, path=b"/v2/../v2/rerank"), 404),

@@ -1,10 +1,12 @@
 """What every request passes first: counting, the key, the number at a time, the last resort."""
 
+import asyncio
+import contextlib
 import hashlib
 import hmac
 import logging
 import time
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -27,6 +29,7 @@ class Gate:
         """Stand before an app."""
         self._app, self._metrics = app, metrics
         self._most = settings.max_concurrent_requests
+        self._body_timeout_s = settings.body_timeout_s
         self._scoring = 0
         key = settings.api_key
         self._key = None if key is None else _digest(key.encode("utf-8"))
@@ -37,16 +40,22 @@ class Gate:
             await self._app(scope, receive, send)
             return
         path = path_of(scope)
-        answer = _Answer(send)
+        body, answer = _Body(receive), _Answer(send)
         begin = time.perf_counter()
         try:
             with self._metrics.in_progress.track_inprogress():
-                await self._answer(path, scope, receive, answer)
+                await self._answer(path, scope, body, answer)
         finally:
             # A path is what a stranger types; each as a label of its own would fill the memory.
             route = path if path in _ROUTES else "other"
             status = str(answer.status or 499)
             self._metrics.seconds.labels(route, status).observe(time.perf_counter() - begin)
+        if answer.last is not None:
+            # What a refusal left of the body: a connection that is closed over unread bytes is
+            # reset, and that takes the answer from a client that has not read it yet.
+            if _closes(scope, answer):
+                await body.discard(self._body_timeout_s)
+            await send(answer.last)
 
     async def _answer(self, path: str, scope: Scope, receive: Receive, answer: "_Answer") -> None:
         try:
@@ -91,17 +100,59 @@ class Gate:
             )
 
 
+class _Body:
+    """Passes a request's body on, and remembers whether all of it came."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._ended = False
+
+    async def __call__(self) -> MutableMapping[str, Any]:
+        message = await self._receive()
+        self._ended = message["type"] == "http.disconnect" or not message.get("more_body", False)
+        return message
+
+    async def discard(self, timeout_s: float) -> None:
+        """Read what is still to come, for so many seconds at most."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while not self._ended:
+                    await self()
+
+
 class _Answer:
-    """Passes an answer on, and remembers its status."""
+    """Passes an answer on but for the message that ends it.
+
+    Attributes:
+        status: Its status; `None` until it has begun.
+        headers: Its headers.
+        last: The message that ends it, without content; `None` until it has come.
+    """
 
     def __init__(self, send: Send) -> None:
         self._send = send
         self.status: int | None = None
+        self.headers: Sequence[tuple[bytes, bytes]] = ()
+        self.last: MutableMapping[str, Any] | None = None
 
     async def __call__(self, message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
-            self.status = message["status"]
+            self.status, self.headers = message["status"], message.get("headers", ())
+        elif message["type"] == "http.response.body" and not message.get("more_body", False):
+            self.last = {"type": "http.response.body", "body": b"", "more_body": False}
+            message = {**message, "more_body": True}
         await self._send(message)
+
+
+def _closes(scope: Scope, answer: _Answer) -> bool:
+    """Return whether the server closes the connection after an answer."""
+    tokens = {
+        token.strip().lower()
+        for name, value in (*scope["headers"], *answer.headers)
+        if name.lower() == b"connection"
+        for token in value.split(b",")
+    }
+    return b"close" in tokens or scope.get("http_version") == "1.0"
 
 
 def _digest(key: bytes) -> bytes:
