@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from itertools import groupby
 from typing import cast
 
@@ -30,38 +30,25 @@ class Layout:
     Attributes:
         lengths: Number of tokens of each of the n pairs.
         device: Where the model runs.
+        groups: Runs of pairs of equal length, which one call can serve.
+        bounds: Row at which each pair begins, and the end of the last; int32, shape (n + 1,).
+        first: Row of each pair's first token; int64, shape (n,).
+        counts: 0 to n; int32, shape (n + 1,): the bounds of rows of one query each.
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
         """Take the lengths, in the order in which the pairs stand in the row."""
         self.lengths = list(lengths)
         self.device = device
-
-    @cached_property
-    def groups(self) -> list[Group]:
-        """Runs of pairs of equal length, which one call can serve."""
-        groups: list[Group] = []
+        self.groups: list[Group] = []
         start = 0
         for tokens, run in groupby(self.lengths):
             pairs = len(list(run))
-            groups.append(Group(start, pairs, tokens))
+            self.groups.append(Group(start, pairs, tokens))
             start += pairs * tokens
-        return groups
-
-    @cached_property
-    def bounds(self) -> Tensor:
-        """Row at which each pair begins, and the end of the last; int32, shape (n + 1,)."""
-        return torch.from_numpy(np.cumsum([0, *self.lengths], dtype=np.int32)).to(self.device)
-
-    @cached_property
-    def first(self) -> Tensor:
-        """Row of each pair's first token; int64, shape (n,)."""
-        return self.bounds[:-1].long()
-
-    @cached_property
-    def counts(self) -> Tensor:
-        """0 to n; int32, shape (n + 1,): the bounds of rows of one query each."""
-        return torch.arange(len(self.lengths) + 1, dtype=torch.int32, device=self.device)
+        self.bounds = torch.from_numpy(np.cumsum([0, *self.lengths], dtype=np.int32)).to(device)
+        self.first = self.bounds[:-1].long()
+        self.counts = torch.arange(len(self.lengths) + 1, dtype=torch.int32, device=device)
 
 
 # Pairs below this are served by torch's fused kernel in any dtype.

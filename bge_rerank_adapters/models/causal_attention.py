@@ -1,8 +1,7 @@
 """Attention of decoders over packs: each token attends to those before it in its own pair."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -13,18 +12,19 @@ from bge_rerank_adapters.models.attention import PROBE_LENGTHS, Group, Layout, a
 
 
 class CausalLayout(Layout):
-    """Where each pair of a pack begins and ends, and where each token stands in its pair."""
+    """Where each pair of a pack begins and ends, and where each token stands in its pair.
 
-    @cached_property
-    def last(self) -> Tensor:
-        """Row of each pair's last token; int64, shape (n,)."""
-        return self.bounds[1:].long() - 1
+    Attributes:
+        last: Row of each pair's last token; int64, shape (n,).
+        positions: Each row's position within its pair, counted from 0; int64, shape (rows,).
+    """
 
-    @cached_property
-    def positions(self) -> Tensor:
-        """Each row's position within its pair, counted from 0; int64, shape (rows,)."""
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+        """Take the lengths, in the order in which the pairs stand in the row."""
+        super().__init__(lengths, device)
+        self.last = self.bounds[1:].long() - 1
         positions = [np.arange(length, dtype=np.int64) for length in self.lengths]
-        return torch.from_numpy(np.concatenate(positions)).to(self.device)
+        self.positions = torch.from_numpy(np.concatenate(positions)).to(device)
 
 
 @dataclass(frozen=True, slots=True)
