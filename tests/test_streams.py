@@ -10,7 +10,7 @@ import torch
 
 from bge_rerank_adapters import Reranker
 from bge_rerank_adapters.models import attention, encoder, streams
-from bge_rerank_adapters.models.linear import int8_works
+from bge_rerank_adapters.models.int8 import int8_works
 from bge_rerank_adapters.models.streams import StreamedModel, stream_count
 from bge_rerank_adapters.settings import EngineSettings
 from bge_rerank_adapters.tokenization import TokenPair

@@ -66,7 +66,7 @@ def _timings(timings: dict[str, float], picked: str, *, worthwhile: float) -> Ta
 
 def _int8_here(device: Any, dtype: Any) -> str:
     from bge_rerank_adapters.models.devices import int8_pays
-    from bge_rerank_adapters.models.linear import int8_works
+    from bge_rerank_adapters.models.int8 import int8_works
 
     if device.type != "cpu" or not int8_works():
         return ""

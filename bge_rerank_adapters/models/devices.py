@@ -1,13 +1,16 @@
 """Which device and which dtype a model runs on."""
 
 import time
+from collections.abc import Callable
 from functools import cache
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from bge_rerank_adapters.errors import DeviceError
-from bge_rerank_adapters.models.linear import Int8Linear, Linear, int8_works, linear_maker
+from bge_rerank_adapters.models.int8 import Int8FeedForward, Int8Linear, int8_works
+from bge_rerank_adapters.models.linear import FeedForward, linear_maker
 from bge_rerank_adapters.models.streams import in_one_thread
 
 # A faster dtype costs some exactness, so it has to be worth it.
@@ -16,8 +19,8 @@ WORTHWHILE_SPEEDUP = 1.3
 # A dtype whose first run takes so many times the limit is emulated; it is not timed further, since
 # that could take a second.
 _HOPELESS = 3.0
-# The layer that 8-bit integers are timed on, a few milliseconds each time.
-_TIMED_WIDTH, _TIMED_ROWS = 1024, 512
+# Of the states that feed-forward blocks in 8-bit integers are timed on.
+_TIMED_ROWS = 512
 
 
 def resolve_device(name: str) -> torch.device:
@@ -85,34 +88,51 @@ def _check_int8(device: torch.device) -> None:
 
 
 @cache
-def int8_pays(dtype: torch.dtype) -> bool:
+def int8_pays(dtype: torch.dtype, hidden: int = 768, intermediate: int = 3072) -> bool:
     """Return whether 8-bit layers are faster on this processor than those of the fastest dtype.
-
-    They take half of float32's time or three quarters of bfloat16's without AMX. With it, making
-    8-bit numbers and scaling back takes longer than their products save: 1.8 times bfloat16's.
 
     Args:
         dtype: What `"auto"` resolves to.
+        hidden: Width of the model.
+        intermediate: Width of its feed-forward blocks.
     """
-    weight = torch.ones(_TIMED_WIDTH, _TIMED_WIDTH)
-    bias = torch.ones(_TIMED_WIDTH, dtype=dtype)
-    states = torch.ones(_TIMED_ROWS, _TIMED_WIDTH, dtype=dtype)
 
-    def seconds(layer: Linear) -> float:
+    def seconds(block: Callable[[Tensor], Tensor], states: Tensor) -> float:
         begin = time.perf_counter()
-        layer(states)
+        block(states)
         return time.perf_counter() - begin
 
     def compare() -> bool:
-        plain = linear_maker(torch.device("cpu"), dtype)(weight.to(dtype), bias, functional.gelu)
-        integers = Int8Linear(weight, bias, functional.gelu)
+        plain, integers, states = _feed_forwards(dtype, hidden, intermediate)
         with torch.inference_mode():
             plain_s, integers_s = (
-                min(seconds(layer) for _ in range(6)) for layer in (plain, integers)
+                min(seconds(block, states) for _ in range(6)) for block in (plain, integers)
             )
         return integers_s < plain_s
 
     return in_one_thread(compare)
+
+
+def _feed_forwards(
+    dtype: torch.dtype, hidden: int, intermediate: int
+) -> tuple[FeedForward, Int8FeedForward, Tensor]:
+    """Return blocks of equal size of both kinds, and states for them."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = (_TIMED_ROWS, hidden), (intermediate, hidden), (hidden, intermediate)
+    states, up, down = (torch.randn(size, generator=generator) / 8 for size in sizes)
+    states = states.to(dtype)
+    up_bias, down_bias = torch.zeros(intermediate), torch.zeros(hidden)
+    make = linear_maker(torch.device("cpu"), dtype)
+    plain = FeedForward(
+        make(up.to(dtype), up_bias.to(dtype), functional.gelu),
+        make(down.to(dtype), down_bias.to(dtype)),
+    )
+    inner = functional.gelu(functional.linear(states, up.to(dtype)))
+    integers = Int8FeedForward(
+        Int8Linear(up, up_bias, functional.gelu, sample=states),
+        Int8Linear(down, down_bias, sample=inner, smooth=False),
+    )
+    return plain, integers, states
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -7,7 +7,7 @@ whose numbers this gives to float32 rounding.
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,11 @@ from bge_rerank_adapters.models.devices import int8_pays, resolve_dtype
 from bge_rerank_adapters.models.encoder_config import parse_config
 from bge_rerank_adapters.models.encoder_layers import (
     EncoderReader,
+    Layer,
     check_last_layer,
     check_one_label,
 )
+from bge_rerank_adapters.models.int8_layers import int8_layer
 from bge_rerank_adapters.models.linear import few_sizes
 from bge_rerank_adapters.models.weights import open_weights
 from bge_rerank_adapters.tokenization import TokenIds, TokenPair
@@ -50,7 +52,13 @@ class EncoderModel:
     """
 
     def __init__(
-        self, config: dict[str, Any], folder: Path, *, device: torch.device, dtype: torch.dtype
+        self,
+        config: dict[str, Any],
+        folder: Path,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        sample: Callable[[], Sequence[TokenPair]],
     ) -> None:
         """Load the weights.
 
@@ -59,6 +67,7 @@ class EncoderModel:
             folder: Holds its safetensors.
             device: Where to run.
             dtype: A floating-point dtype, or int8.
+            sample: Gives pairs like those to come, on which 8-bit layers settle their ranges.
 
         Raises:
             CheckpointError: Tensors are missing, damaged or of the wrong shape.
@@ -67,7 +76,8 @@ class EncoderModel:
         self.config = parse_config(config, folder=folder)
         self.device, self.dtype = device, dtype
         compute = resolve_dtype("auto", device) if dtype == torch.int8 else dtype
-        int8 = dtype == torch.int8 and int8_pays(compute)
+        widths = self.config.hidden, self.config.intermediate
+        int8 = dtype == torch.int8 and int8_pays(compute, *widths)
         self.layer_dtype = dtype if int8 else compute
         if dtype == torch.int8 and not int8:
             _log.info("8-bit layers are slower than %s ones here, which run instead", compute)
@@ -77,7 +87,9 @@ class EncoderModel:
         with open_weights(folder) as weights:
             check_one_label(weights, self.config)
             check_last_layer(weights, self.config)
-            self._load(EncoderReader(weights, self.config, device, compute, int8=int8))
+            self._load(
+                EncoderReader(weights, self.config, device, compute), sample() if int8 else None
+            )
 
     @torch.inference_mode()
     def logits(self, pairs: Sequence[TokenPair]) -> list[float]:
@@ -122,7 +134,7 @@ class EncoderModel:
         filler = TokenPair(pairs[0].ids[:1], 1, truncated=False, index=0)
         return [filler] * (few_sizes(tokens) - tokens)
 
-    def _load(self, read: EncoderReader) -> None:
+    def _load(self, read: EncoderReader, sample: Sequence[TokenPair] | None) -> None:
         config = self.config
         rows = {"word": config.vocabulary, "position": config.positions, "token_type": config.types}
         self._words, self._positions, self._types = (
@@ -130,8 +142,26 @@ class EncoderModel:
             for name, n in rows.items()
         )
         self._embedding_norm = read.norm(f"{config.prefix}.embeddings.LayerNorm")
-        self._layers = [read.layer(index) for index in range(config.layers)]
+        self._layers = (
+            [read.layer(index) for index in range(config.layers)]
+            if sample is None
+            else self._int8_layers(read, sample)
+        )
         self._head = read.head()
+
+    @torch.inference_mode()
+    def _int8_layers(self, read: EncoderReader, sample: Sequence[TokenPair]) -> list[Layer]:
+        layout = Layout([len(pair) for pair in sample], self.device)
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return grouped_attention(query, key, value, layout, self.config.heads)
+
+        layers: list[Layer] = []
+        states = self._embed(sample)
+        for index in range(self.config.layers):
+            layer, states = int8_layer(read, index, states, attend)
+            layers.append(layer)
+        return layers
 
     def _embed(self, pairs: Sequence[TokenPair]) -> Tensor:
         """Return the embeddings of all tokens in a row, shape (tokens, hidden)."""

@@ -10,14 +10,7 @@ from torch.nn import functional
 from bge_rerank_adapters.errors import CheckpointError, UnsupportedCheckpointError
 from bge_rerank_adapters.models.activations import ACTIVATIONS
 from bge_rerank_adapters.models.encoder_config import EncoderConfig
-from bge_rerank_adapters.models.linear import (
-    Activation,
-    Int8Linear,
-    Linear,
-    PlainLinear,
-    linear_maker,
-    smoothing,
-)
+from bge_rerank_adapters.models.linear import FeedForward, Linear, PlainLinear, linear_maker
 from bge_rerank_adapters.models.weights import Weights
 
 
@@ -46,22 +39,44 @@ class Layer:
             those of the pairs' first tokens.
         attention_output: From the attended values back to width h.
         attention_norm: After the first residual sum.
-        up: To the feed-forward block's width, its activation included.
-        down: Back to width h.
+        feed_forward: From width h to the block's own and back, plus what it is given.
         output_norm: After the second residual sum.
     """
 
     projections: tuple[Linear, ...]
     attention_output: Linear
     attention_norm: Norm
-    up: Linear
-    down: Linear
+    feed_forward: Callable[[Tensor], Tensor]
     output_norm: Norm
 
     def rest(self, states: Tensor, attended: Tensor) -> Tensor:
         """Return the output for states and what their attention gave, both (rows, hidden)."""
         states = self.attention_norm(self.attention_output(attended, states))
-        return self.output_norm(self.down(self.up(states), states))
+        return self.output_norm(self.feed_forward(states))
+
+
+# Weight, shape (outputs, inputs), and bias, shape (outputs,).
+Parts = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerParts:
+    """What a layer is made of, by the names in `Layer`.
+
+    Projections are one for the query, and one for key and value.
+    """
+
+    projections: tuple[Parts, Parts]
+    attention_output: Parts
+    attention_norm: Norm
+    up: Parts
+    down: Parts
+    output_norm: Norm
+
+
+def stacked(*parts: Parts) -> Parts:
+    """Return layers that read the same states as one that gives their outputs side by side."""
+    return torch.cat([weight for weight, _ in parts]), torch.cat([bias for _, bias in parts])
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +87,6 @@ class EncoderReader:
     config: EncoderConfig
     device: torch.device
     dtype: torch.dtype
-    int8: bool
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         """Return a tensor on the device, in the dtype that is computed in unless told another.
@@ -95,23 +109,37 @@ class EncoderReader:
 
     def layer(self, index: int) -> Layer:
         """Return the layer at a position counted from 0."""
-        name = f"{self.config.prefix}.encoder.layer.{index}"
-        before = (
-            f"{self.config.prefix}.encoder.layer.{index - 1}.output.LayerNorm"
-            if index
-            else f"{self.config.prefix}.embeddings.LayerNorm"
-        )
-        attention_norm = self.norm(f"{name}.attention.output.LayerNorm")
-        activation = ACTIVATIONS[self.config.activation]
-        hidden, wide = self.config.hidden, self.config.intermediate
+        make = linear_maker(self.device, self.dtype)
+        parts, activation = self.layer_parts(index, self.dtype), ACTIVATIONS[self.config.activation]
+        stacks = parts.projections if self.is_last(index) else (stacked(*parts.projections),)
         return Layer(
-            projections=self._projections(name, self.norm(before), last=self._is_last(index)),
-            attention_output=self._linear(f"{name}.attention.output.dense", hidden, hidden),
-            attention_norm=attention_norm,
-            up=self._linear(
-                f"{name}.intermediate.dense", wide, hidden, activation, after=attention_norm
-            ),
-            down=self._linear(f"{name}.output.dense", hidden, wide),
+            projections=tuple(make(*stack) for stack in stacks),
+            attention_output=make(*parts.attention_output),
+            attention_norm=parts.attention_norm,
+            feed_forward=FeedForward(make(*parts.up, activation), make(*parts.down)),
+            output_norm=parts.output_norm,
+        )
+
+    def layer_parts(self, index: int, dtype: torch.dtype) -> LayerParts:
+        """Return the tensors of the layer at a position counted from 0.
+
+        Args:
+            index: The position.
+            dtype: Of weights and biases.
+        """
+        name = f"{self.config.prefix}.encoder.layer.{index}"
+        hidden, wide = self.config.hidden, self.config.intermediate
+
+        def parts(part: str, outputs: int = hidden, inputs: int = hidden) -> Parts:
+            return self._parts(f"{name}.{part}", outputs, inputs, dtype)
+
+        query, key, value = (parts(f"attention.self.{part}") for part in ("query", "key", "value"))
+        return LayerParts(
+            projections=(query, stacked(key, value)),
+            attention_output=parts("attention.output.dense"),
+            attention_norm=self.norm(f"{name}.attention.output.LayerNorm"),
+            up=parts("intermediate.dense", wide, hidden),
+            down=parts("output.dense", hidden, wide),
             output_norm=self.norm(f"{name}.output.LayerNorm"),
         )
 
@@ -125,64 +153,13 @@ class EncoderReader:
         out = PlainLinear(*self._parts(out_name, 1, hidden, torch.float32))
         return lambda states: out(dense(states))
 
-    def _is_last(self, index: int) -> bool:
+    def is_last(self, index: int) -> bool:
+        """Return whether no layer comes after this one."""
         return index == self.config.layers - 1
 
-    def _projections(self, name: str, before: Norm, *, last: bool) -> tuple[Linear, ...]:
-        hidden = self.config.hidden
-        query, key, value = (
-            self._parts(f"{name}.attention.self.{part}", hidden, hidden)
-            for part in ("query", "key", "value")
-        )
-        stacks = ((query,), (key, value)) if last else ((query, key, value),)
-        return tuple(
-            self._make(
-                torch.cat([weight for weight, _ in stack]),
-                torch.cat([bias for _, bias in stack]),
-                after=before,
-            )
-            for stack in stacks
-        )
-
-    def _linear(
-        self,
-        name: str,
-        outputs: int,
-        inputs: int,
-        activation: Activation | None = None,
-        *,
-        after: Norm | None = None,
-    ) -> Linear:
-        return self._make(*self._parts(name, outputs, inputs), activation, after=after)
-
-    def _make(
-        self,
-        weight: Tensor,
-        bias: Tensor,
-        activation: Activation | None = None,
-        *,
-        after: Norm | None = None,
-    ) -> Linear:
-        """Return a layer of the kind that this model runs on.
-
-        Args:
-            weight: Shape (outputs, inputs).
-            bias: Shape (outputs,).
-            activation: Applied to the outputs.
-            after: The norm whose output it reads, if it does.
-        """
-        if not self.int8:
-            return linear_maker(self.device, self.dtype)(weight, bias, activation)
-        smooth = None if after is None else smoothing(after.weight, after.bias, weight)
-        return Int8Linear(weight, bias, activation, smooth=smooth)
-
-    def _parts(
-        self, name: str, outputs: int, inputs: int, dtype: torch.dtype | None = None
-    ) -> tuple[Tensor, Tensor]:
-        # Quantised from what is stored, not from what bfloat16 leaves of it.
-        exact = torch.float32 if self.int8 else None
+    def _parts(self, name: str, outputs: int, inputs: int, dtype: torch.dtype) -> Parts:
         return (
-            self.tensor(f"{name}.weight", (outputs, inputs), dtype or exact),
+            self.tensor(f"{name}.weight", (outputs, inputs), dtype),
             self.tensor(f"{name}.bias", (outputs,), dtype),
         )
 

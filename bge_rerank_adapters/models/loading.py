@@ -1,5 +1,6 @@
 """From a checkpoint's folder to models that are ready to run."""
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -33,6 +34,7 @@ from bge_rerank_adapters.tokenization import (
 )
 from bge_rerank_adapters.windows import tokenizer_maker
 
+_SAMPLE_PAIRS = Path(__file__).parent / "sample-pairs.json"
 # The kinds of models that each family can run, by their `model_type`.
 _TYPES: dict[str, tuple[str, ...]] = {
     "encoder": ENCODER_TYPES,
@@ -151,11 +153,19 @@ def load_model(
         )
     dtype = resolve_dtype(settings.dtype, device, wide_range=family != "encoder")
     make = _makers(settings)[family]
+    if family == "encoder":
+        make = partial(make, sample=lambda: tokenizer.tokenize(_sample_pairs()).distinct)
     if family == "decoder":
         make = partial(make, yes_id=tokenizer.first_id(YES))
     model = make(checkpoint.config, checkpoint.folder, device=device, dtype=dtype)
     streams = stream_count(device, getattr(model, "layer_dtype", dtype))
     return StreamedModel(model, streams) if streams > 1 else model
+
+
+def _sample_pairs() -> list[tuple[str, str]]:
+    """Return questions and passages of several kinds and languages."""
+    samples = json.loads(_SAMPLE_PAIRS.read_text(encoding="utf-8"))
+    return [(each["query"], each["document"]) for each in samples]
 
 
 def _makers(settings: EngineSettings) -> dict[str, Callable[..., Model]]:
