@@ -158,7 +158,7 @@ def feed_forward(dtype, *, activation=functional.gelu):
     sample = states[:200]
     inner = activation(functional.linear(sample, weight, bias))
     up = Int8Linear(weight, bias, activation, sample=sample)
-    down = Int8Linear(down_weight, down_bias, sample=inner, smooth=False)
+    down = Int8Linear(down_weight, down_bias, sample=inner, after_gelu=True)
     exact = activation(functional.linear(states.float(), weight.float(), bias.float()))
     exact = functional.linear(exact, down_weight, down_bias) + states.float()
     return Int8FeedForward(up, down), up, down, states, exact
@@ -345,7 +345,7 @@ settled = int8.Int8Linear(weight, torch.zeros(32), sample=states)
 limit = settled.range.scale * (int8._steps() - settled.range.zero)
 largest = torch.full((4, 64), limit)
 up = int8.Int8Linear(torch.eye(64), torch.zeros(64), functional.gelu, sample=states * 4)
-down = int8.Int8Linear(weight, torch.zeros(32), sample=states * 4, smooth=False)
+down = int8.Int8Linear(weight, torch.zeros(32), sample=states * 4, after_gelu=True)
 inner, beyond = up.gelu_codes(up.encode(states * 4)[0], down.range)
 print(
     int8._steps(),

@@ -130,7 +130,7 @@ def _feed_forwards(
     inner = functional.gelu(functional.linear(states, up.to(dtype)))
     integers = Int8FeedForward(
         Int8Linear(up, up_bias, functional.gelu, sample=states),
-        Int8Linear(down, down_bias, sample=inner, smooth=False),
+        Int8Linear(down, down_bias, sample=inner, after_gelu=True),
     )
     return plain, integers, states
 

@@ -26,6 +26,8 @@ _ROUNDING = 1.5 * 2**23
 # A settled range reaches so many times as far as the median row of the sample does. With less room
 # some row of most packs is beyond it, with more there are fewer steps for all.
 _ROOM = 2.0
+# What a GELU gives at least, rounded down.
+_LEAST_GELU = -0.17
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,7 @@ class Int8Linear:
         activation: Activation | None = None,
         *,
         sample: Tensor | None = None,
-        smooth: bool = True,
+        after_gelu: bool = False,
     ) -> None:
         """Quantise the weight.
 
@@ -77,10 +79,11 @@ class Int8Linear:
             activation: Applied to the outputs.
             sample: States like those to come, shape (rows, inputs); with `None` each row has a
                 range of its own, and channels are left as they are.
-            smooth: Whether channels may be scaled, which codes of another layer's product are not.
+            after_gelu: Whether states are a GELU's, which another layer may give as codes.
         """
         exact = weight.float()
-        factor = smoothing(sample, exact) if smooth and sample is not None else None
+        # Codes have one scale for all channels.
+        factor = None if sample is None or after_gelu else smoothing(sample, exact)
         self._divisor = None if factor is None else factor.reciprocal()
         if factor is not None:
             exact = exact * factor
@@ -90,6 +93,7 @@ class Int8Linear:
         self._scale, self._zeros = scale, torch.zeros_like(scale, dtype=torch.int32)
         self._sums = rounded.sum(dim=1) * scale
         self._bias, self.activation = bias.float(), activation
+        self._least = _LEAST_GELU if after_gelu else None
         self._settled: _Settled | None = None
         if sample is not None and fused_works(sample.dtype):
             self.settle(sample)
@@ -120,7 +124,7 @@ class Int8Linear:
 
     def settle(self, sample: Tensor) -> None:
         """Fix the range of ordinary rows, unless no row of the sample is finite."""
-        found = _ordinary_range(_divided(sample, self._divisor))
+        found = _ordinary_range(_divided(sample, self._divisor), self._least)
         if found is not None:
             inverse = 1.0 / found.scale if self._divisor is None else self._divisor / found.scale
             bias = self._bias - found.zero * found.scale * self._sums
@@ -128,20 +132,21 @@ class Int8Linear:
 
     def encode(self, states: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return states in the settled range as uint8, and which rows it does not hold, if any."""
-        settled = self._get_settled()
+        settled, last = self._get_settled(), _steps()
+        shift = settled.range.zero + _ROUNDING
         codes = torch.empty(states.shape, dtype=torch.uint8)
-        least, largest = torch.empty(2, len(states)).unbind()
+        # In place, since memory taken anew costs more than the sums.
         scratch = torch.empty(min(_ENCODED_ROWS, len(states)), states.shape[1])
-        for start in range(0, len(states), _ENCODED_ROWS):
-            rows = slice(start, start + _ENCODED_ROWS)
-            block = states[rows]
-            # In place, since memory taken anew costs more than the sums.
-            sums = scratch[: len(block)].copy_(block).mul_(settled.inverse)
-            sums.add_(settled.range.zero + _ROUNDING)
-            torch.amin(sums, 1, out=least[rows])
-            torch.amax(sums, 1, out=largest[rows])
-            codes[rows] = sums.view(torch.int32)
-        return codes, _outside((least >= _ROUNDING) & (largest <= _ROUNDING + _steps()))
+        bits = scratch.view(torch.int32)
+        blocks = zip(*(torch.split(each, _ENCODED_ROWS) for each in (states, codes)), strict=True)
+        for block, block_codes in blocks:
+            sums = scratch[: len(block)].copy_(block).mul_(settled.inverse).add_(shift)
+            sums.clamp_(_ROUNDING, _ROUNDING + last)
+            block_codes.copy_(bits[: len(block)])
+        # What is beyond has become the first code or the last, and so has what is no number.
+        if int(codes.amin()) > 0 and int(codes.amax()) < last:
+            return codes, None
+        return codes, _outside((codes.amin(1) > 0) & (codes.amax(1) < last))
 
     def product(self, codes: Tensor, dtype: torch.dtype, residual: Tensor | None = None) -> Tensor:
         """Return the outputs for states as `encode` gives them, without the activation."""
@@ -165,8 +170,7 @@ class Int8Linear:
             *(target.scale, target.zero, torch.uint8, "gelu", [], "none"),
         )
         out = out[: len(codes)]
-        # What exceeds the largest code has become that.
-        return out, _outside(out.amax(dim=1) <= min(_steps(), 254))
+        return out, _outside(out.amax(1) < _steps())
 
     def _given(self, codes: Tensor) -> tuple[Tensor, float, int, Tensor, Tensor, Tensor]:
         scale = self._get_settled().range.scale
@@ -194,7 +198,7 @@ class Int8FeedForward:
     """Two layers; what the first gives the second stays in 8 bits where ranges are settled."""
 
     def __init__(self, up: Int8Linear, down: Int8Linear) -> None:
-        """Take the layers: one with an activation, and one that does not smooth."""
+        """Take the layers: one with an activation, and one for what a GELU gives."""
         self._up, self._down = up, down
 
     def __call__(self, states: Tensor) -> Tensor:
@@ -223,15 +227,20 @@ def _outside(inside: Tensor) -> Tensor | None:
     return None if bool(inside.all()) else inside.logical_not_().nonzero().squeeze(1)
 
 
-def _ordinary_range(states: Tensor) -> Range | None:
-    """Return a range for ordinary rows like those of a sample; `None` if none are finite."""
+def _ordinary_range(states: Tensor, least: float | None) -> Range | None:
+    """Return a range for ordinary rows like those of a sample; `None` if none are finite.
+
+    Args:
+        states: The sample, shape (rows, inputs).
+        least: What no state is below; `None` is for the sample to tell.
+    """
     high = _reach(states.amax(dim=1).float())
-    low = _reach(states.amin(dim=1).float().neg_())
+    low = _reach(states.amin(dim=1).float().neg_()) if least is None else -least
     if high + low == 0.0:
         return None
-    # One step less than there are, since zero is rounded too.
-    scale = (high + low) / (_steps() - 1)
-    return Range(scale, round(low / scale))
+    # The first and the last step are for what is beyond.
+    scale = (high + low) / (_steps() - 3)
+    return Range(scale, 1 + round(low / scale))
 
 
 def _reach(largest: Tensor) -> float:
@@ -270,7 +279,8 @@ def fused_works(dtype: torch.dtype) -> bool:
     generator = torch.Generator().manual_seed(0)
     weight, states = (torch.randn(16, 16, generator=generator) for _ in range(2))
     bias, states = weight[0].clone(), states.to(dtype)
-    up, down = Int8Linear(weight, bias, functional.gelu), Int8Linear(weight, bias)
+    up = Int8Linear(weight, bias, functional.gelu)
+    down = Int8Linear(weight, bias, after_gelu=True)
     inner = up.by_row(states)
     exact = down.by_row(inner, states)
     up.settle(states)

@@ -44,7 +44,7 @@ def int8_layer(
         attention_norm=parts.attention_norm,
         feed_forward=Int8FeedForward(
             Int8Linear(*parts.up, activation, sample=None if last else middle),
-            Int8Linear(*parts.down, sample=None if last else inner, smooth=False),
+            Int8Linear(*parts.down, sample=None if last else inner, after_gelu=True),
         ),
         output_norm=parts.output_norm,
     )
