@@ -1,5 +1,6 @@
 """Layers in 8-bit integers: by row, in a settled range, in a model, and where they are run."""
 
+import json
 import math
 import os
 import statistics
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
-from bge_rerank_adapters import DeviceError, Reranker
+from bge_rerank_adapters import CheckpointError, DeviceError, Reranker
 from bge_rerank_adapters.models import devices, encoder, int8, loading
 from bge_rerank_adapters.models.int8 import (
     Int8FeedForward,
@@ -143,6 +144,17 @@ def test_rows_beyond_the_range_go_each_in_their_own(dtype):
 
 
 @needs_fused
+@pytest.mark.parametrize("bits", [0x7FC00080, 0x7FC000FD, 0x7F8000A0, 0xFFC00080 - 2**32])
+def test_no_nan_becomes_a_number(bits):
+    weight, bias, states = parts(rows=300)
+    layer = Int8Linear(weight, bias, sample=states)
+    # Below its quiet bit a NaN may hold anything.
+    states.view(torch.int32)[4, 2] = bits
+    assert layer.encode(states)[1].tolist() == [4]
+    assert layer(states)[4].isnan().all()
+
+
+@needs_fused
 def test_a_row_is_the_same_in_any_pack():
     weight, bias, states = parts(rows=600)
     layer, given = Int8Linear(weight, bias, sample=states), states.clone()
@@ -266,6 +278,12 @@ def test_ordinary_channels_are_left_alone():
     assert smoothing(states, weight) is None
 
 
+def test_channels_are_left_alone_where_most_are_silent():
+    weight, _, states = parts(rows=300)
+    states[:, :40] = 0.0
+    assert smoothing(states, weight) is None
+
+
 def test_channels_that_are_not_finite_are_left_alone():
     weight, _, states = parts(rows=300)
     states[0, 3], states[1, 4] = math.nan, math.inf
@@ -287,6 +305,12 @@ def outlier_checkpoint(folder):
         ):
             tensor[:, [3, 40]] /= 25.0
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def with_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     return folder
 
 
@@ -357,7 +381,53 @@ print(
 """
 
 
+@needs_fused
+@pytest.mark.usefixtures("int8_pays")
+def test_most_rows_of_a_model_are_within_its_ranges(monkeypatch):
+    rows = {"inside": 0, "outside": 0}
+    for name in ("encode", "gelu_codes"):
+        counted = getattr(Int8Linear, name)
+
+        def count(self, *args, counted=counted):
+            codes, outside = counted(self, *args)
+            rows["outside"] += 0 if outside is None else len(outside)
+            rows["inside"] += len(codes)
+            return codes, outside
+
+        monkeypatch.setattr(Int8Linear, name, count)
+    with Reranker("tiny", device="cpu", dtype="int8") as reranker:
+        reranker.score(next(iter(read_queries().values())), list(read_sentences().values())[:60])
+        model = reranker._core._models[0]
+        *others, last = getattr(model, "_model", model)._layers
+    # Special tokens are beyond, four of a hundred here.
+    assert 0 < rows["outside"] < 0.08 * rows["inside"]
+    assert all(layer.attention_output.range for layer in others)
+    # First tokens are special ones.
+    assert last.attention_output.range is None
+    assert last.projections[1].range is not None
+
+
 @needs_int8
+@pytest.mark.usefixtures("int8_pays")
+@pytest.mark.parametrize("activation", ["silu", "gelu_new"])
+def test_other_activations_go_by_row(tmp_path, activation):
+    folder = with_config(build_xlm_roberta(tmp_path), hidden_act=activation)
+    found = {}
+    for dtype in ("float32", "int8"):
+        with Reranker(str(folder), device="cpu", dtype=dtype) as reranker:
+            found[dtype] = reranker.logits("tiger", ["river stone tiger", "stone", "a b c"])
+    assert found["int8"] == pytest.approx(found["float32"], abs=0.2)
+
+
+@needs_int8
+@pytest.mark.parametrize("wrong", [0, -1, 10**14])
+def test_sizes_are_checked_before_they_are_timed(tmp_path, wrong):
+    folder = with_config(build_xlm_roberta(tmp_path), intermediate_size=wrong)
+    with pytest.raises(CheckpointError, match="not of one checkpoint"):
+        Reranker(str(folder), device="cpu", dtype="int8")
+
+
+@needs_fused
 @pytest.mark.parametrize("isa", ["AVX2", "DEFAULT"])
 def test_no_sum_saturates_on_a_processor_without_8_bit_sums(isa):
     # The largest states times the largest weights: two such products do not fit 16 bits.

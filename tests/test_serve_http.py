@@ -238,6 +238,15 @@ def test_a_body_that_does_not_come_is_not_waited_for(port):
     assert b"did not arrive within 0.5 seconds" in answer
 
 
+def test_a_refused_body_that_does_not_come_is_not_waited_for(reranker):
+    limits = {"max_body_bytes": 1000, "body_timeout_s": 100.0}
+    waits = (b"Content-Length: 5000", b"Expect: 100-continue", CLOSE)
+    with listening(create_app(ServerSettings(engine=TINY, **limits), engine=reranker)) as opened:
+        begin = time.monotonic()
+        assert exchange(opened, post(b"", *waits)).startswith(b"HTTP/1.1 413")
+    assert time.monotonic() - begin < 50
+
+
 def test_a_refused_body_leaves_the_connection_in_order(port):
     """What the server did not read of a body must not be taken for the next request."""
     with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from bge_rerank_adapters.errors import DeviceError
 from bge_rerank_adapters.models.int8 import Int8FeedForward, Int8Linear, int8_works
-from bge_rerank_adapters.models.linear import FeedForward, linear_maker
+from bge_rerank_adapters.models.linear import Activation, FeedForward, linear_maker
 from bge_rerank_adapters.models.streams import in_one_thread
 
 # A faster dtype costs some exactness, so it has to be worth it.
@@ -19,6 +19,8 @@ WORTHWHILE_SPEEDUP = 1.3
 # A dtype whose first run takes so many times the limit is emulated; it is not timed further, since
 # that could take a second.
 _HOPELESS = 3.0
+# 8-bit integers cost some too, and near the limit a timing falls now here, now there.
+_WORTHWHILE_INT8 = 1.15
 # Of the states that feed-forward blocks in 8-bit integers are timed on.
 _TIMED_ROWS = 512
 
@@ -88,13 +90,21 @@ def _check_int8(device: torch.device) -> None:
 
 
 @cache
-def int8_pays(dtype: torch.dtype, hidden: int = 768, intermediate: int = 3072) -> bool:
+def int8_pays(
+    dtype: torch.dtype,
+    hidden: int = 768,
+    intermediate: int = 3072,
+    activation: Activation = functional.gelu,
+) -> bool:
     """Return whether 8-bit layers are faster on this processor than those of the fastest dtype.
+
+    It is a timing, of a feed-forward block in one thread.
 
     Args:
         dtype: What `"auto"` resolves to.
-        hidden: Width of the model.
+        hidden: Width of the model; as the other sizes, bge-reranker-base's unless given.
         intermediate: Width of its feed-forward blocks.
+        activation: Of these.
     """
 
     def seconds(block: Callable[[Tensor], Tensor], states: Tensor) -> float:
@@ -103,18 +113,18 @@ def int8_pays(dtype: torch.dtype, hidden: int = 768, intermediate: int = 3072) -
         return time.perf_counter() - begin
 
     def compare() -> bool:
-        plain, integers, states = _feed_forwards(dtype, hidden, intermediate)
+        plain, integers, states = _feed_forwards(dtype, hidden, intermediate, activation)
         with torch.inference_mode():
             plain_s, integers_s = (
                 min(seconds(block, states) for _ in range(6)) for block in (plain, integers)
             )
-        return integers_s < plain_s
+        return integers_s < plain_s / _WORTHWHILE_INT8
 
     return in_one_thread(compare)
 
 
 def _feed_forwards(
-    dtype: torch.dtype, hidden: int, intermediate: int
+    dtype: torch.dtype, hidden: int, intermediate: int, activation: Activation
 ) -> tuple[FeedForward, Int8FeedForward, Tensor]:
     """Return blocks of equal size of both kinds, and states for them."""
     generator = torch.Generator().manual_seed(0)
@@ -124,12 +134,12 @@ def _feed_forwards(
     up_bias, down_bias = torch.zeros(intermediate), torch.zeros(hidden)
     make = linear_maker(torch.device("cpu"), dtype)
     plain = FeedForward(
-        make(up.to(dtype), up_bias.to(dtype), functional.gelu),
+        make(up.to(dtype), up_bias.to(dtype), activation),
         make(down.to(dtype), down_bias.to(dtype)),
     )
-    inner = functional.gelu(functional.linear(states, up.to(dtype)))
+    inner = activation(functional.linear(states, up.to(dtype)))
     integers = Int8FeedForward(
-        Int8Linear(up, up_bias, functional.gelu, sample=states),
+        Int8Linear(up, up_bias, activation, sample=states),
         Int8Linear(down, down_bias, sample=inner, after_gelu=True),
     )
     return plain, integers, states

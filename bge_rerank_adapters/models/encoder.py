@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bge_rerank_adapters.models.activations import ACTIVATIONS
 from bge_rerank_adapters.models.attention import (
     Attention,
     Layout,
@@ -28,6 +29,7 @@ from bge_rerank_adapters.models.encoder_config import parse_config
 from bge_rerank_adapters.models.encoder_layers import (
     EncoderReader,
     Layer,
+    check_feed_forward,
     check_last_layer,
     check_one_label,
 )
@@ -46,8 +48,8 @@ class EncoderModel:
         config: What the checkpoint's `config.json` says.
         device: Where it runs.
         dtype: Of weights and activations; the head and the logits are float32 always. With int8,
-            activations are of the fastest floating-point dtype, and so is all else on a processor
-            where that is faster than 8-bit integers, as it is with AMX.
+            activations are of the fastest floating-point dtype, and so is all else where that is
+            faster than 8-bit integers, as in small models with AMX.
         layer_dtype: What the layers are in: int8, or a floating-point dtype.
     """
 
@@ -76,17 +78,15 @@ class EncoderModel:
         self.config = parse_config(config, folder=folder)
         self.device, self.dtype = device, dtype
         compute = resolve_dtype("auto", device) if dtype == torch.int8 else dtype
-        widths = self.config.hidden, self.config.intermediate
-        int8 = dtype == torch.int8 and int8_pays(compute, *widths)
-        self.layer_dtype = dtype if int8 else compute
-        if dtype == torch.int8 and not int8:
-            _log.info("8-bit layers are slower than %s ones here, which run instead", compute)
         heads = self.config.heads
         width = self.config.hidden // heads
         self._attend = attention_for(device, compute, heads=heads, width=width)
         with open_weights(folder) as weights:
             check_one_label(weights, self.config)
             check_last_layer(weights, self.config)
+            check_feed_forward(weights, self.config)
+            int8 = dtype == torch.int8 and self._int8_pays(compute)
+            self.layer_dtype = dtype if int8 else compute
             self._load(
                 EncoderReader(weights, self.config, device, compute), sample() if int8 else None
             )
@@ -133,6 +133,14 @@ class EncoderModel:
         tokens = sum(map(len, pairs))
         filler = TokenPair(pairs[0].ids[:1], 1, truncated=False, index=0)
         return [filler] * (few_sizes(tokens) - tokens)
+
+    def _int8_pays(self, compute: torch.dtype) -> bool:
+        config = self.config
+        activation = ACTIVATIONS[config.activation]
+        pays = int8_pays(compute, config.hidden, config.intermediate, activation)
+        if not pays:
+            _log.info("8-bit layers are no faster than %s ones here, which run instead", compute)
+        return pays
 
     def _load(self, read: EncoderReader, sample: Sequence[TokenPair] | None) -> None:
         config = self.config

@@ -188,3 +188,13 @@ def check_last_layer(weights: Weights, config: EncoderConfig) -> None:
             f"{weights.path} has the tensor {beyond}, but num_hidden_layers in config.json is "
             f"{config.layers}; config and weights are not of one checkpoint."
         )
+
+
+def check_feed_forward(weights: Weights, config: EncoderConfig) -> None:
+    """Check the sizes of feed-forward blocks, which are timed before they are read.
+
+    Raises:
+        CheckpointError: The first layer's is of others than the config says.
+    """
+    name = f"{config.prefix}.encoder.layer.0.intermediate.dense.weight"
+    weights.tensor(name, (config.intermediate, config.hidden))

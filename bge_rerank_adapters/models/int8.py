@@ -23,6 +23,7 @@ _OUTLIER = 3.0
 # Added to a float32 below 2**22 in size, it leaves no room for a fraction, so that the sum's last
 # bits are the nearest integer: rounding for the price of an addition, where round() takes ten.
 _ROUNDING = 1.5 * 2**23
+_ROUNDING_BITS = 0x4B400000
 # A settled range reaches so many times as far as the median row of the sample does. With less room
 # some row of most packs is beyond it, with more there are fewer steps for all.
 _ROOM = 2.0
@@ -140,10 +141,10 @@ class Int8Linear:
         bits = scratch.view(torch.int32)
         blocks = zip(*(torch.split(each, _ENCODED_ROWS) for each in (states, codes)), strict=True)
         for block, block_codes in blocks:
-            sums = scratch[: len(block)].copy_(block).mul_(settled.inverse).add_(shift)
-            sums.clamp_(_ROUNDING, _ROUNDING + last)
-            block_codes.copy_(bits[: len(block)])
-        # What is beyond has become the first code or the last, and so has what is no number.
+            scratch[: len(block)].copy_(block).mul_(settled.inverse).add_(shift)
+            # As bits, which are ordered as positive numbers are and have NaN at an end.
+            block_codes.copy_(bits[: len(block)].clamp_(_ROUNDING_BITS, _ROUNDING_BITS + last))
+        # What is beyond has become the first code or the last.
         if int(codes.amin()) > 0 and int(codes.amax()) < last:
             return codes, None
         return codes, _outside((codes.amin(1) > 0) & (codes.amax(1) < last))
@@ -282,14 +283,17 @@ def fused_works(dtype: torch.dtype) -> bool:
     up = Int8Linear(weight, bias, functional.gelu)
     down = Int8Linear(weight, bias, after_gelu=True)
     inner = up.by_row(states)
-    exact = down.by_row(inner, states)
+    exact = down.by_row(inner, states), down.by_row(inner)
     up.settle(states)
     down.settle(inner)
     try:
-        out = Int8FeedForward(up, down)(states)
+        outs = Int8FeedForward(up, down)(states), down(inner)
     except (AttributeError, RuntimeError):
         return False
-    return out.dtype == dtype and bool((out - exact).norm() < 0.05 * exact.norm())
+    return all(
+        out.dtype == dtype and bool((out - each).norm() < 0.05 * each.norm())
+        for out, each in zip(outs, exact, strict=True)
+    )
 
 
 @cache
@@ -333,7 +337,8 @@ def smoothing(sample: Tensor, weight: Tensor) -> Tensor | None:
         Shape (inputs,), 1 for an ordinary channel; `None` if all are ordinary.
     """
     reach = sample.float().abs().amax(dim=0)
-    reach = reach / reach.median().clamp_min(1e-12)
+    # By zero, where most channels are silent, it is not finite.
+    reach = reach / reach.median()
     outliers = (reach > _OUTLIER) & reach.isfinite()
     if not bool(outliers.any()):
         return None

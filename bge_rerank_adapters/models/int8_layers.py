@@ -33,6 +33,8 @@ def int8_layer(
     inner = activation(_outputs(middle, parts.up))
     # Of the last layer all but key and value is for first tokens, which are no ordinary ones.
     last = read.is_last(index)
+    # Products have no other activation.
+    settled = not last and activation is functional.gelu
     query, key_value = parts.projections
     layer = Layer(
         projections=(
@@ -43,8 +45,8 @@ def int8_layer(
         attention_output=Int8Linear(*parts.attention_output, sample=None if last else attended),
         attention_norm=parts.attention_norm,
         feed_forward=Int8FeedForward(
-            Int8Linear(*parts.up, activation, sample=None if last else middle),
-            Int8Linear(*parts.down, sample=None if last else inner, after_gelu=True),
+            Int8Linear(*parts.up, activation, sample=middle if settled else None),
+            Int8Linear(*parts.down, sample=inner if settled else None, after_gelu=settled),
         ),
         output_norm=parts.output_norm,
     )

@@ -6,7 +6,7 @@ import hashlib
 import hmac
 import logging
 import time
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Iterable, MutableMapping
 from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -18,6 +18,9 @@ from bge_rerank_adapters.serve.settings import ServerSettings
 SCORING = ("/v1/rerank", "/v2/rerank", "/rerank")
 _OPEN = ("/health", "/docs", "/openapi.json")
 _ROUTES = frozenset((*SCORING, *_OPEN, "/metrics", "/info", "/v1/models"))
+# How long a client that is still to send a body may pause, before it is taken for one that will
+# not: it may have been told to go on before it sends one.
+_SILENCE_S = 1.0
 
 _log = logging.getLogger(__name__)
 
@@ -40,7 +43,8 @@ class Gate:
             await self._app(scope, receive, send)
             return
         path = path_of(scope)
-        body, answer = _Body(receive), _Answer(send)
+        body = _Body(receive)
+        answer = _Answer(scope, body, send)
         begin = time.perf_counter()
         try:
             with self._metrics.in_progress.track_inprogress():
@@ -50,12 +54,7 @@ class Gate:
             route = path if path in _ROUTES else "other"
             status = str(answer.status or 499)
             self._metrics.seconds.labels(route, status).observe(time.perf_counter() - begin)
-        if answer.last is not None:
-            # What a refusal left of the body: a connection that is closed over unread bytes is
-            # reset, and that takes the answer from a client that has not read it yet.
-            if _closes(scope, answer):
-                await body.discard(self._body_timeout_s)
-            await send(answer.last)
+        await answer.finish(self._body_timeout_s)
 
     async def _answer(self, path: str, scope: Scope, receive: Receive, answer: "_Answer") -> None:
         try:
@@ -101,54 +100,66 @@ class Gate:
 
 
 class _Body:
-    """Passes a request's body on, and remembers whether all of it came."""
+    """Passes a request's body on, and remembers whether all of it came.
+
+    Attributes:
+        ended: Whether it did, or the client has gone.
+    """
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
-        self._ended = False
+        self.ended = False
 
     async def __call__(self) -> MutableMapping[str, Any]:
         message = await self._receive()
-        self._ended = message["type"] == "http.disconnect" or not message.get("more_body", False)
+        self.ended = message["type"] == "http.disconnect" or not message.get("more_body", False)
         return message
 
     async def discard(self, timeout_s: float) -> None:
-        """Read what is still to come, for so many seconds at most."""
+        """Read what is still to come, for so many seconds at most, or until nothing comes."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                while not self._ended:
-                    await self()
+                while not self.ended:
+                    async with asyncio.timeout(_SILENCE_S):
+                        await self()
 
 
 class _Answer:
-    """Passes an answer on but for the message that ends it.
+    """Passes an answer on, but holds back its end where the connection would be reset by it.
+
+    A connection that is closed over unread bytes is reset, which takes the answer from a client
+    that has not read it yet. So what a refusal left of the body is read first.
 
     Attributes:
         status: Its status; `None` until it has begun.
-        headers: Its headers.
-        last: The message that ends it, without content; `None` until it has come.
     """
 
-    def __init__(self, send: Send) -> None:
-        self._send = send
+    def __init__(self, scope: Scope, body: _Body, send: Send) -> None:
+        self._scope, self._body, self._send = scope, body, send
         self.status: int | None = None
-        self.headers: Sequence[tuple[bytes, bytes]] = ()
-        self.last: MutableMapping[str, Any] | None = None
+        self._closes = self._held_back = False
 
     async def __call__(self, message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
-            self.status, self.headers = message["status"], message.get("headers", ())
+            self.status = message["status"]
+            self._closes = _closes(self._scope, message.get("headers", ()))
         elif message["type"] == "http.response.body" and not message.get("more_body", False):
-            self.last = {"type": "http.response.body", "body": b"", "more_body": False}
-            message = {**message, "more_body": True}
+            self._held_back = self._closes and not self._body.ended
+            message = {**message, "more_body": self._held_back}
         await self._send(message)
 
+    async def finish(self, timeout_s: float) -> None:
+        """End an answer whose end was held back, after so many seconds at most."""
+        if self._held_back:
+            await self._body.discard(timeout_s)
+            await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
-def _closes(scope: Scope, answer: _Answer) -> bool:
-    """Return whether the server closes the connection after an answer."""
+
+def _closes(scope: Scope, headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Return whether the server closes the connection after an answer with these headers."""
     tokens = {
         token.strip().lower()
-        for name, value in (*scope["headers"], *answer.headers)
+        for name, value in (*scope["headers"], *headers)
         if name.lower() == b"connection"
         for token in value.split(b",")
     }
