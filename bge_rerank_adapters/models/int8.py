@@ -18,15 +18,15 @@ from bge_rerank_adapters.models.linear import Activation, filled_up, has_onednn
 # waits for threads to wake where another thread of the process uses torch.
 _BLOCK_ROWS = 512
 _ENCODED_ROWS = 256
-# Times the median from where on a channel is taken for an outlier.
-_OUTLIER = 3.0
+# How many times as far as the median channel one may reach, beyond which it is divided.
+_MOST_REACH = 2.0
 # Added to a float32 below 2**22 in size, it leaves no room for a fraction, so that the sum's last
 # bits are the nearest integer: rounding for the price of an addition, where round() takes ten.
 _ROUNDING = 1.5 * 2**23
 _ROUNDING_BITS = 0x4B400000
 # A settled range reaches so many times as far as the median row of the sample does. With less room
 # some row of most packs is beyond it, with more there are fewer steps for all.
-_ROOM = 2.0
+_ROOM = 2.5
 # What a GELU gives at least, rounded down.
 _LEAST_GELU = -0.17
 
@@ -84,7 +84,7 @@ class Int8Linear:
         """
         exact = weight.float()
         # Codes have one scale for all channels.
-        factor = None if sample is None or after_gelu else smoothing(sample, exact)
+        factor = None if sample is None or after_gelu else smoothing(sample)
         self._divisor = None if factor is None else factor.reciprocal()
         if factor is not None:
             exact = exact * factor
@@ -210,9 +210,10 @@ class Int8FeedForward:
         codes, outside = self._up.encode(states)
         inner, beyond = self._up.gelu_codes(codes, target)
         out = self._down.product(inner, states.dtype, states)
-        for rows in (outside, beyond):
-            if rows is not None:
-                out[rows] = self._by_row(states[rows])
+        if outside is not None or beyond is not None:
+            # A row that the first range does not hold is mostly beyond the second as well.
+            rows = torch.unique(torch.cat([each for each in (outside, beyond) if each is not None]))
+            out[rows] = self._by_row(states[rows])
         return out
 
     def _by_row(self, states: Tensor) -> Tensor:
@@ -321,17 +322,16 @@ def _exact_up_to(largest: int) -> bool:
     return bool((out == 64.0 * 127 * largest).all())
 
 
-def smoothing(sample: Tensor, weight: Tensor) -> Tensor | None:
+def smoothing(sample: Tensor) -> Tensor | None:
     """Return what to divide each input of a layer by before it is quantised.
 
-    Where a channel reaches several times as far as the median one, what is large in it is shared
-    between states and weights, as in SmoothQuant (Xiao et al. 2022, arXiv:2211.10438): the divisor
-    is the square root of its reach over that of its weights, both counted in medians (alpha of one
-    half there). Other channels are left alone, since dividing all of them measured worse.
+    What is large in a channel is moved into its weights, as in SmoothQuant (Xiao et al. 2022,
+    arXiv:2211.10438), but wholly, and only where it would leave fewer steps for all others: with
+    an equal share for both, or with all channels, more rows were beyond the range, or logits
+    further off. Weights have a scale per output, which one channel of many hardly widens.
 
     Args:
         sample: States like those to come, shape (rows, inputs).
-        weight: Shape (outputs, inputs).
 
     Returns:
         Shape (inputs,), 1 for an ordinary channel; `None` if all are ordinary.
@@ -339,10 +339,7 @@ def smoothing(sample: Tensor, weight: Tensor) -> Tensor | None:
     reach = sample.float().abs().amax(dim=0)
     # By zero, where most channels are silent, it is not finite.
     reach = reach / reach.median()
-    outliers = (reach > _OUTLIER) & reach.isfinite()
+    outliers = (reach > _MOST_REACH) & reach.isfinite()
     if not bool(outliers.any()):
         return None
-    heights = weight.float().abs().amax(dim=0)
-    heights = (heights / heights.median().clamp_min(1e-12)).clamp_min(1e-6)
-    divisor = torch.minimum((reach / heights).sqrt(), reach).clamp_min(1.0)
-    return torch.where(outliers, divisor, torch.ones_like(divisor))
+    return torch.where(outliers, reach / _MOST_REACH, torch.ones_like(reach))
