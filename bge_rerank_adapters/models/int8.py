@@ -124,7 +124,7 @@ class Int8Linear:
         return out if residual is None else out.add_(residual)
 
     def settle(self, sample: Tensor) -> None:
-        """Fix the range of ordinary rows, unless no row of the sample is finite."""
+        """Fix the range of ordinary rows, unless all of the sample are zero or not finite."""
         found = _ordinary_range(_divided(sample, self._divisor), self._least)
         if found is not None:
             inverse = 1.0 / found.scale if self._divisor is None else self._divisor / found.scale
