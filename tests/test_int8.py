@@ -365,11 +365,14 @@ from torch.nn import functional
 from bge_rerank_adapters.models import int8
 weight, states = torch.full((32, 64), 1.0), torch.full((4, 64), 1.0)
 layer = int8.Int8Linear(weight, torch.zeros(32))
-settled = int8.Int8Linear(weight, torch.zeros(32), sample=states)
+settled = int8.Int8Linear(weight, torch.zeros(32))
+settled.settle(states)
 limit = settled.range.scale * (int8._steps() - settled.range.zero)
 largest = torch.full((4, 64), limit)
-up = int8.Int8Linear(torch.eye(64), torch.zeros(64), functional.gelu, sample=states * 4)
-down = int8.Int8Linear(weight, torch.zeros(32), sample=states * 4, after_gelu=True)
+up = int8.Int8Linear(torch.eye(64), torch.zeros(64), functional.gelu)
+down = int8.Int8Linear(weight, torch.zeros(32), after_gelu=True)
+up.settle(states * 4)
+down.settle(states * 4)
 inner, beyond = up.gelu_codes(up.encode(states * 4)[0], down.range)
 print(
     int8._steps(),
@@ -445,6 +448,11 @@ def test_no_sum_saturates_on_a_processor_without_8_bit_sums(isa):
     assert float(settled_error) < 1e-3
     assert int(code) == int(steps)
     assert int(inner_code) <= int(steps)
+
+
+def test_no_range_is_settled_with_few_steps(monkeypatch):
+    monkeypatch.setattr(int8, "_steps", lambda: 127)
+    assert not fused_works.__wrapped__(torch.float32)
 
 
 def test_a_sum_that_saturates_is_noticed(monkeypatch):

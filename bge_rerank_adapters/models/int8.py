@@ -277,7 +277,12 @@ def int8_works() -> bool:
 
 @cache
 def fused_works(dtype: torch.dtype) -> bool:
-    """Return whether the product also applies scales, residual and GELU here, and is right."""
+    """Return whether the product also applies scales, residual and GELU here, and is right.
+
+    Not with 127 steps, which leave no room: nDCG@10 fell by 0.005 (benchmarks/NOTES.md).
+    """
+    if _steps() < 255:
+        return False
     generator = torch.Generator().manual_seed(0)
     weight, states = (torch.randn(16, 16, generator=generator) for _ in range(2))
     bias, states = weight[0].clone(), states.to(dtype)
