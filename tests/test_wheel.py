@@ -56,6 +56,7 @@ def test_wheel_holds_the_checkpoint_and_the_data_and_nothing_of_the_repository(w
         "demo/collection.jsonl",
         "demo/README.md",
         "published-scores.json",
+        "models/sample-pairs.json",
         "py.typed",
     ):
         assert f"bge_rerank_adapters/{needed}" in names
