@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bge_rerank_adapters.models.activations import ACTIVATIONS
+from bge_rerank_adapters.models.amx import AmxLayer, amx_attention, amx_layer, amx_runs
 from bge_rerank_adapters.models.attention import (
     Attention,
     Layout,
@@ -80,12 +81,15 @@ class EncoderModel:
         compute = resolve_dtype("auto", device) if dtype == torch.int8 else dtype
         heads = self.config.heads
         width = self.config.hidden // heads
-        self._attend = attention_for(device, compute, heads=heads, width=width)
+        amx = amx_runs(self.config, device, compute)
+        self._attend = (
+            amx_attention if amx else attention_for(device, compute, heads=heads, width=width)
+        )
         with open_weights(folder) as weights:
             check_one_label(weights, self.config)
             check_last_layer(weights, self.config)
             check_feed_forward(weights, self.config)
-            int8 = dtype == torch.int8 and self._int8_pays(compute)
+            int8 = dtype == torch.int8 and not amx and self._int8_pays(compute)
             self.layer_dtype = dtype if int8 else compute
             self._load(
                 EncoderReader(weights, self.config, device, compute), sample() if int8 else None
@@ -115,20 +119,19 @@ class EncoderModel:
         heads = self.config.heads
         states = self._embed(pairs)
         for layer in self._layers[:-1]:
-            query, key, value = layer.projections[0](states).chunk(3, dim=-1)
+            query, key, value = layer.project(states)
             states = layer.rest(states, attend(query, key, value, layout, heads))
         last = self._layers[-1]
         # The head reads the first token of each pair, so no other is computed further.
         first = states[layout.first]
-        key, value = last.projections[1](states).chunk(2, dim=-1)
-        query = last.projections[0](first)
+        query, key, value = last.project_last(states, first)
         states = last.rest(first, attend(query, key, value, layout, heads))
         logits: list[float] = self._head(states[:count].float()).squeeze(-1).tolist()
         return logits
 
     def _fillers(self, pairs: Sequence[TokenPair]) -> list[TokenPair]:
         """Return pairs of one token that bring a pack on a processor to one of few sizes."""
-        if self.device.type != "cpu":
+        if self.device.type != "cpu" or self._attend is amx_attention:
             return []
         tokens = sum(map(len, pairs))
         filler = TokenPair(pairs[0].ids[:1], 1, truncated=False, index=0)
@@ -150,11 +153,13 @@ class EncoderModel:
             for name, n in rows.items()
         )
         self._embedding_norm = read.norm(f"{config.prefix}.embeddings.LayerNorm")
-        self._layers = (
-            [read.layer(index) for index in range(config.layers)]
-            if sample is None
-            else self._int8_layers(read, sample)
-        )
+        self._layers: Sequence[Layer | AmxLayer]
+        if sample is not None:
+            self._layers = self._int8_layers(read, sample)
+        elif self._attend is amx_attention:
+            self._layers = [amx_layer(read, index) for index in range(config.layers)]
+        else:
+            self._layers = [read.layer(index) for index in range(config.layers)]
         self._head = read.head()
 
     @torch.inference_mode()

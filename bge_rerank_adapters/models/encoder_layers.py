@@ -49,6 +49,14 @@ class Layer:
     feed_forward: Callable[[Tensor], Tensor]
     output_norm: Norm
 
+    def project(self, states: Tensor) -> tuple[Tensor, ...]:
+        """Return query, key and value for states, all of shape (rows, hidden)."""
+        return self.projections[0](states).chunk(3, dim=-1)
+
+    def project_last(self, states: Tensor, first: Tensor) -> tuple[Tensor, ...]:
+        """Return the query for the pairs' first tokens, and key and value for all."""
+        return self.projections[0](first), *self.projections[1](states).chunk(2, dim=-1)
+
     def rest(self, states: Tensor, attended: Tensor) -> Tensor:
         """Return the output for states and what their attention gave, both (rows, hidden)."""
         states = self.attention_norm(self.attention_output(attended, states))
