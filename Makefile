@@ -1,11 +1,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
+KERNELS := hatch_build.py bge_rerank_adapters/models/amx.c
 
 .PHONY: demo notebooks test test-oldest lint clean
 
 # torch comes first and by its number alone: any other request brings gigabytes of GPU libraries
 # that a machine without a GPU has no use for.
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml constraints.txt $(KERNELS)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
@@ -27,7 +28,7 @@ test: lint
 	$(BIN)/python -m pytest
 
 # The oldest transformers that works, on which FlagEmbedding runs all of its classes.
-.venv-oldest/installed: pyproject.toml constraints-oldest.txt
+.venv-oldest/installed: pyproject.toml constraints-oldest.txt $(KERNELS)
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install --quiet --constraint constraints-oldest.txt torch==2.13.0
 	.venv-oldest/bin/pip install --quiet --constraint constraints-oldest.txt \

@@ -317,6 +317,7 @@ def with_config(folder, **changes):
 @pytest.fixture
 def int8_pays(monkeypatch):
     """8-bit layers whether or not they are the fastest here."""
+    monkeypatch.setattr(encoder, "amx_runs", lambda *_: False)
     monkeypatch.setattr(encoder, "int8_pays", lambda *_: True)
 
 
@@ -463,6 +464,7 @@ def test_a_sum_that_saturates_is_noticed(monkeypatch):
 @needs_int8
 @pytest.mark.parametrize("pays", [True, False])
 def test_layers_are_8_bit_where_that_is_faster(monkeypatch, pays):
+    monkeypatch.setattr(encoder, "amx_runs", lambda *_: False)
     monkeypatch.setattr(encoder, "int8_pays", lambda *_: pays)
     read = loading._sample_pairs
     sampled = []
@@ -476,6 +478,15 @@ def test_layers_are_8_bit_where_that_is_faster(monkeypatch, pays):
         assert all(isinstance(each.attention_output, Int8Linear) is pays for each in model._layers)
     # Nothing else needs the sample.
     assert len(sampled) == pays
+
+
+@needs_int8
+def test_this_packages_own_kernels_are_faster_than_8_bit_layers(monkeypatch):
+    monkeypatch.setattr(encoder, "int8_pays", lambda *_: True)
+    with Reranker("tiny", device="cpu", dtype="int8") as reranker:
+        model = reranker._core._models[0]
+        model = getattr(model, "_model", model)
+        assert model.own_kernels is (model.layer_dtype is not torch.int8)
 
 
 @needs_int8

@@ -11,7 +11,7 @@ import torch
 from bge_rerank_adapters import Reranker
 from bge_rerank_adapters.models import attention, encoder, streams
 from bge_rerank_adapters.models.int8 import int8_works
-from bge_rerank_adapters.models.streams import StreamedModel, stream_count
+from bge_rerank_adapters.models.streams import StreamedModel, in_parts, stream_count
 from bge_rerank_adapters.settings import EngineSettings
 from bge_rerank_adapters.tokenization import TokenPair
 from tests.checkpoints import read_sentences
@@ -133,6 +133,12 @@ def test_half_precision_on_a_processor_gets_streams(monkeypatch, device, dtype, 
     assert stream_count(torch.device(device), dtype) == count
 
 
+@pytest.mark.parametrize(("threads", "count"), [(2, 2), (40, 40), (64, 64), (65, 32)])
+def test_with_own_kernels_each_thread_is_a_stream(monkeypatch, threads, count):
+    monkeypatch.setattr(streams.torch, "get_num_threads", lambda: threads)
+    assert stream_count(CPU, torch.bfloat16, own_kernels=True) == count
+
+
 @pytest.mark.parametrize("threads", [2, 3, 8, 9, 16, 32, 64])
 def test_equal_pairs_are_shared_out_however_many_threads_there_are(monkeypatch, model, threads):
     monkeypatch.setattr(streams.torch, "get_num_threads", lambda: threads)
@@ -144,6 +150,70 @@ def test_equal_pairs_are_shared_out_however_many_threads_there_are(monkeypatch, 
     model.parts.clear()
     streamed.logits([pair(400), *(pair(5, index) for index in range(1, 5))])
     assert lengths(model) == [[400, 5, 5, 5, 5]]
+
+
+def in_parts_together(count, least, work, *, streams=2):
+    """Run within a model all of whose threads are together."""
+
+    class Whole(FakeModel):
+        def logits(self, pairs):
+            in_parts(count, least, work)
+            return super().logits(pairs)
+
+    return StreamedModel(Whole(), streams).logits([pair(100)])
+
+
+@pytest.mark.parametrize(
+    ("count", "least", "expected"),
+    [
+        (9, 1, [(0, 2), (2, 4), (4, 6), (6, 9)]),
+        (9, 4, [(0, 4), (4, 9)]),
+        (9, 9, [(0, 9)]),
+        (3, 4, [(0, 3)]),
+    ],
+)
+def test_threads_that_run_a_model_together_share_its_work(count, least, expected):
+    done, ran, everyone = [], set(), threading.Barrier(len(expected))
+
+    def work(begin, end):
+        everyone.wait(10)
+        done.append((begin, end))
+        ran.add(threading.get_ident())
+
+    in_parts_together(count, least, work, streams=4)
+    assert sorted(done) == expected
+    assert len(ran) == len(expected)
+    assert threading.get_ident() in ran
+
+
+def test_a_thread_of_its_own_does_all_of_the_work():
+    done = []
+    in_parts(100, 1, lambda *part: done.append(part))
+    assert done == [(0, 100)]
+
+
+def test_work_is_shared_though_no_other_thread_is_free(model):
+    streamed, busy, done = StreamedModel(model, 2), threading.Event(), []
+    for _ in range(2):
+        streamed._tasks.put(lambda: busy.wait(30))
+    with streams._together(streams._Crew(streamed._tasks, 2)):
+        in_parts(2, 1, lambda *part: done.append(part))
+    assert done == [(0, 1), (1, 2)]
+    busy.set()
+
+
+def test_an_error_of_shared_work_comes_once_all_parts_are_done():
+    done = []
+
+    def work(begin, end):
+        if begin == 0:
+            raise MemoryError("no room")
+        time.sleep(0.1)
+        done.append((begin, end))
+
+    with pytest.raises(MemoryError, match="no room"):
+        in_parts_together(2, 1, work)
+    assert done == [(1, 2)]
 
 
 def test_a_stream_that_cannot_start_leaves_nothing_behind(model, monkeypatch):
@@ -192,6 +262,7 @@ def test_the_engine_scores_with_streams_as_with_one(dtype, tolerance):
 def test_a_pair_that_is_not_finite_spoils_no_other(monkeypatch):
     """Though its neighbours' attention takes in its rows."""
     monkeypatch.setattr(attention, "_SHORT_TOKENS", 1)
+    monkeypatch.setattr(encoder, "amx_runs", lambda *_: False)
     monkeypatch.setattr(encoder, "attention_for", lambda *_, **__: attention.overlapping_attention)
     with Reranker("tiny", dtype="bfloat16", device="cpu") as engine:
         model = engine._core._models[0]._model

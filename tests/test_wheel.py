@@ -1,6 +1,8 @@
 """The built wheel holds what it needs, and works where no host is installed."""
 
 import os
+import platform
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -21,12 +23,22 @@ sys.meta_path.insert(0, Absent())
 """
 
 
+KERNELS = "bge_rerank_adapters/models/libamx.so"
+
+
+def build(folder: Path, **environment: str) -> tuple[Path, str]:
+    """Build a wheel; returns it and what was said."""
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    environment = {**os.environ, **environment}
+    done = subprocess.run(
+        command, cwd=ROOT, check=True, capture_output=True, text=True, env=environment
+    )
+    return next(folder.glob("*.whl")), done.stderr + done.stdout
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    return next(folder.glob("*.whl"))
+    return build(tmp_path_factory.mktemp("dist"))[0]
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +74,24 @@ def test_wheel_holds_the_checkpoint_and_the_data_and_nothing_of_the_repository(w
         assert f"bge_rerank_adapters/{needed}" in names
     tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"bge_rerank_adapters"}
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() != "x86_64" or shutil.which("cc") is None,
+    reason="kernels are for Linux on x86-64, and need a compiler",
+)
+def test_kernels_are_built_where_they_can_run(wheel):
+    assert wheel.name.endswith("-py3-none-linux_x86_64.whl")
+    assert KERNELS in zipfile.ZipFile(wheel).namelist()
+
+
+def test_without_a_compiler_the_wheel_is_for_every_system(tmp_path):
+    wheel, said = build(tmp_path, CC="no-such-compiler")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert KERNELS not in zipfile.ZipFile(wheel).namelist()
+    if sys.platform == "linux" and platform.machine() == "x86_64":
+        assert "were not built" in said
+        assert "no-such-compiler" in said
 
 
 def test_bundled_checkpoint_is_at_most_48_megabytes(installed):

@@ -33,14 +33,17 @@
 typedef uint16_t bf16;
 
 enum {
-    TILE = 512,         /* bfloat16 numbers in a tile */
-    BLOCK = 32 * 32,    /* sums in a block */
-    STEP = 8,           /* tiles of a panel that stay in the first-level cache, in pairs */
+    TILE = 512,           /* bfloat16 numbers in a tile */
+    BLOCK = 32 * 32,      /* sums in a block */
+    STEP = 8,             /* pairs of a panel's tiles that stay in the first-level cache */
     PROJECTED_ROWS = 512, /* rows whose states fit the second-level cache beside a panel */
-    LAYER_ROWS = 256,   /* ... and beside their sums and what is inside a feed-forward block */
-    INNER = 1024,       /* outputs of a feed-forward block's first half that are made at a time */
-    HUGE = 1 << 21,     /* bytes of a large page */
+    LAYER_ROWS = 384,     /* ... and beside sums and what is inside a feed-forward block */
+    INNER = 1024,         /* a feed-forward block's inner numbers that are made at a time */
+    HUGE_PAGE = 1 << 21,  /* bytes */
 };
+
+/* To be raised with each change of what another function takes, here and in amx.py. */
+EXPORT int bge_amx_version(void) { return 1; }
 
 /* 1 if this processor has what the functions use and the system lets this process use it. */
 EXPORT int bge_amx_supported(void) {
@@ -85,8 +88,8 @@ static char *take_room(size_t size) {
     if (room->size < size) {
         free(room->at);
         room->size = 0;
-        size = (size + HUGE - 1) / HUGE * HUGE;
-        if (!(room->at = aligned_alloc(HUGE, size))) return NULL;
+        size = (size + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+        if (!(room->at = aligned_alloc(HUGE_PAGE, size))) return NULL;
         madvise(room->at, size, MADV_HUGEPAGE);
         room->size = size;
     }
@@ -340,18 +343,19 @@ static long part_of(long rows, long most) {
 
 /* ---- a layer ---- */
 
-/* states @ weight.T + bias, by slices of outputs: shape (outputs / slice, rows, slice).
- * Returns 0, or -1 where memory is short. */
-EXPORT KERNEL int bge_amx_linear(const bf16 *states, int64_t rows, int64_t inputs, int64_t outputs,
-                                 const bf16 *packed, const float *bias, bf16 *out, int64_t slice) {
-    const long width = inputs / 32, part = part_of(rows, PROJECTED_ROWS);
+/* states @ weight.T + bias for the rows from `begin` to `end`, by slices of outputs: the output has
+ * shape (outputs / slice, rows, slice). Returns 0, or -1 where memory is short. */
+EXPORT KERNEL int bge_amx_linear(const bf16 *states, int64_t rows, int64_t begin, int64_t end,
+                                 int64_t inputs, int64_t outputs, const bf16 *packed,
+                                 const float *bias, bf16 *out, int64_t slice) {
+    const long width = inputs / 32, part = part_of(end - begin, PROJECTED_ROWS);
     char *at = take_room(part * (inputs * sizeof(bf16) + 32 * sizeof(float)));
     if (!at) return -1;
     bf16 *left = cut(&at, part * inputs, sizeof(bf16));
     float *sums = cut(&at, part * 32, sizeof(float));
     begin_tiles();
-    for (long start = 0; start < rows; start += part) {
-        const long count = rows - start < part ? rows - start : part;
+    for (long start = begin; start < end; start += part) {
+        const long count = end - start < part ? end - start : part;
         to_left(states + start * inputs, inputs, count, width, left);
         for (long n = 0; n < outputs; n += 32) {
             const bf16 *panel = packed + n * inputs;
@@ -419,11 +423,12 @@ INLINE float weigh(const float *scores, long keys, __m512 scale, bf16 *weights) 
 
 /* Lets each pair attend to itself. Query, key and value have shape (heads, rows, head); pair i has
  * the rows from bounds[i] to bounds[i + 1] of key and value, and of query as well or, if `single`,
- * row i alone. The output has shape (the query's rows, heads * head).
- * Returns 0, or -1 where memory is short. */
+ * row i alone. The output has shape (the query's rows, heads * head); that of the heads from
+ * `begin` to `end` is made. Returns 0, or -1 where memory is short. */
 EXPORT KERNEL int bge_amx_attention(const bf16 *query, const bf16 *key, const bf16 *value,
                                     const int32_t *bounds, int64_t pairs, int64_t heads,
-                                    int64_t head, int32_t single, bf16 *out) {
+                                    int64_t begin, int64_t end, int64_t head, int32_t single,
+                                    bf16 *out) {
     const long rows = bounds[pairs], width = head / 32;
     long longest = 0;
     for (long i = 0; i < pairs; i++)
@@ -446,7 +451,7 @@ EXPORT KERNEL int bge_amx_attention(const bf16 *query, const bf16 *key, const bf
         const long start = bounds[pair], count = bounds[pair + 1] - start;
         const long depth = (count + 31) / 32;
         const long first = single ? pair : start, asked = single ? 1 : count;
-        for (long h = 0; h < heads; h++) {
+        for (long h = begin; h < end; h++) {
             to_right(key + (h * rows + start) * head, head, count, width, keys);
             values_to_right(value + (h * rows + start) * head, count, width, values);
             for (long q = first; q < first + asked; q += 32) {

@@ -6,6 +6,7 @@ or the processor or the sizes are of other kinds, the layers of `encoder_layers`
 """
 
 import ctypes
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,10 +19,15 @@ from torch import Tensor
 from bge_rerank_adapters.models.attention import Layout
 from bge_rerank_adapters.models.encoder_config import EncoderConfig
 from bge_rerank_adapters.models.encoder_layers import EncoderReader, Parts, stacked
+from bge_rerank_adapters.models.streams import in_parts
 
+_log = logging.getLogger(__name__)
+_VERSION = 1
 _LIBRARY = Path(__file__).with_name("libamx.so")
 # Numbers that a tile has side by side.
 _STEP = 32
+# Weights take as long to be read as so many rows to be multiplied with them.
+_LEAST_ROWS = 64
 
 
 class _Norm(ctypes.Structure):
@@ -53,16 +59,19 @@ def _kernels() -> ctypes.CDLL | None:
         library = ctypes.CDLL(str(_LIBRARY))
     except OSError:
         return None
+    if library.bge_amx_version() != _VERSION:
+        _log.warning("%s was built from another version of its source; it is left alone", _LIBRARY)
+        return None
     size, pointer = ctypes.c_int64, ctypes.c_void_p
     library.bge_amx_pack.argtypes = (pointer, size, size, pointer)
     library.bge_amx_pack.restype = None
     library.bge_amx_linear.argtypes = (
-        *(pointer, size, size, size),
+        *(pointer, size, size, size, size, size),
         *(pointer, pointer, pointer, size),
     )
     library.bge_amx_attention.argtypes = (
         *(pointer, pointer, pointer, pointer),
-        *(size, size, size, ctypes.c_int32, pointer),
+        *(size, size, size, size, size, ctypes.c_int32, pointer),
     )
     library.bge_amx_rest.argtypes = (ctypes.POINTER(_Rest), pointer, pointer, size, pointer)
     return library if library.bge_amx_supported() else None
@@ -131,12 +140,16 @@ class AmxLinear:
         Shape (outputs / slice width, rows, slice width).
         """
         out = states.new_empty(self._outputs // self._slice, len(states), self._slice)
-        _check(
-            _library().bge_amx_linear(
-                *(states.data_ptr(), len(states), self._inputs, self._outputs),
-                *(self._weight.data_ptr(), self._bias.data_ptr(), out.data_ptr(), self._slice),
+
+        def make(begin: int, end: int) -> None:
+            _check(
+                _library().bge_amx_linear(
+                    *(states.data_ptr(), len(states), begin, end, self._inputs, self._outputs),
+                    *(self._weight.data_ptr(), self._bias.data_ptr(), out.data_ptr(), self._slice),
+                )
             )
-        )
+
+        in_parts(len(states), _LEAST_ROWS, make)
         return out
 
 
@@ -156,21 +169,24 @@ def amx_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, hea
     """
     rows, width = query.shape[1:]
     out = query.new_empty(rows, heads * width)
-    _check(
-        _library().bge_amx_attention(
-            *(query.data_ptr(), key.data_ptr(), value.data_ptr(), layout.bounds.data_ptr()),
-            *(len(layout.lengths), heads, width, rows != key.shape[1], out.data_ptr()),
+    pairs, single = len(layout.lengths), rows != key.shape[1]
+
+    def make(begin: int, end: int) -> None:
+        _check(
+            _library().bge_amx_attention(
+                *(query.data_ptr(), key.data_ptr(), value.data_ptr(), layout.bounds.data_ptr()),
+                *(pairs, heads, begin, end, width, single, out.data_ptr()),
+            )
         )
-    )
+
+    in_parts(heads, 1, make)
     return out
 
 
 class AmxRest:
     """What comes after attention in a layer: its output, the feed-forward block and both norms."""
 
-    def __init__(
-        self, linears: Sequence[Parts], norms: Sequence[Parts], epsilon: float
-    ) -> None:
+    def __init__(self, linears: Sequence[Parts], norms: Sequence[Parts], epsilon: float) -> None:
         """Lay out the weights; the originals are not kept.
 
         Args:
@@ -198,12 +214,14 @@ class AmxRest:
         All have shape (rows, hidden) and are contiguous.
         """
         out = torch.empty_like(states)
-        _check(
-            _library().bge_amx_rest(
-                *(self._layer, states.data_ptr(), attended.data_ptr(), len(states)),
-                out.data_ptr(),
-            )
-        )
+        row = states.shape[1] * states.element_size()
+
+        def make(begin: int, end: int) -> None:
+            places = (each.data_ptr() + begin * row for each in (states, attended, out))
+            before, between, after = places
+            _check(_library().bge_amx_rest(self._layer, before, between, end - begin, after))
+
+        in_parts(len(states), _LEAST_ROWS, make)
         return out
 
 
@@ -237,7 +255,8 @@ def _packed(weight: Tensor) -> Tensor:
 
 def _library() -> ctypes.CDLL:
     library = _kernels()
-    assert library is not None, "amx_runs() has to be asked first"
+    if library is None:
+        raise RuntimeError("The kernels for AMX do not run here; ask amx_runs() first.")
     return library
 
 

@@ -52,6 +52,7 @@ class EncoderModel:
             activations are of the fastest floating-point dtype, and so is all else where that is
             faster than 8-bit integers, as in small models with AMX.
         layer_dtype: What the layers are in: int8, or a floating-point dtype.
+        own_kernels: Whether these are of this package's own kernels, for processors with AMX.
     """
 
     def __init__(
@@ -81,15 +82,17 @@ class EncoderModel:
         compute = resolve_dtype("auto", device) if dtype == torch.int8 else dtype
         heads = self.config.heads
         width = self.config.hidden // heads
-        amx = amx_runs(self.config, device, compute)
+        self.own_kernels = amx_runs(self.config, device, compute)
         self._attend = (
-            amx_attention if amx else attention_for(device, compute, heads=heads, width=width)
+            amx_attention
+            if self.own_kernels
+            else attention_for(device, compute, heads=heads, width=width)
         )
         with open_weights(folder) as weights:
             check_one_label(weights, self.config)
             check_last_layer(weights, self.config)
             check_feed_forward(weights, self.config)
-            int8 = dtype == torch.int8 and not amx and self._int8_pays(compute)
+            int8 = dtype == torch.int8 and not self.own_kernels and self._int8_pays(compute)
             self.layer_dtype = dtype if int8 else compute
             self._load(
                 EncoderReader(weights, self.config, device, compute), sample() if int8 else None
@@ -131,7 +134,7 @@ class EncoderModel:
 
     def _fillers(self, pairs: Sequence[TokenPair]) -> list[TokenPair]:
         """Return pairs of one token that bring a pack on a processor to one of few sizes."""
-        if self.device.type != "cpu" or self._attend is amx_attention:
+        if self.device.type != "cpu" or self.own_kernels:
             return []
         tokens = sum(map(len, pairs))
         filler = TokenPair(pairs[0].ids[:1], 1, truncated=False, index=0)
@@ -156,7 +159,7 @@ class EncoderModel:
         self._layers: Sequence[Layer | AmxLayer]
         if sample is not None:
             self._layers = self._int8_layers(read, sample)
-        elif self._attend is amx_attention:
+        elif self.own_kernels:
             self._layers = [amx_layer(read, index) for index in range(config.layers)]
         else:
             self._layers = [read.layer(index) for index in range(config.layers)]

@@ -158,7 +158,11 @@ def load_model(
     if family == "decoder":
         make = partial(make, yes_id=tokenizer.first_id(YES))
     model = make(checkpoint.config, checkpoint.folder, device=device, dtype=dtype)
-    streams = stream_count(device, getattr(model, "layer_dtype", dtype))
+    streams = stream_count(
+        device,
+        getattr(model, "layer_dtype", dtype),
+        own_kernels=getattr(model, "own_kernels", False),
+    )
     return StreamedModel(model, streams) if streams > 1 else model
 
 

@@ -8,10 +8,14 @@ as they do, and longer once another part of the program computes with torch as w
 import os
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
+from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
 from queue import SimpleQueue
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -20,6 +24,8 @@ from bge_rerank_adapters.tokenization import TokenPair
 # Python runs one stream's lines at a time, which take a fifteenth of what its products take; so
 # where there are more threads, a stream has several.
 _MOST_STREAMS = 8
+# With this package's own kernels they take a hundredth, and no kernel has several threads.
+_MOST_STREAMS_OWN_KERNELS = 64
 # Threads that share products are as fast as so many of their number to this power: 1.7 for two,
 # 4.8 for eight. Measured for two: 1.0 to 1.4 in bfloat16 with AMX, 1.7 to 1.9 in float32.
 _SHARED_SPEED = 0.75
@@ -36,7 +42,7 @@ class _Model(Protocol):
     def logits(self, pairs: Sequence[TokenPair]) -> list[float]: ...
 
 
-def stream_count(device: torch.device, dtype: torch.dtype) -> int:
+def stream_count(device: torch.device, dtype: torch.dtype, *, own_kernels: bool = False) -> int:
     """Return how many streams suit a model here; 1 leaves threads together.
 
     In float32 products are long enough that threads lose nothing by sharing them.
@@ -44,11 +50,12 @@ def stream_count(device: torch.device, dtype: torch.dtype) -> int:
     Args:
         device: Where the model runs.
         dtype: Of its layers.
+        own_kernels: Whether these are of this package's own kernels.
     """
     if device.type != "cpu" or dtype == torch.float32:
         return 1
     threads = torch.get_num_threads()
-    own = -(-threads // _MOST_STREAMS)
+    own = -(-threads // (_MOST_STREAMS_OWN_KERNELS if own_kernels else _MOST_STREAMS))
     return threads // own
 
 
@@ -85,7 +92,8 @@ class StreamedModel:
         parts = _share_out([len(pair) for pair in pairs], self.streams)
         longest = max(sum(len(pairs[place]) for place in part) for part in parts)
         if longest > sum(map(len, pairs)) / self._together:
-            return self._model.logits(pairs)
+            with _together(_Crew(self._tasks, self.streams)):
+                return self._model.logits(pairs)
         futures = [self._score([pairs[place] for place in part]) for part in parts]
         # All of them, so that none holds memory any longer when one has failed for want of it.
         wait(futures)
@@ -99,6 +107,60 @@ class StreamedModel:
         future, model = Future[list[float]](), self._model
         self._tasks.put(lambda: _fulfil(future, lambda: model.logits(pairs)))
         return future
+
+
+class _Crew(NamedTuple):
+    """Streams that help a thread with what it runs; `size` counts the thread as one of them."""
+
+    tasks: _Tasks
+    size: int
+
+
+_own = threading.local()
+
+
+@contextmanager
+def _together(crew: _Crew) -> Iterator[None]:
+    _own.crew = crew
+    try:
+        yield
+    finally:
+        del _own.crew
+
+
+def in_parts(count: int, least: int, work: Callable[[int, int], None]) -> None:
+    """Do something to items that lie side by side, all threads together where a model runs so.
+
+    Args:
+        count: How many items there are.
+        least: How many a part has at least, unless it is the only one.
+        work: Is called with begin and end of each part, by one thread or another, and makes no
+            use of torch's threads. Its errors are raised here, once all parts are done.
+    """
+    crew: _Crew | None = getattr(_own, "crew", None)
+    parts = 1 if crew is None else max(1, min(crew.size, count // least))
+    if crew is None or parts == 1:
+        work(0, count)
+        return
+    open_parts = deque(pairwise(count * part // parts for part in range(parts + 1)))
+    futures: SimpleQueue[Future[None]] = SimpleQueue()
+
+    def help_out() -> None:
+        while open_parts:
+            try:
+                begin, end = open_parts.popleft()
+            except IndexError:
+                return
+            future = Future[None]()
+            _fulfil(future, partial(work, begin, end))
+            futures.put(future)
+
+    for _ in range(parts - 1):
+        crew.tasks.put(help_out)
+    help_out()
+    # A stream that comes later finds nothing left to do.
+    for future in [futures.get() for _ in range(parts)]:
+        future.result()
 
 
 def in_one_thread(work: Callable[[], T]) -> T:
