@@ -1,6 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
-KERNELS := hatch_build.py bge_rerank_adapters/models/amx.c
+KERNELS := hatch_build.py $(wildcard bge_rerank_adapters/models/kernels/*.[ch])
 
 .PHONY: demo notebooks test test-oldest lint clean
 

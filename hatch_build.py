@@ -14,8 +14,8 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-_SOURCE = Path("bge_rerank_adapters/models/amx.c")
-_LIBRARY = _SOURCE.with_name("libamx.so")
+_SOURCES = Path("bge_rerank_adapters/models/kernels")
+_LIBRARY = _SOURCES / "libamx.so"
 _FLAGS = "-O3 -std=gnu11 -fno-math-errno -fPIC -shared -fvisibility=hidden -pthread"
 
 
@@ -31,7 +31,10 @@ class KernelHook(BuildHookInterface):
         command = [*shlex.split(os.environ.get("CC", "cc")), *_FLAGS.split(), "-o", str(made)]
         try:
             subprocess.run(  # noqa: S603 - the compiler that who builds has named
-                [*command, str(root / _SOURCE)], check=True, capture_output=True, text=True
+                [*command, *map(str, sorted((root / _SOURCES).glob("*.c")))],
+                check=True,
+                capture_output=True,
+                text=True,
             )
         except (OSError, subprocess.CalledProcessError) as error:
             said = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)

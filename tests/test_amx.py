@@ -10,10 +10,13 @@ import torch
 from torch.nn import functional
 
 from bge_rerank_adapters import Reranker
-from bge_rerank_adapters.models import amx, streams
+from bge_rerank_adapters.models import amx, encoder, streams
 from bge_rerank_adapters.models.amx import AmxLinear, AmxRest, amx_attention, amx_runs
+from bge_rerank_adapters.models.amx_int8 import AmxInt8Linear, AmxInt8Rest
 from bge_rerank_adapters.models.attention import Layout
 from bge_rerank_adapters.models.encoder_config import parse_config
+from bge_rerank_adapters.models.encoder_layers import Norm
+from bge_rerank_adapters.models.int8 import smoothing
 from bge_rerank_adapters.models.weights import read_config
 from tests.checkpoints import build_xlm_roberta, read_queries, read_sentences
 
@@ -83,24 +86,28 @@ def test_very_unequal_scores_are_weighed_without_overflow():
     assert torch.equal(found, value[0, :1].expand(40, 32))
 
 
-def layer_of(hidden: int, intermediate: int, *, scale: float = 1.0):
+def layer_of(hidden: int, intermediate: int):
     shapes = (hidden, hidden), (intermediate, hidden), (hidden, intermediate)
     linears = [
-        (random(*shape, seed=seed, scale=scale / shape[1] ** 0.5), random(shape[0], seed=seed + 3))
+        (random(*shape, seed=seed, scale=shape[1] ** -0.5), random(shape[0], seed=seed + 3))
         for seed, shape in enumerate(shapes)
     ]
-    norms = [(random(hidden, seed=seed), random(hidden, seed=seed + 1)) for seed in (7, 9)]
+    norms = [
+        Norm(random(hidden, seed=seed), random(hidden, seed=seed + 1), 1e-5) for seed in (7, 9)
+    ]
     return linears, norms
 
 
-def rest_in_float32(linears, norms, epsilon, states, attended):
-    (output, up, down) = [[each.float() for each in pair] for pair in linears]
-    (first, second) = [[each.float() for each in pair] for pair in norms]
-    shape = (states.shape[1],)
-    middle = functional.linear(attended.float(), *output) + states.float()
-    middle = functional.layer_norm(middle, shape, *first, epsilon)
+def in_float32(parts):
+    return tuple(tuple(each.float() for each in pair) for pair in parts)
+
+
+def rest_in_float32(linears, norms, states, attended):
+    output, up, down = in_float32(linears)
+    first, second = (Norm(norm.weight.float(), norm.bias.float(), norm.epsilon) for norm in norms)
+    middle = first(functional.linear(attended.float(), *output) + states.float())
     inner = functional.gelu(functional.linear(middle, *up))
-    return functional.layer_norm(functional.linear(inner, *down) + middle, shape, *second, epsilon)
+    return second(functional.linear(inner, *down) + middle)
 
 
 @needs_amx
@@ -109,8 +116,8 @@ def rest_in_float32(linears, norms, epsilon, states, attended):
 def test_the_rest_of_a_layer_is_as_in_float32(rows, hidden, intermediate):
     linears, norms = layer_of(hidden, intermediate)
     states, attended = random(rows, hidden), random(rows, hidden, seed=1)
-    found = AmxRest(linears, norms, 1e-5)(states, attended)
-    expected = rest_in_float32(linears, norms, 1e-5, states, attended)
+    found = AmxRest(linears, norms)(states, attended)
+    expected = rest_in_float32(linears, norms, states, attended)
     error = (found.float() - expected).norm() / expected.norm()
     assert error < 0.006
     assert (found.float() - expected).abs().max() < 0.1
@@ -124,17 +131,17 @@ def test_gelu_is_exact_to_bfloat16(scale):
     identity, nothing = torch.eye(hidden).bfloat16(), torch.zeros(hidden).bfloat16()
     spread = torch.full((hidden,), scale).bfloat16()
     linears = [(identity, nothing)] * 3
-    norms = [(spread, nothing), (torch.ones(hidden).bfloat16(), nothing)]
+    norms = [Norm(each, nothing, 1e-5) for each in (spread, torch.ones(hidden).bfloat16())]
     states = random(64, hidden)
-    found = AmxRest(linears, norms, 1e-5)(states, torch.zeros_like(states))
-    expected = rest_in_float32(linears, norms, 1e-5, states, torch.zeros_like(states))
+    found = AmxRest(linears, norms)(states, torch.zeros_like(states))
+    expected = rest_in_float32(linears, norms, states, torch.zeros_like(states))
     assert (found.float() - expected).abs().max() < 0.03
 
 
 @needs_amx
 def test_all_threads_together_give_the_same():
     linears, norms = layer_of(96, 160)
-    rest, linear = AmxRest(linears, norms, 1e-5), AmxLinear(*linears[1], slice_width=32)
+    rest, linear = AmxRest(linears, norms), AmxLinear(*linears[1], slice_width=32)
     states, attended = random(333, 96), random(333, 96, seed=1)
     queries = [random(3, 333, 32, seed=seed) for seed in range(3)]
     layout = Layout([300, 33], CPU)
@@ -154,7 +161,7 @@ def test_all_threads_together_give_the_same():
 @needs_amx
 def test_threads_do_not_share_room():
     linears, norms = layer_of(64, 128)
-    rest = AmxRest(linears, norms, 1e-5)
+    rest = AmxRest(linears, norms)
     inputs = [(random(rows, 64, seed=rows), random(rows, 64, seed=-rows)) for rows in range(1, 60)]
     alone = [rest(*each) for each in inputs]
     with ThreadPoolExecutor(8) as pool:
@@ -170,34 +177,123 @@ def test_short_memory_is_an_error_that_the_engine_knows(monkeypatch):
             return -1
 
     linear = AmxLinear(random(32, 32), random(32), slice_width=32)
-    monkeypatch.setattr(amx, "_library", Short)
+    monkeypatch.setattr(amx, "kernels", Short)
     with pytest.raises(MemoryError, match="not enough memory"):
         linear(random(4, 32))
+
+
+# Layers in 8 bits
+
+
+def in_codes(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Return what a layer gives for rows and weights that are rounded to 8 bits."""
+    step = weight.abs().amax(dim=1, keepdim=True) / 127
+    rounded = (weight / step).round() * step
+    low, high = states.amin(dim=1, keepdim=True), states.amax(dim=1, keepdim=True)
+    row_step = ((high - low) / 255).clamp(min=1e-30)
+    codes = ((states - low) / row_step).round()
+    return functional.linear((codes * row_step + low).double(), rounded.double(), bias.double())
+
+
+@needs_amx
+@pytest.mark.parametrize("rows", [1, 31, 600])
+@pytest.mark.parametrize(("inputs", "outputs", "width"), [(64, 96, 32), (832, 192, 64)])
+@pytest.mark.parametrize("divided", [False, True])
+def test_an_8_bit_layer_rounds_each_row_to_255_steps(rows, inputs, outputs, width, divided):
+    # Rows of very different sizes, and few of them around zero.
+    states = random(rows, inputs) * 10 ** random(rows, 1, seed=2) + random(rows, 1, seed=3)
+    weight, bias = random(outputs, inputs, seed=1).float(), random(outputs).float()
+    divisor = 1 + random(inputs, seed=4).float().abs() if divided else None
+    factor = torch.ones(inputs) if divisor is None else divisor
+    found = AmxInt8Linear(weight, bias, divisor=divisor, slice_width=width)(states)
+    assert found.shape == (outputs // width, rows, width)
+    expected = in_codes(states.float() / factor, weight * factor, bias)
+    difference = found.transpose(0, 1).reshape(rows, outputs) - expected
+    # A number between two codes may go to either, and outputs are rounded to bfloat16.
+    assert (difference.norm(dim=1) / expected.norm(dim=1)).max() < 0.004
+
+
+@needs_amx
+def test_a_row_of_equal_numbers_is_exact():
+    weight, bias = random(64, 64).float(), random(64).float()
+    layer = AmxInt8Linear(weight, bias, divisor=None, slice_width=64)
+    states = torch.tensor([0.0, 1.0, -3.0]).bfloat16()[:, None].expand(3, 64).contiguous()
+    step = weight.abs().amax(dim=1, keepdim=True) / 127
+    expected = functional.linear(states.float(), (weight / step).round() * step, bias)
+    torch.testing.assert_close(layer(states)[0].float(), expected, rtol=2**-7, atol=1e-3)
+
+
+@needs_amx
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_in_8_bits_what_is_not_finite_stays_so_in_its_row_alone(value):
+    linears, norms = layer_of(128, 192)
+    rest = AmxInt8Rest(in_float32(linears), (None, None), norms)
+    linear = AmxInt8Linear(*in_float32(linears)[1], divisor=None, slice_width=64)
+    states, attended = random(40, 128), random(40, 128, seed=1)
+    sound = rest(states, attended), linear(attended)
+    attended[7, 5] = value
+    for before, after in zip(sound, (rest(states, attended), linear(attended)), strict=True):
+        rows = after.reshape(-1, 40, after.shape[-1])
+        assert not rows[:, 7].isfinite().any()
+        kept = [row for row in range(40) if row != 7]
+        assert torch.equal(rows[:, kept], before.reshape(rows.shape)[:, kept])
+
+
+@needs_amx
+@pytest.mark.parametrize("rows", [1, 45, 400, 1000])
+@pytest.mark.parametrize(("hidden", "intermediate"), [(64, 64), (128, 1088), (192, 2048)])
+def test_the_rest_of_a_layer_in_8_bits_is_within_hundredths(rows, hidden, intermediate):
+    linears, norms = layer_of(hidden, intermediate)
+    states, attended = random(rows, hidden), random(rows, hidden, seed=1)
+    found = AmxInt8Rest(in_float32(linears), (None, None), norms)(states, attended)
+    expected = rest_in_float32(linears, norms, states, attended)
+    assert (found.float() - expected).norm() / expected.norm() < 0.015
+
+
+@needs_amx
+def test_the_outliers_of_large_models_leave_steps_for_others():
+    """One channel fifty times as large as others, in all rows; and a token in all channels."""
+    linears, norms = layer_of(128, 256)
+    states, attended = random(64, 128), random(64, 128, seed=1)
+    attended[:, 17] *= 50
+    linears[0][0][:, 17] /= 50
+    attended[9] *= 200
+    expected = rest_in_float32(linears, norms, states, attended)
+
+    def error(divisor):
+        rest = AmxInt8Rest(in_float32(linears), (divisor, None), norms)
+        return float((rest(states, attended).float() - expected).norm() / expected.norm())
+
+    divided = error(smoothing(attended))
+    assert divided < 0.03
+    assert error(None) > 2 * divided
 
 
 # In a model
 
 
-@pytest.fixture
-def model():
-    with Reranker("tiny", dtype="bfloat16", device="cpu") as engine:
+@pytest.fixture(params=["bfloat16", "int8"])
+def model(request):
+    with Reranker("tiny", dtype=request.param, device="cpu") as engine:
         found = engine._core._models[0]
         found = getattr(found, "_model", found)
         assert found.own_kernels
+        assert found.layer_dtype is getattr(torch, request.param)
         pairs = engine._tokenizer.tokenize([(QUERY, text) for text in SENTENCES[:40]]).distinct
         found.pairs = sorted(pairs, key=len, reverse=True)
         yield found
 
 
 @needs_amx
-def test_a_model_scores_as_in_float32(reranker):
-    with Reranker("tiny", dtype="bfloat16", device="cpu") as engine:
+@pytest.mark.parametrize(("dtype", "mean", "most"), [("bfloat16", 0.01, 0.06), ("int8", 0.04, 0.2)])
+def test_a_model_scores_as_in_float32(reranker, dtype, mean, most):
+    with Reranker("tiny", dtype=dtype, device="cpu") as engine:
         assert engine._core._models[0].streams == torch.get_num_threads()
         found = engine.logits(QUERY, SENTENCES[:120])
     exact = reranker.logits(QUERY, SENTENCES[:120])
     off = np.abs(np.subtract(found, exact))
-    assert off.mean() < 0.01
-    assert off.max() < 0.06
+    assert off.mean() < mean
+    assert off.max() < most
 
 
 @needs_amx
@@ -221,18 +317,32 @@ def test_a_pair_that_is_not_finite_spoils_no_other(model):
 
 
 @needs_amx
+def test_where_tiles_of_8_bits_are_not_filled_int8_runs_in_bfloat16(monkeypatch):
+    runs = encoder.amx_runs
+    monkeypatch.setattr(encoder, "amx_runs", lambda *sizes, int8=False: runs(*sizes) and not int8)
+    with Reranker("tiny", dtype="int8", device="cpu") as engine:
+        found = engine._core._models[0]._model
+        assert found.own_kernels
+        assert found.layer_dtype is torch.bfloat16
+        assert len(engine.logits(QUERY, SENTENCES[:3])) == 3
+
+
+@needs_amx
 def test_kernels_are_for_sizes_that_fill_tiles(tmp_path):
     sizes = parse_config(read_config(build_xlm_roberta(tmp_path)), folder=tmp_path)
     assert not amx_runs(sizes, CPU, torch.bfloat16), "heads of 16 fill no tile"
     fitting = {"hidden": 384, "heads": 12, "intermediate": 1536}
 
-    def runs(dtype=torch.bfloat16, device=CPU, **changes):
+    def runs(dtype=torch.bfloat16, device=CPU, int8=False, **changes):
         changed = type(sizes)(
             **{name: getattr(sizes, name) for name in sizes.__slots__} | fitting | changes
         )
-        return amx_runs(changed, device, dtype)
+        return amx_runs(changed, device, dtype, int8=int8)
 
     assert runs()
+    assert runs(int8=True)
+    assert runs(intermediate=1504)
+    assert not runs(intermediate=1504, int8=True)
     assert not runs(intermediate=1520)
     assert not runs(heads=8)
     assert not runs(activation="relu")
@@ -286,7 +396,7 @@ def test_a_library_of_another_version_is_left_alone(monkeypatch, caplog):
 
 @needs_amx
 def test_ended_threads_leave_no_memory():
-    rest = AmxRest(*layer_of(512, 1024), 1e-5)
+    rest = AmxRest(*layer_of(512, 1024))
     states, before = random(400, 512), 0
     for round_ in range(40):
         thread = threading.Thread(target=rest, args=(states, states))

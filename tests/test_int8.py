@@ -481,15 +481,6 @@ def test_layers_are_8_bit_where_that_is_faster(monkeypatch, pays):
 
 
 @needs_int8
-def test_this_packages_own_kernels_are_faster_than_8_bit_layers(monkeypatch):
-    monkeypatch.setattr(encoder, "int8_pays", lambda *_: True)
-    with Reranker("tiny", device="cpu", dtype="int8") as reranker:
-        model = reranker._core._models[0]
-        model = getattr(model, "_model", model)
-        assert model.own_kernels is (model.layer_dtype is not torch.int8)
-
-
-@needs_int8
 @pytest.mark.parametrize("slow", ["Int8FeedForward", "linear_maker"])
 def test_8_bit_layers_are_timed_against_the_others(monkeypatch, slow):
     class Slow:

@@ -23,7 +23,7 @@ sys.meta_path.insert(0, Absent())
 """
 
 
-KERNELS = "bge_rerank_adapters/models/libamx.so"
+KERNELS = "bge_rerank_adapters/models/kernels/libamx.so"
 
 
 def build(folder: Path, **environment: str) -> tuple[Path, str]:

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from bge_rerank_adapters.models.activations import ACTIVATIONS
 from bge_rerank_adapters.models.amx import AmxLayer, amx_attention, amx_layer, amx_runs
+from bge_rerank_adapters.models.amx_int8 import amx_int8_layer
 from bge_rerank_adapters.models.attention import (
     Attention,
     Layout,
@@ -34,7 +35,7 @@ from bge_rerank_adapters.models.encoder_layers import (
     check_last_layer,
     check_one_label,
 )
-from bge_rerank_adapters.models.int8_layers import int8_layer
+from bge_rerank_adapters.models.int8_layers import int8_layer, run_sample
 from bge_rerank_adapters.models.linear import few_sizes
 from bge_rerank_adapters.models.weights import open_weights
 from bge_rerank_adapters.tokenization import TokenIds, TokenPair
@@ -92,7 +93,7 @@ class EncoderModel:
             check_one_label(weights, self.config)
             check_last_layer(weights, self.config)
             check_feed_forward(weights, self.config)
-            int8 = dtype == torch.int8 and not self.own_kernels and self._int8_pays(compute)
+            int8 = dtype == torch.int8 and self._int8_pays(compute)
             self.layer_dtype = dtype if int8 else compute
             self._load(
                 EncoderReader(weights, self.config, device, compute), sample() if int8 else None
@@ -142,6 +143,8 @@ class EncoderModel:
 
     def _int8_pays(self, compute: torch.dtype) -> bool:
         config = self.config
+        if self.own_kernels:
+            return amx_runs(config, self.device, compute, int8=True)
         activation = ACTIVATIONS[config.activation]
         pays = int8_pays(compute, config.hidden, config.intermediate, activation)
         if not pays:
@@ -166,17 +169,27 @@ class EncoderModel:
         self._head = read.head()
 
     @torch.inference_mode()
-    def _int8_layers(self, read: EncoderReader, sample: Sequence[TokenPair]) -> list[Layer]:
+    def _int8_layers(
+        self, read: EncoderReader, sample: Sequence[TokenPair]
+    ) -> Sequence[Layer | AmxLayer]:
         layout = Layout([len(pair) for pair in sample], self.device)
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             return grouped_attention(query, key, value, layout, self.config.heads)
 
-        layers: list[Layer] = []
+        config, layers = self.config, []
+        activation = ACTIVATIONS[config.activation]
         states = self._embed(sample)
-        for index in range(self.config.layers):
-            layer, states = int8_layer(read, index, states, attend)
-            layers.append(layer)
+        for index in range(config.layers):
+            # Quantised from what is stored, not from what bfloat16 leaves of it.
+            parts, last = read.layer_parts(index, torch.float32), read.is_last(index)
+            sampled = run_sample(parts, activation, states, attend)
+            layers.append(
+                amx_int8_layer(parts, sampled, heads=config.heads, last=last)
+                if self.own_kernels
+                else int8_layer(parts, activation, sampled, last=last)
+            )
+            states = sampled.output
         return layers
 
     def _embed(self, pairs: Sequence[TokenPair]) -> Tensor:

@@ -1,0 +1,77 @@
+/* Whether the kernels run here, the memory of their threads, and how weights are laid out. */
+
+#include <cpuid.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "amx.h"
+
+/* To be raised with each change of what another function takes, here and in amx.py. */
+EXPORT int bge_amx_version(void) { return 2; }
+
+/* 1 if this processor has what the functions use and the system lets this process use it. */
+EXPORT int bge_amx_supported(void) {
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & 1u << 24) || !(d & 1u << 22) ||
+        !(d & 1u << 25))
+        return 0;
+    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & 1u << 5)) return 0;
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+        !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
+        return 0;
+    const long request_permission = 0x1023, tile_data = 18;
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+
+/* ---- memory of a thread, which is kept from call to call, since new pages are slow ---- */
+
+struct room {
+    char *at;
+    size_t size;
+};
+
+enum { HUGE_PAGE = 1 << 21 /* bytes */ };
+
+static pthread_key_t room_key;
+static pthread_once_t room_once = PTHREAD_ONCE_INIT;
+
+static void leave_room(void *room) {
+    free(((struct room *)room)->at);
+    free(room);
+}
+
+static void make_room_key(void) { pthread_key_create(&room_key, leave_room); }
+
+char *take_room(size_t size) {
+    pthread_once(&room_once, make_room_key);
+    struct room *room = pthread_getspecific(room_key);
+    if (!room) {
+        if (!(room = calloc(1, sizeof *room))) return NULL;
+        if (pthread_setspecific(room_key, room)) {
+            free(room);
+            return NULL;
+        }
+    }
+    if (room->size < size) {
+        free(room->at);
+        room->size = 0;
+        size = (size + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+        if (!(room->at = aligned_alloc(HUGE_PAGE, size))) return NULL;
+        madvise(room->at, size, MADV_HUGEPAGE);
+        room->size = size;
+    }
+    return room->at;
+}
+
+/* Lays out a weight of shape (outputs, inputs) as a right operand of as many pieces of 2 bytes, of
+ * which each output has `inputs`. */
+EXPORT void bge_amx_pack(const bf16 *weight, int64_t outputs, int64_t inputs, bf16 *packed) {
+    const uintptr_t page = 4096, begin = ((uintptr_t)packed + page - 1) / page * page;
+    const uintptr_t end = (uintptr_t)(packed + outputs * inputs) / page * page;
+    if (end > begin) madvise((void *)begin, end - begin, MADV_HUGEPAGE);
+    to_right(weight, inputs, outputs, inputs / 32, packed);
+}
+
