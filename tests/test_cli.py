@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from bge_rerank_adapters import Reranker, published, verification
 from bge_rerank_adapters.cli import app
+from bge_rerank_adapters.models.amx import amx_lack
 from bge_rerank_adapters.published import PublishedScores
 from tests.checkpoints import XQUAD, build_xlm_roberta, read_queries, read_sentences
 from tests.test_imports import PACKAGE, run_python
@@ -263,6 +264,8 @@ def test_info_names_devices_dtypes_and_what_auto_takes():
     text = plain(result.output)
     for wanted in ('device "auto": ', 'dtype "auto": ', "float32", "bfloat16", "picked", "torch"):
         assert wanted in text
+    lack = amx_lack()
+    assert f"Kernels for AMX: {'used' if lack is None else f'not used, as {lack}'}." in text
     assert text.count("picked") == 2, "one dtype, and the rule"
 
 

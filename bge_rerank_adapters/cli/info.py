@@ -24,6 +24,7 @@ _PACKAGES = (
 def info() -> None:
     """Show devices, dtypes with their timings, what "auto" picks and why, and versions."""
     # Imported here, since torch takes seconds.
+    from bge_rerank_adapters.models.amx import amx_lack
     from bge_rerank_adapters.models.devices import (
         WORTHWHILE_SPEEDUP,
         device_name,
@@ -41,7 +42,12 @@ def info() -> None:
     console.print(_timings(dtype_timings(device), picked, worthwhile=WORTHWHILE_SPEEDUP))
     console.print(
         f"A half type is picked where it is {WORTHWHILE_SPEEDUP} times as fast as float32; int8 "
-        f"only where it is asked for{_int8_here(device, dtype)}.\n",
+        f"only where it is asked for{_int8_here(device, dtype)}.",
+        highlight=False,
+    )
+    lack = amx_lack()
+    console.print(
+        f"Kernels for AMX: {'used' if lack is None else f'not used, as {lack}'}.\n",
         highlight=False,
     )
     console.print(_versions())
@@ -65,12 +71,15 @@ def _timings(timings: dict[str, float], picked: str, *, worthwhile: float) -> Ta
 
 
 def _int8_here(device: Any, dtype: Any) -> str:
+    from bge_rerank_adapters.models.amx import amx_lack
     from bge_rerank_adapters.models.devices import int8_pays
     from bge_rerank_adapters.models.int8 import int8_works
 
     if device.type != "cpu" or not int8_works():
         return ""
-    faster = "faster" if int8_pays(dtype) else "no faster, so that it is not used,"
+    faster = (
+        "faster" if amx_lack() is None or int8_pays(dtype) else "no faster, so that it is not used,"
+    )
     return f", and here {faster} at bge-reranker-base's size"
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,18 +54,26 @@ class _Rest(ctypes.Structure):
     )
 
 
+class _Found(NamedTuple):
+    """The library, or why there is none to be used."""
+
+    library: ctypes.CDLL | None
+    lack: str = ""
+
+
 @cache
-def _kernels() -> ctypes.CDLL | None:
-    """Return the library, or `None` if it was not built, or does not run here."""
+def _found() -> _Found:
     if _is_limited():
-        return None
+        return _Found(None, "ONEDNN_MAX_CPU_ISA leaves AMX out")
     try:
         library = ctypes.CDLL(str(_LIBRARY))
     except OSError:
-        return None
+        return _Found(None, "they were not built for this system")
     if library.bge_amx_version() != _VERSION:
         _log.warning("%s was built from another version of its source; it is left alone", _LIBRARY)
-        return None
+        return _Found(None, "they were built from another version of their source")
+    if not library.bge_amx_supported():
+        return _Found(None, "this processor, or its system, has no AMX")
     size, pointer = ctypes.c_int64, ctypes.c_void_p
     library.bge_amx_pack.argtypes = (pointer, size, size, pointer)
     library.bge_amx_pack.restype = None
@@ -77,7 +86,13 @@ def _kernels() -> ctypes.CDLL | None:
     )
     for rest in (library.bge_amx_rest, library.bge_amx_int8_rest):
         rest.argtypes = (pointer, pointer, pointer, size, pointer)
-    return library if library.bge_amx_supported() else None
+    return _Found(library)
+
+
+def amx_lack() -> str | None:
+    """Return why the kernels are not used on this machine, or `None` if they are."""
+    found = _found()
+    return None if found.library else found.lack
 
 
 def _is_limited() -> bool:
@@ -88,7 +103,7 @@ def _is_limited() -> bool:
 
 def kernels() -> ctypes.CDLL:
     """Return the library of a machine that `amx_runs` says to have it."""
-    library = _kernels()
+    library = _found().library
     if library is None:
         raise RuntimeError("The kernels for AMX do not run here; ask amx_runs() first.")
     return library
@@ -113,7 +128,7 @@ def amx_runs(
         and dtype == torch.bfloat16
         and config.activation == "gelu"
         and all(size % each == 0 for size, each in steps)
-        and _kernels() is not None
+        and amx_lack() is None
     )
 
 
