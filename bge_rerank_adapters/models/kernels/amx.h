@@ -25,9 +25,10 @@
 #include <string.h>
 
 #define EXPORT __attribute__((visibility("default")))
-#define KERNEL                                                                                     \
-    __attribute__((target("amx-tile,amx-bf16,amx-int8,avx512f,avx512bw,avx512dq,avx512vl,"         \
-                          "avx512bf16,fma")))
+#define KERNEL                                                                  \
+    __attribute__((                                                             \
+        target("amx-tile,amx-bf16,amx-int8,avx512f,avx512bw,avx512dq,avx512vl," \
+               "avx512bf16,fma")))
 #define INLINE KERNEL static inline __attribute__((always_inline))
 
 typedef uint16_t bf16;
@@ -83,12 +84,12 @@ INLINE void fetch_tile(const bf16 *tile) {
 enum kind { BFLOAT16, INTEGERS };
 
 /* The instruction wants to be told its registers, by number, as it is compiled. */
-#define MULTIPLY_TILES(kind, sums, left, right)                                                    \
-    do {                                                                                           \
-        if ((kind) == BFLOAT16)                                                                    \
-            _tile_dpbf16ps(sums, left, right);                                                     \
-        else                                                                                       \
-            _tile_dpbusd(sums, left, right);                                                       \
+#define MULTIPLY_TILES(kind, sums, left, right) \
+    do {                                        \
+        if ((kind) == BFLOAT16)                 \
+            _tile_dpbf16ps(sums, left, right);  \
+        else                                    \
+            _tile_dpbusd(sums, left, right);    \
     } while (0)
 
 /* Multiplies 32 rows with a panel's part: sums[32][stride] = or += over `depth` pairs of tiles.
@@ -147,14 +148,15 @@ INLINE void multiply_panel(enum kind kind, const bf16 *states, long width, long 
 
 /* Lays out rows of states as a left operand of `width` tiles side by side; rows up to the next
  * multiple of 32 become zeros. */
-KERNEL static inline void to_left(const bf16 *states, long stride, long rows, long width, bf16 *tiles) {
+KERNEL static inline void to_left(const bf16 *states, long stride, long rows, long width,
+                                  bf16 *tiles) {
     const long filled = (rows + 31) / 32 * 32;
     for (long r = 0; r < filled; r++) {
         bf16 *out = tiles + r / 16 * width * TILE + r % 16 * 32;
         for (long k = 0; k < width; k++)
-            _mm512_store_si512(out + k * TILE, r < rows
-                                                   ? _mm512_loadu_si512(states + r * stride + k * 32)
-                                                   : _mm512_setzero_si512());
+            _mm512_store_si512(out + k * TILE,
+                               r < rows ? _mm512_loadu_si512(states + r * stride + k * 32)
+                                        : _mm512_setzero_si512());
     }
 }
 
@@ -187,7 +189,8 @@ INLINE void transpose(__m512i *v) {
 
 /* Lays out rows, each with the weights of one output, as a right operand; rows up to the next
  * multiple of 32 become zeros. `width` is a row's length in tiles. */
-KERNEL static inline void to_right(const bf16 *from, long stride, long rows, long width, bf16 *tiles) {
+KERNEL static inline void to_right(const bf16 *from, long stride, long rows, long width,
+                                   bf16 *tiles) {
     for (long group = 0; group < (rows + 31) / 32 * 2; group++)
         for (long k = 0; k < width; k++) {
             __m512i v[16];
@@ -224,9 +227,10 @@ INLINE __m512 gelu(__m512 x) {
     const __m512 t =
         _mm512_fmsub_ps(_mm512_mul_ps(c, c), _mm512_set1_ps(2 / (4.5f * 4.5f)), _mm512_set1_ps(1));
     static const float factors[] = {
-        0.15690529346466064f,  -0.07718338817358017f, 0.054671913385391235f,  -0.04029560461640358f,
-        0.028623398393392563f, -0.01815963350236416f, 0.010141915641725063f,  -0.00668290164321661f,
-        0.004654256161302328f, -0.0015652513829991221f,
+        0.15690529346466064f,    -0.07718338817358017f, 0.054671913385391235f,
+        -0.04029560461640358f,   0.028623398393392563f, -0.01815963350236416f,
+        0.010141915641725063f,   -0.00668290164321661f, 0.004654256161302328f,
+        -0.0015652513829991221f,
     };
     __m512 p = _mm512_set1_ps(factors[9]);
     for (int i = 8; i >= 0; i--) p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(factors[i]));
@@ -239,7 +243,7 @@ INLINE __m512 power_of_two(__m512 x) {
     x = _mm512_max_ps(_mm512_set1_ps(-126), x);
     const __m512 whole = _mm512_roundscale_ps(x, 8), rest = _mm512_sub_ps(x, whole);
     static const float factors[] = {
-        0.9999992847442627f, 0.6931214332580566f, 0.24024729430675507f,
+        0.9999992847442627f,  0.6931214332580566f,  0.24024729430675507f,
         0.05591969192028046f, 0.00957094132900238f,
     };
     __m512 p = _mm512_set1_ps(factors[4]);

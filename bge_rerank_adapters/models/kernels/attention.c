@@ -4,8 +4,9 @@
 
 /* Lays out a pair's values, (keys, 32 * width), as a right operand whose inputs are the keys. */
 KERNEL static void values_to_right(const bf16 *values, long keys, long width, bf16 *tiles) {
-    const __m512i even = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40,
-                                          8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i even =
+        _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
+                         37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const __m512i odd = _mm512_add_epi16(even, _mm512_set1_epi16(16));
     const __m512i zero = _mm512_setzero_si512();
     const long depth = (keys + 31) / 32;
@@ -89,15 +90,15 @@ EXPORT KERNEL int bge_amx_attention(const bf16 *query, const bf16 *key, const bf
                 to_left(query + (h * (single ? pairs : rows) + q) * head, head, taken, width,
                         asking);
                 for (long n = 0; n < depth; n++)
-                    multiply(BFLOAT16, asking, asking + width * TILE, keys + n * width * 2 * TILE, width,
-                             scores + n * 32, stride, 0, NULL, 0);
+                    multiply(BFLOAT16, asking, asking + width * TILE, keys + n * width * 2 * TILE,
+                             width, scores + n * 32, stride, 0, NULL, 0);
                 float total[32];
                 for (long r = 0; r < taken; r++)
                     total[r] = weigh(scores + r * stride, count, scale,
                                      weights + r / 16 * depth * TILE + r % 16 * 32);
                 for (long w = 0; w < width; w++) {
-                    multiply(BFLOAT16, weights, weights + depth * TILE, values + w * depth * 2 * TILE, depth,
-                             sums, 32, 0, NULL, 0);
+                    multiply(BFLOAT16, weights, weights + depth * TILE,
+                             values + w * depth * 2 * TILE, depth, sums, 32, 0, NULL, 0);
                     bf16 *to = out + q * heads * head + h * head + w * 32;
                     for (long r = 0; r < taken; r++) {
                         const __m512 share = _mm512_set1_ps(1 / total[r]);
@@ -112,4 +113,3 @@ EXPORT KERNEL int bge_amx_attention(const bf16 *query, const bf16 *key, const bf
     end_tiles();
     return 0;
 }
-

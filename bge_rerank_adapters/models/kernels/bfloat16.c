@@ -12,21 +12,6 @@ KERNEL static void multiply_bf16(const bf16 *states, long width, long blocks, co
     multiply_panel(BFLOAT16, states, width, blocks, panel, depth, sums, apart, more, next);
 }
 
-/* Adds up one row's sums, a bias and a residual, whose numbers lie 32 by 32: of sums they are a
- * block apart, of the residual as many as told. */
-INLINE void add_up(const float *sums, const float *bias, const bf16 *residual, long apart,
-                   long hidden, float *row) {
-    for (long j = 0; j < hidden / 32; j++) {
-        __m512 low, high;
-        load(residual + j * apart, &low, &high);
-        low = _mm512_add_ps(low, _mm512_loadu_ps(bias + j * 32));
-        high = _mm512_add_ps(high, _mm512_loadu_ps(bias + j * 32 + 16));
-        _mm512_store_ps(row + j * 32, _mm512_add_ps(low, _mm512_load_ps(sums + j * BLOCK)));
-        _mm512_store_ps(row + j * 32 + 16,
-                        _mm512_add_ps(high, _mm512_load_ps(sums + j * BLOCK + 16)));
-    }
-}
-
 /* states @ weight.T + bias for the rows from `begin` to `end`, by slices of outputs: the output has
  * shape (outputs / slice, rows, slice). Returns 0, or -1 where memory is short. */
 EXPORT KERNEL int bge_amx_linear(const bf16 *states, int64_t rows, int64_t begin, int64_t end,
@@ -44,7 +29,7 @@ EXPORT KERNEL int bge_amx_linear(const bf16 *states, int64_t rows, int64_t begin
         for (long n = 0; n < outputs; n += 32) {
             const bf16 *panel = packed + n * inputs;
             multiply_bf16(left, width, (count + 31) / 32, panel, width, sums, BLOCK, 0,
-                           panel + 32 * inputs);
+                          panel + 32 * inputs);
             const __m512 low = _mm512_loadu_ps(bias + n), high = _mm512_loadu_ps(bias + n + 16);
             bf16 *to = out + (n / slice * rows + start) * slice + n % slice;
             for (long r = 0; r < count; r++)
@@ -65,64 +50,109 @@ struct rest {
     float epsilon;
 };
 
+/* Some rows on their way through it: as left operands what a product is given, and sums. */
+struct work {
+    long count, blocks; /* of rows, and of blocks of them */
+    bf16 *left, *inner;
+    float *sums, *few, *row;
+};
+
+/* Adds up one row's sums, a bias and a residual, and norms them. Numbers lie 32 by 32: of sums they
+ * are a block apart, of residual and output as many as told. */
+INLINE void add_and_norm(const struct rest *layer, const struct norm *norm, const float *sums,
+                         const float *bias, const bf16 *residual, long apart, float *row, bf16 *out,
+                         long out_apart) {
+    for (long j = 0; j < layer->hidden / 32; j++) {
+        __m512 low, high;
+        load(residual + j * apart, &low, &high);
+        low = _mm512_add_ps(low, _mm512_loadu_ps(bias + j * 32));
+        high = _mm512_add_ps(high, _mm512_loadu_ps(bias + j * 32 + 16));
+        _mm512_store_ps(row + j * 32, _mm512_add_ps(low, _mm512_load_ps(sums + j * BLOCK)));
+        _mm512_store_ps(row + j * 32 + 16,
+                        _mm512_add_ps(high, _mm512_load_ps(sums + j * BLOCK + 16)));
+    }
+    norm_row(row, layer->hidden, norm, layer->epsilon);
+    store_row(row, layer->hidden, out, out_apart);
+}
+
+/* From what was attended to what the feed-forward block is given, both as left operand. */
+KERNEL static void after_attention(const struct rest *layer, const struct work *work,
+                                   const bf16 *states) {
+    const long width = layer->hidden / 32;
+    for (long n = 0; n < width; n++) {
+        const bf16 *panel = layer->output + n * width * 2 * TILE;
+        multiply_bf16(work->left, width, work->blocks, panel, width, work->sums + n * BLOCK,
+                      width * BLOCK, 0, n + 1 < width ? panel + width * 2 * TILE : layer->up);
+    }
+    for (long r = 0; r < work->count; r++)
+        add_and_norm(layer, &layer->attention_norm,
+                     work->sums + r / 32 * width * BLOCK + r % 32 * 32, layer->output_bias,
+                     states + r * layer->hidden, 32, work->row,
+                     work->left + r / 16 * width * TILE + r % 16 * 32, TILE);
+}
+
+/* The block's inner numbers from one to another, as left operand. */
+KERNEL static void go_up(const struct rest *layer, const struct work *work, long from, long to,
+                         const bf16 *next) {
+    const long width = layer->hidden / 32, inner_width = (to - from) / 32;
+    for (long n = from; n < to; n += 32) {
+        const bf16 *panel = layer->up + n / 32 * width * 2 * TILE;
+        multiply_bf16(work->left, width, work->blocks, panel, width, work->few, BLOCK, 0,
+                      n + 32 < to ? panel + width * 2 * TILE : next);
+        const float *bias = layer->up_bias + n;
+        const __m512 low = _mm512_loadu_ps(bias), high = _mm512_loadu_ps(bias + 16);
+        bf16 *out = work->inner + (n - from) / 32 * TILE;
+        for (long r = 0; r < work->blocks * 32; r++)
+            store(out + r / 16 * inner_width * TILE + r % 16 * 32,
+                  gelu(_mm512_add_ps(_mm512_load_ps(work->few + r * 32), low)),
+                  gelu(_mm512_add_ps(_mm512_load_ps(work->few + r * 32 + 16), high)));
+    }
+}
+
+/* The sums of these inner numbers, added to those of the ones before. */
+KERNEL static void go_down(const struct rest *layer, const struct work *work, long from, long to,
+                           const bf16 *next) {
+    const long width = layer->hidden / 32, inner_width = (to - from) / 32;
+    const long panel_size = layer->intermediate / 32 * 2 * TILE;
+    for (long n = 0; n < width; n++) {
+        const bf16 *panel = layer->down + n * panel_size + from / 32 * 2 * TILE;
+        multiply_bf16(work->inner, inner_width, work->blocks, panel, inner_width,
+                      work->sums + n * BLOCK, width * BLOCK, from > 0,
+                      n + 1 < width ? panel + panel_size : next);
+    }
+}
+
 /* One layer's rest for states and what their attention gave, all of shape (rows, hidden).
  * Returns 0, or -1 where memory is short. */
 EXPORT KERNEL int bge_amx_rest(const struct rest *layer, const bf16 *states, const bf16 *attended,
                                int64_t rows, bf16 *out) {
     const long hidden = layer->hidden, width = hidden / 32, part = part_of(rows, LAYER_ROWS);
-    const long inner_all = layer->intermediate, inner_most = inner_all < INNER ? inner_all : INNER;
-    const long inner_width = inner_most / 32;
-    char *at = take_room(sizeof(bf16) * part * (hidden + inner_most) +
+    const long inner = layer->intermediate, most = inner < INNER ? inner : INNER;
+    char *at = take_room(sizeof(bf16) * part * (hidden + most) +
                          sizeof(float) * (part * (hidden + 32) + hidden));
     if (!at) return -1;
-    bf16 *left = cut(&at, part * hidden, sizeof(bf16));
-    bf16 *inner = cut(&at, part * inner_most, sizeof(bf16));
-    float *sums = cut(&at, part * hidden, sizeof(float));
-    float *few = cut(&at, part * 32, sizeof(float));
-    float *row = cut(&at, hidden, sizeof(float));
+    struct work work;
+    work.left = cut(&at, part * hidden, sizeof(bf16));
+    work.inner = cut(&at, part * most, sizeof(bf16));
+    work.sums = cut(&at, part * hidden, sizeof(float));
+    work.few = cut(&at, part * 32, sizeof(float));
+    work.row = cut(&at, hidden, sizeof(float));
     begin_tiles();
     for (long start = 0; start < rows; start += part) {
-        const long count = rows - start < part ? rows - start : part, blocks = (count + 31) / 32;
-        to_left(attended + start * hidden, hidden, count, width, left);
-        for (long n = 0; n < width; n++) {
-            const bf16 *panel = layer->output + n * width * 2 * TILE;
-            multiply_bf16(left, width, blocks, panel, width, sums + n * BLOCK, width * BLOCK, 0,
-                           n + 1 < width ? panel + width * 2 * TILE : layer->up);
+        work.count = rows - start < part ? rows - start : part;
+        work.blocks = (work.count + 31) / 32;
+        to_left(attended + start * hidden, hidden, work.count, width, work.left);
+        after_attention(layer, &work, states + start * hidden);
+        for (long from = 0; from < inner; from += most) {
+            const long to = from + most < inner ? from + most : inner;
+            go_up(layer, &work, from, to, layer->down + from / 32 * 2 * TILE);
+            go_down(layer, &work, from, to, layer->up + to / 32 * width * 2 * TILE);
         }
-        for (long r = 0; r < count; r++) {
-            add_up(sums + r / 32 * width * BLOCK + r % 32 * 32, layer->output_bias,
-                   states + (start + r) * hidden, 32, hidden, row);
-            norm_row(row, hidden, &layer->attention_norm, layer->epsilon);
-            store_row(row, hidden, left + r / 16 * width * TILE + r % 16 * 32, TILE);
-        }
-        for (long from = 0; from < inner_all; from += INNER) {
-            const long taken = (inner_all - from < INNER ? inner_all - from : INNER) / 32;
-            const bf16 *down = layer->down + from / 32 * 2 * TILE;
-            for (long n = 0; n < taken; n++) {
-                const bf16 *panel = layer->up + (from / 32 + n) * width * 2 * TILE;
-                multiply_bf16(left, width, blocks, panel, width, few, BLOCK, 0,
-                               n + 1 < taken ? panel + width * 2 * TILE : down);
-                const float *bias = layer->up_bias + from + n * 32;
-                const __m512 low = _mm512_loadu_ps(bias), high = _mm512_loadu_ps(bias + 16);
-                for (long r = 0; r < blocks * 32; r++)
-                    store(inner + (r / 16 * inner_width + n) * TILE + r % 16 * 32,
-                          gelu(_mm512_add_ps(_mm512_load_ps(few + r * 32), low)),
-                          gelu(_mm512_add_ps(_mm512_load_ps(few + r * 32 + 16), high)));
-            }
-            for (long n = 0; n < width; n++) {
-                const bf16 *panel = down + n * (inner_all / 32) * 2 * TILE;
-                const bf16 *further = layer->up + (from / 32 + taken) * width * 2 * TILE;
-                multiply_bf16(inner, inner_width, blocks, panel, taken, sums + n * BLOCK,
-                               width * BLOCK, from > 0,
-                               n + 1 < width ? panel + inner_all / 32 * 2 * TILE : further);
-            }
-        }
-        for (long r = 0; r < count; r++) {
-            add_up(sums + r / 32 * width * BLOCK + r % 32 * 32, layer->down_bias,
-                   left + r / 16 * width * TILE + r % 16 * 32, TILE, hidden, row);
-            norm_row(row, hidden, &layer->output_norm, layer->epsilon);
-            store_row(row, hidden, out + (start + r) * hidden, 32);
-        }
+        for (long r = 0; r < work.count; r++)
+            add_and_norm(layer, &layer->output_norm,
+                         work.sums + r / 32 * width * BLOCK + r % 32 * 32, layer->down_bias,
+                         work.left + r / 16 * width * TILE + r % 16 * 32, TILE, work.row,
+                         out + (start + r) * hidden, 32);
     }
     end_tiles();
     return 0;

@@ -75,6 +75,21 @@ INLINE __m512 decode(const int32_t *sums, struct steps steps, __m512 step, __m51
     return _mm512_fmadd_ps(scaled, _mm512_set1_ps(steps.step), shifted);
 }
 
+/* What goes with 32 outputs of a layer. */
+struct outputs {
+    __m512 step[2], sums[2], bias[2];
+};
+
+INLINE struct outputs outputs_of(const struct int8_linear *layer, const float *sums, long from) {
+    struct outputs out;
+    for (int i = 0; i < 2; i++) {
+        out.step[i] = _mm512_loadu_ps(layer->step + from + 16 * i);
+        out.sums[i] = _mm512_loadu_ps(sums + from + 16 * i);
+        out.bias[i] = _mm512_loadu_ps(layer->bias + from + 16 * i);
+    }
+    return out;
+}
+
 /* Makes codes of rows of states as a left operand of `width` tiles; rows up to the next multiple of
  * 32 keep the codes they have. */
 INLINE void encode_rows(const bf16 *states, long stride, long rows, long count, const float *factor,
@@ -100,22 +115,19 @@ EXPORT KERNEL int bge_amx_int8_linear(const struct int8_linear *layer, const bf1
     begin_tiles();
     for (long start = begin; start < end; start += part) {
         const long count = end - start < part ? end - start : part;
-        encode_rows(states + start * inputs, inputs, count, inputs, layer->factor, row, left, steps);
+        encode_rows(states + start * inputs, inputs, count, inputs, layer->factor, row, left,
+                    steps);
         for (long n = 0; n < outputs; n += 32) {
             const bf16 *panel = layer->packed + n * width * 32;
             multiply_int8(left, width, (count + 31) / 32, panel, width, sums, BLOCK,
                           panel + width * 2 * TILE);
-            __m512 step[2], weights[2], bias[2];
-            for (int i = 0; i < 2; i++) {
-                step[i] = _mm512_loadu_ps(layer->step + n + 16 * i);
-                weights[i] = _mm512_loadu_ps(layer->sums + n + 16 * i);
-                bias[i] = _mm512_loadu_ps(layer->bias + n + 16 * i);
-            }
+            const struct outputs which = outputs_of(layer, layer->sums, n);
             bf16 *to = out + (n / slice * rows + start) * slice + n % slice;
             for (long r = 0; r < count; r++)
                 store(to + r * slice,
-                      decode(sums + r * 32, steps[r], step[0], weights[0], bias[0]),
-                      decode(sums + r * 32 + 16, steps[r], step[1], weights[1], bias[1]));
+                      decode(sums + r * 32, steps[r], which.step[0], which.sums[0], which.bias[0]),
+                      decode(sums + r * 32 + 16, steps[r], which.step[1], which.sums[1],
+                             which.bias[1]));
         }
     }
     end_tiles();
@@ -130,108 +142,133 @@ struct int8_rest {
     float epsilon;
 };
 
+/* Some rows on their way through it. */
+struct work {
+    long count, blocks;      /* of rows, and of blocks of them */
+    long stride;             /* of inner numbers */
+    bf16 *left, *inner_left; /* codes of what a product is given, as left operand */
+    struct steps *steps, *inner_steps;
+    bf16 *middle, *inner; /* what the feed-forward block is given, and its inner numbers */
+    float *total, *row;
+    int32_t *sums;
+};
+
+/* From the codes of what was attended to what the feed-forward block is given, and its codes. */
+KERNEL static void after_attention(const struct int8_rest *layer, const struct work *work,
+                                   const bf16 *states) {
+    const struct int8_linear *linear = &layer->output;
+    const long hidden = layer->hidden, width = hidden / 64, panels = hidden / 32;
+    int32_t *sums = (int32_t *)work->total;
+    for (long n = 0; n < panels; n++) {
+        const bf16 *panel = linear->packed + n * width * 2 * TILE;
+        multiply_int8(work->left, width, work->blocks, panel, width, sums + n * BLOCK,
+                      panels * BLOCK, n + 1 < panels ? panel + width * 2 * TILE : layer->up.packed);
+    }
+    for (long r = 0; r < work->count; r++) {
+        const int32_t *from = sums + r / 32 * panels * BLOCK + r % 32 * 32;
+        load_row(states + r * hidden, hidden, work->row);
+        for (long j = 0; j < hidden; j += 16) {
+            const __m512 more =
+                _mm512_add_ps(_mm512_load_ps(work->row + j), _mm512_loadu_ps(linear->bias + j));
+            const __m512 v =
+                decode(from + j / 32 * BLOCK + j % 32, work->steps[r],
+                       _mm512_loadu_ps(linear->step + j), _mm512_loadu_ps(linear->sums + j), more);
+            _mm512_store_ps(work->row + j, v);
+        }
+        norm_row(work->row, hidden, &layer->attention_norm, layer->epsilon);
+        store_row(work->row, hidden, work->middle + r * hidden, 32);
+        work->steps[r] = encode(work->row, layer->up.factor, hidden,
+                                work->left + r / 16 * width * TILE + r % 16 * 32);
+    }
+}
+
+/* The block's inner numbers from one to another, and their codes. */
+KERNEL static void go_up(const struct int8_rest *layer, const struct work *work, long from, long to,
+                         const bf16 *next) {
+    const long width = layer->hidden / 64;
+    for (long n = from; n < to; n += 32) {
+        const bf16 *panel = layer->up.packed + n / 32 * width * 2 * TILE;
+        multiply_int8(work->left, width, work->blocks, panel, width, work->sums, BLOCK,
+                      n + 32 < to ? panel + width * 2 * TILE : next);
+        const struct outputs outputs = outputs_of(&layer->up, layer->up.sums, n);
+        for (long r = 0; r < work->count; r++) {
+            const int32_t *sums = work->sums + r * 32;
+            store(work->inner + r * work->stride + n - from,
+                  gelu(decode(sums, work->steps[r], outputs.step[0], outputs.sums[0],
+                              outputs.bias[0])),
+                  gelu(decode(sums + 16, work->steps[r], outputs.step[1], outputs.sums[1],
+                              outputs.bias[1])));
+        }
+    }
+    encode_rows(work->inner, work->stride, work->count, to - from, NULL, work->row,
+                work->inner_left, work->inner_steps);
+}
+
+/* What these inner numbers come to, added to what the ones before do. */
+KERNEL static void go_down(const struct int8_rest *layer, const struct work *work, long from,
+                           long to, const bf16 *next) {
+    const long panels = layer->hidden / 32, inner_width = (to - from) / 64;
+    const long panel_size = layer->intermediate / 64 * 2 * TILE;
+    for (long n = 0; n < panels; n++) {
+        const bf16 *panel = layer->down.packed + n * panel_size + from / 64 * 2 * TILE;
+        multiply_int8(work->inner_left, inner_width, work->blocks, panel, inner_width, work->sums,
+                      BLOCK, n + 1 < panels ? panel + panel_size : next);
+        const float *chunk_sums = layer->down.sums + from / layer->chunk * layer->hidden;
+        const struct outputs outputs = outputs_of(&layer->down, chunk_sums, n * 32);
+        for (long r = 0; r < work->count; r++) {
+            float *total = work->total + (r / 32 * panels + n) * BLOCK + r % 32 * 32;
+            for (int i = 0; i < 2; i++) {
+                const __m512 before = from ? _mm512_load_ps(total + 16 * i) : outputs.bias[i];
+                const __m512 after = decode(work->sums + r * 32 + 16 * i, work->inner_steps[r],
+                                            outputs.step[i], outputs.sums[i], before);
+                _mm512_store_ps(total + 16 * i, after);
+            }
+        }
+    }
+}
+
 /* As bge_amx_rest. */
 EXPORT KERNEL int bge_amx_int8_rest(const struct int8_rest *layer, const bf16 *states,
                                     const bf16 *attended, int64_t rows, bf16 *out) {
-    const long hidden = layer->hidden, width = hidden / 64, panels = hidden / 32;
-    const long inner_all = layer->intermediate, chunk = layer->chunk;
-    const long part = part_of(rows, LAYER_ROWS);
-    /* A little longer than the chunk, so that rows do not fall on the same place of the cache. */
-    const long stride = chunk + 32, row_size = hidden > chunk ? hidden : chunk;
-    char *at = take_room(part * (hidden + chunk + (hidden + stride) * sizeof(bf16) +
+    const long hidden = layer->hidden, inner = layer->intermediate, chunk = layer->chunk;
+    const long part = part_of(rows, LAYER_ROWS), longest = hidden > chunk ? hidden : chunk;
+    struct work work;
+    /* A little longer than a chunk, so that rows do not fall on the same place of the cache. */
+    work.stride = chunk + 32;
+    char *at = take_room(part * (hidden + chunk + (hidden + work.stride) * sizeof(bf16) +
                                  (hidden + 32) * sizeof(float) + 2 * sizeof(struct steps)) +
-                         row_size * sizeof(float) + 128);
+                         longest * sizeof(float));
     if (!at) return -1;
-    bf16 *left = cut(&at, part * hidden, 1);
-    bf16 *inner_left = cut(&at, part * chunk, 1);
-    bf16 *middle = cut(&at, part * hidden, sizeof(bf16));
-    bf16 *inner = cut(&at, part * stride, sizeof(bf16));
-    float *total = cut(&at, part * hidden, sizeof(float));
-    int32_t *sums = cut(&at, part * 32, sizeof(int32_t));
-    float *row = cut(&at, row_size, sizeof(float));
-    struct steps *steps = cut(&at, part, sizeof(struct steps));
-    struct steps *inner_steps = cut(&at, part, sizeof(struct steps));
+    work.left = cut(&at, part * hidden, 1);
+    work.inner_left = cut(&at, part * chunk, 1);
+    work.steps = cut(&at, part, sizeof(struct steps));
+    work.inner_steps = cut(&at, part, sizeof(struct steps));
+    work.middle = cut(&at, part * hidden, sizeof(bf16));
+    work.inner = cut(&at, part * work.stride, sizeof(bf16));
+    work.total = cut(&at, part * hidden, sizeof(float));
+    work.row = cut(&at, longest, sizeof(float));
+    work.sums = cut(&at, part * 32, sizeof(int32_t));
     begin_tiles();
     for (long start = 0; start < rows; start += part) {
-        const long count = rows - start < part ? rows - start : part, blocks = (count + 31) / 32;
-        encode_rows(attended + start * hidden, hidden, count, hidden, layer->output.factor, row,
-                    left, steps);
-        int32_t *products = (int32_t *)total;
-        for (long n = 0; n < panels; n++) {
-            const bf16 *panel = layer->output.packed + n * width * 2 * TILE;
-            multiply_int8(left, width, blocks, panel, width, products + n * BLOCK, panels * BLOCK,
-                          n + 1 < panels ? panel + width * 2 * TILE : layer->up.packed);
+        work.count = rows - start < part ? rows - start : part;
+        work.blocks = (work.count + 31) / 32;
+        encode_rows(attended + start * hidden, hidden, work.count, hidden, layer->output.factor,
+                    work.row, work.left, work.steps);
+        after_attention(layer, &work, states + start * hidden);
+        for (long from = 0; from < inner; from += chunk) {
+            const long to = from + chunk < inner ? from + chunk : inner;
+            go_up(layer, &work, from, to, layer->down.packed + from / 64 * 2 * TILE);
+            go_down(layer, &work, from, to, layer->up.packed + to / 32 * (hidden / 64) * 2 * TILE);
         }
-        for (long r = 0; r < count; r++) {
-            const int32_t *from = products + r / 32 * panels * BLOCK + r % 32 * 32;
-            for (long n = 0; n < hidden; n += 32) {
-                __m512 residual[2];
-                load(states + (start + r) * hidden + n, residual, residual + 1);
-                for (int i = 0; i < 2; i++) {
-                    const long j = n + 16 * i;
-                    const __m512 more =
-                        _mm512_add_ps(residual[i], _mm512_loadu_ps(layer->output.bias + j));
-                    _mm512_store_ps(row + j,
-                                    decode(from + n / 32 * BLOCK + 16 * i, steps[r],
-                                           _mm512_loadu_ps(layer->output.step + j),
-                                           _mm512_loadu_ps(layer->output.sums + j), more));
-                }
+        for (long r = 0; r < work.count; r++) {
+            const float *from = work.total + r / 32 * (hidden / 32) * BLOCK + r % 32 * 32;
+            load_row(work.middle + r * hidden, hidden, work.row);
+            for (long j = 0; j < hidden; j += 16) {
+                const __m512 more = _mm512_load_ps(from + j / 32 * BLOCK + j % 32);
+                _mm512_store_ps(work.row + j, _mm512_add_ps(_mm512_load_ps(work.row + j), more));
             }
-            norm_row(row, hidden, &layer->attention_norm, layer->epsilon);
-            store_row(row, hidden, middle + r * hidden, 32);
-            steps[r] = encode(row, layer->up.factor, hidden,
-                              left + r / 16 * width * TILE + r % 16 * 32);
-        }
-        for (long from = 0; from < inner_all; from += chunk) {
-            const long taken = inner_all - from < chunk ? inner_all - from : chunk;
-            const bf16 *down = layer->down.packed + from / 64 * 2 * TILE;
-            for (long n = from; n < from + taken; n += 32) {
-                const bf16 *panel = layer->up.packed + n / 32 * width * 2 * TILE;
-                multiply_int8(left, width, blocks, panel, width, sums, BLOCK,
-                              n + 32 < from + taken ? panel + width * 2 * TILE : down);
-                __m512 step[2], weights[2], bias[2];
-                for (int i = 0; i < 2; i++) {
-                    step[i] = _mm512_loadu_ps(layer->up.step + n + 16 * i);
-                    weights[i] = _mm512_loadu_ps(layer->up.sums + n + 16 * i);
-                    bias[i] = _mm512_loadu_ps(layer->up.bias + n + 16 * i);
-                }
-                for (long r = 0; r < count; r++)
-                    store(inner + r * stride + n - from,
-                          gelu(decode(sums + r * 32, steps[r], step[0], weights[0], bias[0])),
-                          gelu(decode(sums + r * 32 + 16, steps[r], step[1], weights[1], bias[1])));
-            }
-            encode_rows(inner, stride, count, taken, NULL, row, inner_left, inner_steps);
-            const float *chunk_sums = layer->down.sums + from / chunk * hidden;
-            for (long n = 0; n < panels; n++) {
-                const bf16 *panel = down + n * (inner_all / 64) * 2 * TILE;
-                const bf16 *further = layer->up.packed + (from + taken) / 32 * width * 2 * TILE;
-                multiply_int8(inner_left, taken / 64, blocks, panel, taken / 64, sums, BLOCK,
-                              n + 1 < panels ? panel + inner_all / 64 * 2 * TILE : further);
-                __m512 step[2], weights[2];
-                for (int i = 0; i < 2; i++) {
-                    step[i] = _mm512_loadu_ps(layer->down.step + n * 32 + 16 * i);
-                    weights[i] = _mm512_loadu_ps(chunk_sums + n * 32 + 16 * i);
-                }
-                for (long r = 0; r < count; r++) {
-                    float *to = total + (r / 32 * panels + n) * BLOCK + r % 32 * 32;
-                    for (int i = 0; i < 2; i++) {
-                        const __m512 before =
-                            from ? _mm512_load_ps(to + 16 * i)
-                                 : _mm512_loadu_ps(layer->down.bias + n * 32 + 16 * i);
-                        _mm512_store_ps(to + 16 * i, decode(sums + r * 32 + 16 * i, inner_steps[r],
-                                                            step[i], weights[i], before));
-                    }
-                }
-            }
-        }
-        for (long r = 0; r < count; r++) {
-            const float *from = total + r / 32 * panels * BLOCK + r % 32 * 32;
-            load_row(middle + r * hidden, hidden, row);
-            for (long j = 0; j < hidden; j += 16)
-                _mm512_store_ps(row + j, _mm512_add_ps(_mm512_load_ps(row + j),
-                                                       _mm512_load_ps(from + j / 32 * BLOCK + j % 32)));
-            norm_row(row, hidden, &layer->output_norm, layer->epsilon);
-            store_row(row, hidden, out + (start + r) * hidden, 32);
+            norm_row(work.row, hidden, &layer->output_norm, layer->epsilon);
+            store_row(work.row, hidden, out + (start + r) * hidden, 32);
         }
     }
     end_tiles();
