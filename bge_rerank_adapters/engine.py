@@ -132,7 +132,7 @@ class Reranker:
             dtype: `"auto"`, `"float32"`, `"bfloat16"`, `"float16"` or, on a processor, `"int8"`.
                 `"auto"` is the fastest that a short timing finds this device to run natively,
                 and never int8. int8 is for layers of encoders, where it is faster than what
-                `"auto"` finds; where it is not, as in small models with AMX, that runs instead.
+                `"auto"` finds; where it is not, that runs instead.
             max_length: Most tokens of a pair, special tokens included; clamped to the model's
                 positions.
             query_max_length: Most tokens of the query; `None` is three quarters of `max_length`.

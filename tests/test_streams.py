@@ -133,7 +133,7 @@ def test_half_precision_on_a_processor_gets_streams(monkeypatch, device, dtype, 
     assert stream_count(torch.device(device), dtype) == count
 
 
-@pytest.mark.parametrize(("threads", "count"), [(2, 2), (40, 40), (64, 64), (65, 32)])
+@pytest.mark.parametrize(("threads", "count"), [(1, 1), (2, 2), (40, 40), (64, 64), (65, 64)])
 def test_with_own_kernels_each_thread_is_a_stream(monkeypatch, threads, count):
     monkeypatch.setattr(streams.torch, "get_num_threads", lambda: threads)
     assert stream_count(CPU, torch.bfloat16, own_kernels=True) == count
@@ -189,6 +189,7 @@ def test_threads_that_run_a_model_together_share_its_work(count, least, expected
 def test_a_thread_of_its_own_does_all_of_the_work():
     done = []
     in_parts(100, 1, lambda *part: done.append(part))
+    in_parts(0, 1, lambda *part: done.append(part))
     assert done == [(0, 100)]
 
 

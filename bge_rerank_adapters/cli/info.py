@@ -24,7 +24,6 @@ _PACKAGES = (
 def info() -> None:
     """Show devices, dtypes with their timings, what "auto" picks and why, and versions."""
     # Imported here, since torch takes seconds.
-    from bge_rerank_adapters.models.amx import amx_lack
     from bge_rerank_adapters.models.devices import (
         WORTHWHILE_SPEEDUP,
         device_name,
@@ -45,11 +44,7 @@ def info() -> None:
         f"only where it is asked for{_int8_here(device, dtype)}.",
         highlight=False,
     )
-    lack = amx_lack()
-    console.print(
-        f"Kernels for AMX: {'used' if lack is None else f'not used, as {lack}'}.\n",
-        highlight=False,
-    )
+    console.print(f"Kernels for AMX: {_amx_here(device, dtype)}.\n", highlight=False)
     console.print(_versions())
 
 
@@ -71,16 +66,33 @@ def _timings(timings: dict[str, float], picked: str, *, worthwhile: float) -> Ta
 
 
 def _int8_here(device: Any, dtype: Any) -> str:
-    from bge_rerank_adapters.models.amx import amx_lack
     from bge_rerank_adapters.models.devices import int8_pays
     from bge_rerank_adapters.models.int8 import int8_works
 
     if device.type != "cpu" or not int8_works():
         return ""
-    faster = (
-        "faster" if amx_lack() is None or int8_pays(dtype) else "no faster, so that it is not used,"
-    )
+    pays = _own_kernels(device, dtype) or int8_pays(dtype)
+    faster = "faster" if pays else "no faster, so that it is not used,"
     return f", and here {faster} at bge-reranker-base's size"
+
+
+def _amx_here(device: Any, dtype: Any) -> str:
+    from bge_rerank_adapters.models.amx import amx_lack
+
+    lack = amx_lack()
+    if lack is not None:
+        return f"not used, as {lack}"
+    if _own_kernels(device, dtype):
+        return "used for encoders"
+    return "ready for encoders in bfloat16 on the processor"
+
+
+def _own_kernels(device: Any, dtype: Any) -> bool:
+    import torch
+
+    from bge_rerank_adapters.models.amx import amx_lack
+
+    return device.type == "cpu" and dtype == torch.bfloat16 and amx_lack() is None
 
 
 def _versions() -> Table:

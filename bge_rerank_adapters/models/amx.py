@@ -9,6 +9,7 @@ built, or the processor or the sizes are of other kinds, the layers of `encoder_
 import ctypes
 import logging
 import os
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -24,8 +25,8 @@ from bge_rerank_adapters.models.encoder_layers import EncoderReader, Norm, Parts
 from bge_rerank_adapters.models.streams import in_parts
 
 _log = logging.getLogger(__name__)
-_VERSION = 2
-_LIBRARY = Path(__file__).parent / "kernels" / "libamx.so"
+_SOURCES = Path(__file__).parent / "kernels"
+_LIBRARY = _SOURCES / "libamx.so"
 # Bytes that a tile has side by side.
 _TILE_BYTES = 64
 # Weights take as long to be read as so many rows to be multiplied with them.
@@ -69,9 +70,10 @@ def _found() -> _Found:
         library = ctypes.CDLL(str(_LIBRARY))
     except OSError:
         return _Found(None, "they were not built for this system")
-    if library.bge_amx_version() != _VERSION:
-        _log.warning("%s was built from another version of its source; it is left alone", _LIBRARY)
-        return _Found(None, "they were built from another version of their source")
+    library.bge_amx_sources.restype = ctypes.c_uint32
+    if library.bge_amx_sources() != _checksum():
+        _log.warning("%s is not of the sources beside it: install the package again", _LIBRARY)
+        return _Found(None, "they were built from other sources; install the package again")
     if not library.bge_amx_supported():
         return _Found(None, "this processor, or its system, has no AMX")
     size, pointer = ctypes.c_int64, ctypes.c_void_p
@@ -87,6 +89,14 @@ def _found() -> _Found:
     for rest in (library.bge_amx_rest, library.bge_amx_int8_rest):
         rest.argtypes = (pointer, pointer, pointer, size, pointer)
     return _Found(library)
+
+
+def _checksum() -> int:
+    """Return that of the sources, which `hatch_build.py` gives the library."""
+    checksum = 0
+    for path in sorted(_SOURCES.glob("*.[ch]")):
+        checksum = zlib.crc32(path.read_bytes(), checksum)
+    return checksum
 
 
 def amx_lack() -> str | None:
@@ -265,6 +275,8 @@ def packed(weight: Tensor) -> Tensor:
     weight = weight.contiguous()
     out = torch.empty_like(weight)
     outputs, inputs = weight.shape
+    if outputs % 32 or inputs * weight.element_size() % _TILE_BYTES:
+        raise ValueError(f"A weight of {outputs} outputs and {inputs} inputs fills no tiles.")
     pieces = inputs * weight.element_size() // 2
     kernels().bge_amx_pack(weight.data_ptr(), outputs, pieces, out.data_ptr())
     return out

@@ -51,7 +51,7 @@ class EncoderModel:
         device: Where it runs.
         dtype: Of weights and activations; the head and the logits are float32 always. With int8,
             activations are of the fastest floating-point dtype, and so is all else where that is
-            faster than 8-bit integers, as in small models with AMX.
+            faster than 8-bit integers.
         layer_dtype: What the layers are in: int8, or a floating-point dtype.
         own_kernels: Whether these are of this package's own kernels, for processors with AMX.
     """
@@ -143,10 +143,12 @@ class EncoderModel:
 
     def _int8_pays(self, compute: torch.dtype) -> bool:
         config = self.config
-        if self.own_kernels:
-            return amx_runs(config, self.device, compute, int8=True)
         activation = ACTIVATIONS[config.activation]
-        pays = int8_pays(compute, config.hidden, config.intermediate, activation)
+        pays = (
+            amx_runs(config, self.device, compute, int8=True)
+            if self.own_kernels
+            else int8_pays(compute, config.hidden, config.intermediate, activation)
+        )
         if not pays:
             _log.info("8-bit layers are no faster than %s ones here, which run instead", compute)
         return pays

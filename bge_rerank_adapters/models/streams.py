@@ -55,7 +55,9 @@ def stream_count(device: torch.device, dtype: torch.dtype, *, own_kernels: bool 
     if device.type != "cpu" or dtype == torch.float32:
         return 1
     threads = torch.get_num_threads()
-    own = -(-threads // (_MOST_STREAMS_OWN_KERNELS if own_kernels else _MOST_STREAMS))
+    if own_kernels:
+        return min(threads, _MOST_STREAMS_OWN_KERNELS)
+    own = -(-threads // _MOST_STREAMS)
     return threads // own
 
 
@@ -137,29 +139,33 @@ def in_parts(count: int, least: int, work: Callable[[int, int], None]) -> None:
         work: Is called with begin and end of each part, by one thread or another, and makes no
             use of torch's threads. Its errors are raised here, once all parts are done.
     """
+    if count == 0:
+        return
     crew: _Crew | None = getattr(_own, "crew", None)
     parts = 1 if crew is None else max(1, min(crew.size, count // least))
     if crew is None or parts == 1:
         work(0, count)
         return
-    open_parts = deque(pairwise(count * part // parts for part in range(parts + 1)))
-    futures: SimpleQueue[Future[None]] = SimpleQueue()
+    bounds = [count * part // parts for part in range(parts + 1)]
+    todo = deque((Future[None](), partial(work, *part)) for part in pairwise(bounds))
+    futures = [future for future, _ in todo]
 
     def help_out() -> None:
-        while open_parts:
+        while todo:
             try:
-                begin, end = open_parts.popleft()
+                part = todo.popleft()
             except IndexError:
                 return
-            future = Future[None]()
-            _fulfil(future, partial(work, begin, end))
-            futures.put(future)
+            _fulfil(*part)
 
-    for _ in range(parts - 1):
-        crew.tasks.put(help_out)
-    help_out()
-    # A stream that comes later finds nothing left to do.
-    for future in [futures.get() for _ in range(parts)]:
+    try:
+        for _ in range(parts - 1):
+            crew.tasks.put(help_out)
+    finally:
+        # A stream that comes later finds nothing left to do.
+        help_out()
+        wait(futures)
+    for future in futures:
         future.result()
 
 

@@ -70,7 +70,8 @@ KERNEL static inline void begin_tiles(void) {
         config.row_bytes[i] = 64;
         config.rows[i] = 16;
     }
-    _tile_loadconfig(&config);
+    /* Not by the intrinsic, whose operand GCC 12 takes for eight bytes long. */
+    __asm__ volatile("ldtilecfg %0" ::"m"(config));
 }
 
 KERNEL static inline void end_tiles(void) { _tile_release(); }
@@ -97,6 +98,8 @@ enum kind { BFLOAT16, INTEGERS };
 INLINE void multiply(enum kind kind, const bf16 *upper, const bf16 *lower, const bf16 *panel,
                      long depth, void *out, long stride, int more, const char *next, long lines) {
     float *sums = out;
+    /* GCC 12 does not know that loading a tile reads memory, which has to be written by now. */
+    __asm__ volatile("" ::: "memory");
     if (more) {
         _tile_loadd(0, sums, stride * 4);
         _tile_loadd(1, sums + 16, stride * 4);

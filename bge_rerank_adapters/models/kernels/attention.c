@@ -35,12 +35,12 @@ INLINE float weigh(const float *scores, long keys, __m512 scale, bf16 *weights) 
     const float *tail = scores + (depth - 1) * 32;
     top = _mm512_mask_max_ps(top, in_low, top, _mm512_load_ps(tail));
     top = _mm512_mask_max_ps(top, in_high, top, _mm512_load_ps(tail + 16));
-    const __m512 shift = _mm512_mul_ps(_mm512_set1_ps(_mm512_reduce_max_ps(top)), scale);
+    const __m512 most = _mm512_set1_ps(_mm512_reduce_max_ps(top));
     __m512 low = _mm512_setzero_ps(), high = low;
     for (long n = 0; n < depth; n++) {
         const float *s = scores + n * 32;
-        __m512 l = power_of_two(_mm512_fmsub_ps(_mm512_load_ps(s), scale, shift));
-        __m512 h = power_of_two(_mm512_fmsub_ps(_mm512_load_ps(s + 16), scale, shift));
+        __m512 l = power_of_two(_mm512_mul_ps(_mm512_sub_ps(_mm512_load_ps(s), most), scale));
+        __m512 h = power_of_two(_mm512_mul_ps(_mm512_sub_ps(_mm512_load_ps(s + 16), most), scale));
         if (n == depth - 1) {
             l = _mm512_maskz_mov_ps(in_low, l);
             h = _mm512_maskz_mov_ps(in_high, h);

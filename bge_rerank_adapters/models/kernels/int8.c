@@ -43,7 +43,7 @@ INLINE void load_row(const bf16 *from, long count, float *row) {
  * finite, the step is not, and so is nothing that is read with it. */
 INLINE struct steps encode(float *row, const float *factor, long count, bf16 *tiles) {
     __m512 least = _mm512_set1_ps(INFINITY), most = _mm512_set1_ps(-INFINITY);
-    __m512 sum = _mm512_setzero_ps();
+    __m512 nothing = _mm512_setzero_ps();
     for (long j = 0; j < count; j += 16) {
         __m512 v = _mm512_load_ps(row + j);
         if (factor) {
@@ -52,12 +52,12 @@ INLINE struct steps encode(float *row, const float *factor, long count, bf16 *ti
         }
         least = _mm512_min_ps(least, v);
         most = _mm512_max_ps(most, v);
-        sum = _mm512_add_ps(sum, v);
+        nothing = _mm512_fmadd_ps(v, _mm512_setzero_ps(), nothing);
     }
     const float low = _mm512_reduce_min_ps(least), high = _mm512_reduce_max_ps(most);
     const float span = high - low > FLT_MIN * 255 ? high - low : FLT_MIN * 255;
-    /* Neither minimum nor maximum knows what is not a number, but the sum does. */
-    const float step = span / 255 + 0 * _mm512_reduce_add_ps(sum);
+    /* Neither minimum nor maximum knows what is not a number, but this sum of zeros does. */
+    const float step = span / 255 + _mm512_reduce_add_ps(nothing);
     const __m512 inverse = _mm512_set1_ps(1 / step), shift = _mm512_set1_ps(low);
     for (long j = 0; j < count; j += 16) {
         const __m512 v = _mm512_mul_ps(_mm512_sub_ps(_mm512_load_ps(row + j), shift), inverse);

@@ -9,8 +9,8 @@
 
 #include "amx.h"
 
-/* To be raised with each change of what another function takes, here and in amx.py. */
-EXPORT int bge_amx_version(void) { return 2; }
+/* A checksum of these files, by which amx.py tells an older library. */
+EXPORT uint32_t bge_amx_sources(void) { return BGE_AMX_SOURCES; }
 
 /* 1 if this processor has what the functions use and the system lets this process use it. */
 EXPORT int bge_amx_supported(void) {
@@ -35,6 +35,7 @@ struct room {
 
 enum { LARGE_PAGE = 1 << 21 /* bytes */ };
 
+static int has_room_key;
 static pthread_key_t room_key;
 static pthread_once_t room_once = PTHREAD_ONCE_INIT;
 
@@ -43,10 +44,11 @@ static void leave_room(void *room) {
     free(room);
 }
 
-static void make_room_key(void) { pthread_key_create(&room_key, leave_room); }
+static void make_room_key(void) { has_room_key = !pthread_key_create(&room_key, leave_room); }
 
 char *take_room(size_t size) {
     pthread_once(&room_once, make_room_key);
+    if (!has_room_key) return NULL;
     struct room *room = pthread_getspecific(room_key);
     if (!room) {
         if (!(room = calloc(1, sizeof *room))) return NULL;
