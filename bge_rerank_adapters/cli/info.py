@@ -88,11 +88,9 @@ def _amx_here(device: Any, dtype: Any) -> str:
 
 
 def _own_kernels(device: Any, dtype: Any) -> bool:
-    import torch
-
     from bge_rerank_adapters.models.amx import amx_lack
 
-    return device.type == "cpu" and dtype == torch.bfloat16 and amx_lack() is None
+    return device.type == "cpu" and str(dtype) == "torch.bfloat16" and amx_lack() is None
 
 
 def _versions() -> Table:

@@ -90,8 +90,8 @@ INLINE struct outputs outputs_of(const struct int8_linear *layer, const float *s
     return out;
 }
 
-/* Makes codes of rows of states as a left operand of `width` tiles; rows up to the next multiple of
- * 32 keep the codes they have. */
+/* Makes codes of rows of `count` states as a left operand; rows up to the next multiple of 32 keep
+ * the codes they have. */
 INLINE void encode_rows(const bf16 *states, long stride, long rows, long count, const float *factor,
                         float *row, bf16 *tiles, struct steps *steps) {
     for (long r = 0; r < rows; r++) {
