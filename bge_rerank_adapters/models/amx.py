@@ -56,9 +56,9 @@ class _Rest(ctypes.Structure):
 
 
 class _Found(NamedTuple):
-    """The library, or why there is none to be used."""
+    """The kernels, or why there are none to be used."""
 
-    library: ctypes.CDLL | None
+    kernels: ctypes.CDLL | None
     lack: str = ""
 
 
@@ -102,7 +102,7 @@ def _checksum() -> int:
 def amx_lack() -> str | None:
     """Return why the kernels are not used on this machine, or `None` if they are."""
     found = _found()
-    return None if found.library else found.lack
+    return None if found.kernels else found.lack
 
 
 def _is_limited() -> bool:
@@ -112,11 +112,11 @@ def _is_limited() -> bool:
 
 
 def kernels() -> ctypes.CDLL:
-    """Return the library of a machine that `amx_runs` says to have it."""
-    library = _found().library
-    if library is None:
+    """Return the kernels, on a machine that `amx_runs` says to have them."""
+    found = _found().kernels
+    if found is None:
         raise RuntimeError("The kernels for AMX do not run here; ask amx_runs() first.")
-    return library
+    return found
 
 
 def amx_runs(

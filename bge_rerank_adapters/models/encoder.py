@@ -72,7 +72,7 @@ class EncoderModel:
             folder: Holds its safetensors.
             device: Where to run.
             dtype: A floating-point dtype, or int8.
-            sample: Gives pairs like those to come, on which 8-bit layers settle their ranges.
+            sample: Gives pairs like those to come, which tell 8-bit layers what is ordinary.
 
         Raises:
             CheckpointError: Tensors are missing, damaged or of the wrong shape.

@@ -24,7 +24,7 @@ from bge_rerank_adapters.tokenization import TokenPair
 # Python runs one stream's lines at a time, which take a fifteenth of what its products take; so
 # where there are more threads, a stream has several.
 _MOST_STREAMS = 8
-# With this package's own kernels they take a hundredth, and no kernel has several threads.
+# With this package's own kernels they take a sixtieth at most, and no kernel has several threads.
 _MOST_STREAMS_OWN_KERNELS = 64
 # Threads that share products are as fast as so many of their number to this power: 1.7 for two,
 # 4.8 for eight. Measured for two: 1.0 to 1.4 in bfloat16 with AMX, 1.7 to 1.9 in float32.

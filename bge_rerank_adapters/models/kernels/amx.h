@@ -38,6 +38,7 @@ enum {
     BLOCK = 32 * 32,      /* sums in a block */
     STEP = 8,             /* pairs of a panel's tiles that stay in the first-level cache */
     PROJECTED_ROWS = 512, /* rows whose states fit the second-level cache beside a panel */
+    LAYER_ROWS = 384,     /* ... and, nearly, beside their sums and inner numbers */
 };
 
 /* Returns memory of this thread, so many bytes, with whatever is in it; NULL where it is short. */

@@ -2,10 +2,7 @@
 
 #include "amx.h"
 
-enum {
-    LAYER_ROWS = 384, /* whose states, sums and inner numbers fit the second-level cache, nearly */
-    INNER = 1024,     /* a feed-forward block's inner numbers that are made at a time */
-};
+enum { INNER = 1024 /* a feed-forward block's inner numbers that are made at a time */ };
 
 KERNEL static void multiply_bf16(const bf16 *states, long width, long blocks, const bf16 *panel,
                                  long depth, float *sums, long apart, int more, const bf16 *next) {

@@ -23,8 +23,6 @@ struct steps {
     float step, least;
 };
 
-enum { LAYER_ROWS = 384 /* as in bfloat16.c */ };
-
 KERNEL static void multiply_int8(const bf16 *states, long width, long blocks, const bf16 *panel,
                                  long depth, int32_t *sums, long apart, const bf16 *next) {
     multiply_panel(INTEGERS, states, width, blocks, panel, depth, sums, apart, 0, next);
@@ -106,7 +104,7 @@ EXPORT KERNEL int bge_amx_int8_linear(const struct int8_linear *layer, const bf1
                                       int64_t outputs, bf16 *out, int64_t slice) {
     const long width = inputs / 64, part = part_of(end - begin, PROJECTED_ROWS);
     char *at = take_room(part * (inputs + 32 * sizeof(int32_t) + sizeof(struct steps)) +
-                         inputs * sizeof(float) + 64);
+                         inputs * sizeof(float));
     if (!at) return -1;
     bf16 *left = cut(&at, part * inputs, 1);
     int32_t *sums = cut(&at, part * 32, sizeof(int32_t));
