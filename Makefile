@@ -1,6 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
-KERNELS := hatch_build.py $(wildcard bge_rerank_adapters/models/kernels/*.[ch])
+KERNELS := hatch_build.py $(wildcard bge_rerank_adapters/engine/models/cpu/kernels/*.[ch])
 
 .PHONY: demo notebooks test test-oldest lint clean
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-_FOLDER = Path("bge_rerank_adapters/models/kernels")
+_FOLDER = Path("bge_rerank_adapters/engine/models/cpu/kernels")
 _LIBRARY = _FOLDER / "libamx.so"
 _FLAGS = "-O3 -std=gnu11 -fno-math-errno -fPIC -shared -fvisibility=hidden -pthread"
 

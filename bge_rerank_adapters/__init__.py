@@ -7,6 +7,8 @@ torch and no httpx: these come with `Reranker` and `RemoteReranker`.
 
 from typing import TYPE_CHECKING, Any
 
+from bge_rerank_adapters.calls.ranking import RankedDocument, Ranking, Scorer
+from bge_rerank_adapters.engine.stats import EngineStats
 from bge_rerank_adapters.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -23,11 +25,9 @@ from bge_rerank_adapters.errors import (
     UnsupportedCheckpointError,
     WorkerDiedError,
 )
-from bge_rerank_adapters.ranking import RankedDocument, Ranking, Scorer
-from bge_rerank_adapters.stats import EngineStats
 
 if TYPE_CHECKING:
-    from bge_rerank_adapters.engine import Reranker
+    from bge_rerank_adapters.engine.reranker import Reranker
     from bge_rerank_adapters.remote import RemoteReranker
 
 __version__ = "0.1.0"
@@ -60,7 +60,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Load the engine and torch, or the remote one and httpx, when it is first asked for."""
     if name == "Reranker":
-        from bge_rerank_adapters.engine import Reranker
+        from bge_rerank_adapters.engine.reranker import Reranker
 
         globals()[name] = Reranker
         return Reranker

@@ -38,16 +38,16 @@ except ImportError as error:
 
 from pydantic import ConfigDict, Field
 
-from bge_rerank_adapters.adapter_settings import AdapterSettings
-from bge_rerank_adapters.copying import copied
-from bge_rerank_adapters.doors import map_in_turns
-from bge_rerank_adapters.errors import InputTypeError
-from bge_rerank_adapters.ranking import (
+from bge_rerank_adapters.calls.ranking import (
     RankedDocument,
     check_documents,
     check_query,
     span_within,
 )
+from bge_rerank_adapters.calls.runner import map_in_turns
+from bge_rerank_adapters.engine.hosted.copies import copied
+from bge_rerank_adapters.engine.hosted.fields import AdapterSettings
+from bge_rerank_adapters.errors import InputTypeError
 
 
 class BGEDocumentCompressor(AdapterSettings, BaseDocumentCompressor):

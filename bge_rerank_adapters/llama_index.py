@@ -34,11 +34,11 @@ except ImportError as error:
 
 from pydantic import PlainSerializer, model_validator
 
-from bge_rerank_adapters.adapter_settings import AdapterSettings
-from bge_rerank_adapters.copying import copied
-from bge_rerank_adapters.doors import map_in_turns
+from bge_rerank_adapters.calls.ranking import RankedDocument, check_query, span_within
+from bge_rerank_adapters.calls.runner import map_in_turns
+from bge_rerank_adapters.engine.hosted.copies import copied
+from bge_rerank_adapters.engine.hosted.fields import AdapterSettings
 from bge_rerank_adapters.errors import InputTypeError, SettingsError
-from bge_rerank_adapters.ranking import RankedDocument, check_query, span_within
 
 ADDED_KEYS = (
     "relevance_score",

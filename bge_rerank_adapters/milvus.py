@@ -16,14 +16,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-from bge_rerank_adapters.errors import SettingsError
-from bge_rerank_adapters.ranking import (
+from bge_rerank_adapters.calls.ranking import (
     RankedDocument,
     Scorer,
     check_documents,
     check_query,
     check_top_k,
 )
+from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.settings import EngineSettings, setting_names
 
 _QUERY_MAX_LENGTH = 256
@@ -215,7 +215,7 @@ class BGERerankFunction:
         engine = self._engine
         if engine is None or engine.closed:
             # Imported here, so that a wrong setting is told before torch is loaded.
-            from bge_rerank_adapters.sharing import shared_reranker
+            from bge_rerank_adapters.engine.shared import shared_reranker
 
             engine = self._engine = shared_reranker(self._settings)
         return engine

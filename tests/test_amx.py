@@ -10,14 +10,21 @@ import torch
 from torch.nn import functional
 
 from bge_rerank_adapters import Reranker
-from bge_rerank_adapters.models import amx, encoder, streams
-from bge_rerank_adapters.models.amx import AmxLinear, AmxRest, amx_attention, amx_runs
-from bge_rerank_adapters.models.amx_int8 import AmxInt8Linear, AmxInt8Rest
-from bge_rerank_adapters.models.attention import Layout
-from bge_rerank_adapters.models.encoder_config import parse_config
-from bge_rerank_adapters.models.encoder_layers import Norm
-from bge_rerank_adapters.models.int8 import smoothing
-from bge_rerank_adapters.models.weights import read_config
+from bge_rerank_adapters.engine.models.cpu import streams
+from bge_rerank_adapters.engine.models.cpu.amx import bfloat16 as amx
+from bge_rerank_adapters.engine.models.cpu.amx.bfloat16 import (
+    AmxLinear,
+    AmxRest,
+    amx_attention,
+    amx_runs,
+)
+from bge_rerank_adapters.engine.models.cpu.amx.int8 import AmxInt8Linear, AmxInt8Rest
+from bge_rerank_adapters.engine.models.cpu.onednn.int8 import smoothing
+from bge_rerank_adapters.engine.models.encoder import model as encoder
+from bge_rerank_adapters.engine.models.encoder.config import parse_config
+from bge_rerank_adapters.engine.models.encoder.layers import Norm
+from bge_rerank_adapters.engine.models.layers.attention import Layout
+from bge_rerank_adapters.engine.models.weights import read_config
 from tests.checkpoints import build_xlm_roberta, read_queries, read_sentences
 
 CPU = torch.device("cpu")

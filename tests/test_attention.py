@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from bge_rerank_adapters.models import attention as attention_module
-from bge_rerank_adapters.models.attention import (
+from bge_rerank_adapters.engine.models.layers import attention as attention_module
+from bge_rerank_adapters.engine.models.layers.attention import (
     Layout,
     attention_for,
     grouped_attention,

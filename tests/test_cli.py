@@ -9,10 +9,11 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from bge_rerank_adapters import Reranker, published, verification
-from bge_rerank_adapters.cli import app
-from bge_rerank_adapters.models.amx import amx_lack
-from bge_rerank_adapters.published import PublishedScores
+from bge_rerank_adapters import Reranker
+from bge_rerank_adapters.cli import app, verification
+from bge_rerank_adapters.engine.checkpoints import published
+from bge_rerank_adapters.engine.checkpoints.published import PublishedScores
+from bge_rerank_adapters.engine.models.cpu.amx.bfloat16 import amx_lack
 from tests.checkpoints import XQUAD, build_xlm_roberta, read_queries, read_sentences
 from tests.test_imports import PACKAGE, run_python
 from tests.texts import DOCUMENTS, QUERY
@@ -26,7 +27,7 @@ ENGINE_OPTIONS = {
 }
 DEMO = """
 from rich.console import Console
-from bge_rerank_adapters.demo import run
+from bge_rerank_adapters.cli.demo import run
 from bge_rerank_adapters.settings import EngineSettings
 run(Console(width=160), EngineSettings(model="tiny", device="cpu"))
 """

@@ -125,7 +125,7 @@ def test_bad_lines_are_put_aside_and_the_rest_is_done(tmp_path):
 
 
 def test_a_query_that_the_model_fails_on_does_not_take_its_neighbours_along(monkeypatch, tmp_path):
-    from bge_rerank_adapters.models.encoder import EncoderModel
+    from bge_rerank_adapters.engine.models.encoder.model import EncoderModel
 
     honest = EncoderModel.logits
 

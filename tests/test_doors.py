@@ -9,7 +9,7 @@ from concurrent.futures import Future
 import pytest
 
 from bge_rerank_adapters import ClosedError, RerankTimeoutError, SettingsError
-from bge_rerank_adapters.doors import AsyncDoor, Call, Places, map_in_turns, run
+from bge_rerank_adapters.calls.runner import AsyncDoor, Call, Places, map_in_turns, run
 
 WAIT_S = 60
 

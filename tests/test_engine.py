@@ -19,7 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import bge_rerank_adapters.engine as engine_module
+import bge_rerank_adapters.engine.reranker as engine_module
 from bge_rerank_adapters import (
     ClosedError,
     Overloaded,
@@ -30,9 +30,9 @@ from bge_rerank_adapters import (
     SettingsError,
     WorkerDiedError,
 )
+from bge_rerank_adapters.engine.shared import shared_reranker
+from bge_rerank_adapters.engine.text.tokenizer import TokenPair
 from bge_rerank_adapters.settings import EngineSettings
-from bge_rerank_adapters.sharing import shared_reranker
-from bge_rerank_adapters.tokenization import TokenPair
 from tests.checkpoints import build_xlm_roberta, read_queries, read_sentences
 from tests.texts import DOCUMENTS, QUERY
 

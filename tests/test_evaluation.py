@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import t as student
 
 from bge_rerank_adapters import Reranker, evaluation
+from bge_rerank_adapters.calls.ranking import RankedDocument
 from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.evaluation import (
     Collection,
@@ -26,7 +27,6 @@ from bge_rerank_adapters.evaluation import (
     read_run,
     write_run,
 )
-from bge_rerank_adapters.ranking import RankedDocument
 from bge_rerank_adapters.settings import EngineSettings
 from tests.checkpoints import XQUAD, build_xlm_roberta
 from tests.test_imports import run_python

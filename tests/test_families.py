@@ -11,18 +11,12 @@ from llama_index.core.schema import NodeWithScore, TextNode
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from bge_rerank_adapters import (
-    CheckpointError,
-    Reranker,
-    SettingsError,
-    UnsupportedCheckpointError,
-    verification,
-)
-from bge_rerank_adapters.cli import app
+from bge_rerank_adapters import CheckpointError, Reranker, SettingsError, UnsupportedCheckpointError
+from bge_rerank_adapters.cli import app, verification
+from bge_rerank_adapters.engine.checkpoints.published import PublishedScores
 from bge_rerank_adapters.langchain import BGEDocumentCompressor
 from bge_rerank_adapters.llama_index import BGENodePostprocessor
 from bge_rerank_adapters.milvus import BGERerankFunction
-from bge_rerank_adapters.published import PublishedScores
 from tests.family_checkpoints import CASES, build_family, case_pairs
 
 REFERENCE = json.loads((Path(__file__).parent / "reference" / "families.json").read_text("utf-8"))

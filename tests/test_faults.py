@@ -25,7 +25,7 @@ from bge_rerank_adapters import (
     ScoringError,
     WorkerDiedError,
 )
-from bge_rerank_adapters.tokenization import TokenPair
+from bge_rerank_adapters.engine.text.tokenizer import TokenPair
 from tests.checkpoints import build_xlm_roberta, read_queries, read_sentences
 
 pytestmark = pytest.mark.timeout(120)
@@ -237,7 +237,7 @@ def test_nan_for_one_document(engine, table, monkeypatch):
 
 
 def test_nan_among_many_requests_is_named_by_request_and_document(engine, monkeypatch):
-    import bge_rerank_adapters.engine as engine_module
+    import bge_rerank_adapters.engine.reranker as engine_module
 
     monkeypatch.setattr(engine_module, "_PIECE_PAIRS", 4)
     logits = engine._core._models[0].logits

@@ -17,7 +17,7 @@ from bge_rerank_adapters import (
     SettingsError,
     UnsupportedCheckpointError,
 )
-from bge_rerank_adapters.checkpoints import TINY_FOLDER
+from bge_rerank_adapters.engine.checkpoints.hub import TINY_FOLDER
 from bge_rerank_adapters.langchain import BGEDocumentCompressor
 from bge_rerank_adapters.milvus import BGERerankFunction
 from tests.checkpoints import build_xlm_roberta, read_sentences

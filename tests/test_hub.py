@@ -7,10 +7,10 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from bge_rerank_adapters import Reranker
-from bge_rerank_adapters.checkpoints import CHECKPOINTS, DEFAULT_MODEL, TINY_FOLDER
+from bge_rerank_adapters.engine.checkpoints.hub import TINY_FOLDER, find_folder
 from bge_rerank_adapters.errors import CheckpointNotFoundError
-from bge_rerank_adapters.hub import find_folder
 from bge_rerank_adapters.settings import EngineSettings
+from bge_rerank_adapters.settings.checkpoints import CHECKPOINTS, DEFAULT_MODEL
 
 SECRET = "hf_do-not-tell"  # noqa: S105
 # What the hub's HTTP library raises, whichever that is, is an `HTTPError` beside this one.

@@ -14,14 +14,16 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from bge_rerank_adapters import CheckpointError, DeviceError, Reranker
-from bge_rerank_adapters.models import devices, encoder, int8, loading
-from bge_rerank_adapters.models.int8 import (
+from bge_rerank_adapters.engine.models import devices, loading
+from bge_rerank_adapters.engine.models.cpu.onednn import int8
+from bge_rerank_adapters.engine.models.cpu.onednn.int8 import (
     Int8FeedForward,
     Int8Linear,
     fused_works,
     int8_works,
     smoothing,
 )
+from bge_rerank_adapters.engine.models.encoder import model as encoder
 from tests.checkpoints import build_xlm_roberta, read_queries, read_sentences
 
 CPU = torch.device("cpu")
@@ -338,10 +340,12 @@ def test_int8_survives_the_outliers_of_large_models(tmp_path, monkeypatch):
     exact = logits("float32")
     # Rounding to bfloat16 in between would hide the difference.
     monkeypatch.setattr(
-        "bge_rerank_adapters.models.encoder.resolve_dtype", lambda *_: torch.float32
+        "bge_rerank_adapters.engine.models.encoder.model.resolve_dtype", lambda *_: torch.float32
     )
     smoothed = error(logits("int8"))
-    monkeypatch.setattr("bge_rerank_adapters.models.int8.smoothing", lambda *_: None)
+    monkeypatch.setattr(
+        "bge_rerank_adapters.engine.models.cpu.onednn.int8.smoothing", lambda *_: None
+    )
     assert smoothed < 0.1 * statistics.stdev(exact)
     assert error(logits("int8")) > 1.3 * smoothed
 
@@ -363,7 +367,7 @@ def test_int8_of_the_bundled_checkpoint_is_near_float32():
 _SATURATION = """
 import torch
 from torch.nn import functional
-from bge_rerank_adapters.models import int8
+from bge_rerank_adapters.engine.models.cpu.onednn import int8
 weight, states = torch.full((32, 64), 1.0), torch.full((4, 64), 1.0)
 layer = int8.Int8Linear(weight, torch.zeros(32))
 settled = int8.Int8Linear(weight, torch.zeros(32))

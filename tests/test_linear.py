@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from bge_rerank_adapters.models import linear
-from bge_rerank_adapters.models.linear import PackedLinear, PlainLinear, few_sizes
+from bge_rerank_adapters.engine.models.layers import linear
+from bge_rerank_adapters.engine.models.layers.linear import PackedLinear, PlainLinear, few_sizes
 
 needs_packed = pytest.mark.skipif(
     not linear.packed_works(torch.float32), reason="this torch has no oneDNN to prepack for"

@@ -37,7 +37,8 @@ from llama_index.core.schema import (
 )
 from llama_index.retrievers.bm25 import BM25Retriever
 
-from bge_rerank_adapters import sharing
+from bge_rerank_adapters.calls.ranking import Scorer
+from bge_rerank_adapters.engine import shared as sharing
 from bge_rerank_adapters.errors import (
     CheckpointNotFoundError,
     InputTypeError,
@@ -45,7 +46,6 @@ from bge_rerank_adapters.errors import (
     SettingsError,
 )
 from bge_rerank_adapters.llama_index import BGENodePostprocessor
-from bge_rerank_adapters.ranking import Scorer
 from tests.texts import DOCUMENTS, QUERY
 
 ADDED = {"relevance_score", "retrieval_index", "retrieval_score", "relevance_truncated"}

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from bge_rerank_adapters import DeviceError, InputTypeError, SettingsError
+from bge_rerank_adapters.calls.ranking import sigmoid
 from bge_rerank_adapters.milvus import BGERerankFunction, RerankResult
-from bge_rerank_adapters.ranking import sigmoid
 from tests.checkpoints import build_xlm_roberta, read_queries, read_sentences
 from tests.test_imports import run_python
 from tests.texts import DOCUMENTS, QUERY

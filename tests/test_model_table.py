@@ -4,9 +4,9 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from bge_rerank_adapters import model_table
-from bge_rerank_adapters.checkpoints import CHECKPOINTS
 from bge_rerank_adapters.cli import app
+from bge_rerank_adapters.cli import models as model_table
+from bge_rerank_adapters.settings.checkpoints import CHECKPOINTS
 
 
 def table(width: int = 200) -> list[list[str]]:

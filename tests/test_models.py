@@ -14,11 +14,15 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForSequenceClassification
 
 from bge_rerank_adapters import CheckpointError, DeviceError, Reranker, UnsupportedCheckpointError
-from bge_rerank_adapters.models import devices
-from bge_rerank_adapters.models.activations import ACTIVATIONS
-from bge_rerank_adapters.models.loading import load_model, load_pair_tokenizer, read_checkpoint
+from bge_rerank_adapters.engine.models import devices
+from bge_rerank_adapters.engine.models.layers.activations import ACTIVATIONS
+from bge_rerank_adapters.engine.models.loading import (
+    load_model,
+    load_pair_tokenizer,
+    read_checkpoint,
+)
+from bge_rerank_adapters.engine.text.tokenizer import TokenPair
 from bge_rerank_adapters.settings import EngineSettings
-from bge_rerank_adapters.tokenization import TokenPair
 from tests.checkpoints import (
     build_bert,
     build_roberta,
@@ -298,7 +302,7 @@ def test_a_dtype_that_cannot_run_takes_for_ever():
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the setting is for x86")
 def test_auto_is_float32_where_half_precision_is_emulated():
     code = (
-        "import torch; from bge_rerank_adapters.models.devices import resolve_dtype; "
+        "import torch; from bge_rerank_adapters.engine.models.devices import resolve_dtype; "
         'print(resolve_dtype("auto", torch.device("cpu")))'
     )
     done = subprocess.run(

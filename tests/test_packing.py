@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bge_rerank_adapters.packing import Job, PackQueue
+from bge_rerank_adapters.engine.queue.packs import Job, PackQueue
 
 
 def job(*lengths: int) -> Job[str]:

@@ -111,7 +111,7 @@ def test_a_thread_of_the_program_is_served_to_its_end(folder, dtype):
 def test_a_child_forked_while_all_locks_are_held_ends_cleanly_and_loads_its_own(folder, dtype):
     code = """
     import gc, warnings
-    from bge_rerank_adapters.models import streams
+    from bge_rerank_adapters.engine.models.cpu import streams
     from langchain_core.documents import Document
     from bge_rerank_adapters.langchain import BGEDocumentCompressor
     warnings.simplefilter("ignore", DeprecationWarning)

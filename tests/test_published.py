@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 from bge_rerank_adapters import CheckpointNotFoundError, Reranker
-from bge_rerank_adapters.checkpoints import CHECKPOINTS
-from bge_rerank_adapters.published import PUBLISHED_SCORES, PublishedScores
+from bge_rerank_adapters.cli.verification import LOGIT_TOLERANCE, compare, published_for
+from bge_rerank_adapters.engine.checkpoints.published import PUBLISHED_SCORES, PublishedScores
 from bge_rerank_adapters.settings import DTYPES
-from bge_rerank_adapters.verification import LOGIT_TOLERANCE, compare, published_for
+from bge_rerank_adapters.settings.checkpoints import CHECKPOINTS
 from tests.texts import DOCUMENTS, QUERY
 
 

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bge_rerank_adapters.errors import InputTypeError, SettingsError
-from bge_rerank_adapters.ranking import (
+from bge_rerank_adapters.calls.ranking import (
     RankedDocument,
     check_documents,
     check_pairs,
@@ -19,6 +18,7 @@ from bge_rerank_adapters.ranking import (
     rank,
     sigmoid,
 )
+from bge_rerank_adapters.errors import InputTypeError, SettingsError
 
 
 def ranked(logits, **limits):

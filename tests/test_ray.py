@@ -26,8 +26,8 @@ import ray
 from pyarrow import fs
 
 from bge_rerank_adapters import Reranker
+from bge_rerank_adapters.calls.items import Item, read_jsonl
 from bge_rerank_adapters.errors import CheckpointNotFoundError, RerankError, SettingsError
-from bge_rerank_adapters.items import Item, read_jsonl
 from bge_rerank_adapters.ray import explode, rerank_dataset, rerank_files, split_errors
 from bge_rerank_adapters.ray.cluster import chunk_ranker, connected, share
 from bge_rerank_adapters.ray.corpus import CorpusFiles, corpus_source, with_texts
@@ -458,7 +458,7 @@ def test_who_starts_a_job_needs_no_torch():
 
 
 def test_a_row_that_the_model_fails_on_does_not_take_its_neighbours_along(monkeypatch):
-    from bge_rerank_adapters.models.encoder import EncoderModel
+    from bge_rerank_adapters.engine.models.encoder.model import EncoderModel
 
     honest = EncoderModel.logits
 

@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from bge_rerank_adapters import Reranker
-from bge_rerank_adapters.models import attention, encoder, streams
-from bge_rerank_adapters.models.int8 import int8_works
-from bge_rerank_adapters.models.streams import StreamedModel, in_parts, stream_count
+from bge_rerank_adapters.engine.models.cpu import streams
+from bge_rerank_adapters.engine.models.cpu.onednn.int8 import int8_works
+from bge_rerank_adapters.engine.models.cpu.streams import StreamedModel, in_parts, stream_count
+from bge_rerank_adapters.engine.models.encoder import model as encoder
+from bge_rerank_adapters.engine.models.layers import attention
+from bge_rerank_adapters.engine.text.tokenizer import TokenPair
 from bge_rerank_adapters.settings import EngineSettings
-from bge_rerank_adapters.tokenization import TokenPair
 from tests.checkpoints import read_sentences
 
 CPU = torch.device("cpu")

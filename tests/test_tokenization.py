@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from bge_rerank_adapters import Reranker
-from bge_rerank_adapters.checkpoints import TINY_FOLDER
+from bge_rerank_adapters.engine.checkpoints.hub import TINY_FOLDER
+from bge_rerank_adapters.engine.text.tokenizer import PairTokenizer, load_tokenizer
 from bge_rerank_adapters.errors import CheckpointError, SettingsError
-from bge_rerank_adapters.tokenization import PairTokenizer, load_tokenizer
 from tests.checkpoints import build_bert, build_xlm_roberta, read_queries, read_sentences
 
 # A word is a token: "w7" has id 7, anything else id 4. Two tokens frame a pair, two part it.

@@ -23,7 +23,7 @@ sys.meta_path.insert(0, Absent())
 """
 
 
-KERNELS = "bge_rerank_adapters/models/kernels/libamx.so"
+KERNELS = "bge_rerank_adapters/engine/models/cpu/kernels/libamx.so"
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +74,12 @@ def run_without_hosts(code: str, installed: Path) -> subprocess.CompletedProcess
 def test_wheel_holds_the_checkpoint_and_the_data_and_nothing_of_the_repository(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     for needed in (
-        "tiny/model.safetensors",
-        "tiny/README.md",
-        "demo/collection.jsonl",
-        "demo/README.md",
-        "published-scores.json",
-        "models/sample-pairs.json",
+        "engine/checkpoints/tiny/model.safetensors",
+        "engine/checkpoints/tiny/README.md",
+        "cli/demo/collection.jsonl",
+        "cli/demo/README.md",
+        "engine/checkpoints/published-scores.json",
+        "engine/models/cpu/onednn/sample-pairs.json",
         "py.typed",
     ):
         assert f"bge_rerank_adapters/{needed}" in names
@@ -107,7 +107,7 @@ def test_without_a_compiler_the_wheel_is_for_every_system(wheel, sources, tmp_pa
 
 
 def test_bundled_checkpoint_is_at_most_48_megabytes(installed):
-    folder = installed / "bge_rerank_adapters" / "tiny"
+    folder = installed / "bge_rerank_adapters" / "engine/checkpoints/tiny"
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 48_000_000
 
 

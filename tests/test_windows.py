@@ -11,14 +11,14 @@ from llama_index.core.schema import NodeWithScore, TextNode
 from tokenizers import Regex, pre_tokenizers
 
 from bge_rerank_adapters import Reranker
-from bge_rerank_adapters.checkpoints import TINY_FOLDER
+from bge_rerank_adapters.engine.checkpoints.hub import TINY_FOLDER
+from bge_rerank_adapters.engine.text.tokenizer import load_tokenizer
+from bge_rerank_adapters.engine.text.windows import WindowTokenizer, cut_windows
 from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.langchain import BGEDocumentCompressor
 from bge_rerank_adapters.llama_index import BGENodePostprocessor
 from bge_rerank_adapters.milvus import BGERerankFunction
 from bge_rerank_adapters.settings import EngineSettings
-from bge_rerank_adapters.tokenization import load_tokenizer
-from bge_rerank_adapters.windows import WindowTokenizer, cut_windows
 from tests.checkpoints import build_roberta, build_xlm_roberta, read_sentences
 from tests.test_tokenization import CountingTokenizer, words, words_tokenizer
 

@@ -18,10 +18,10 @@ from bge_rerank_adapters import (
     ScoringError,
     WorkerDiedError,
 )
-from bge_rerank_adapters import worker as worker_module
-from bge_rerank_adapters.packing import Job
-from bge_rerank_adapters.tokenization import TokenPair
-from bge_rerank_adapters.worker import ScoringCore
+from bge_rerank_adapters.engine.queue import worker as worker_module
+from bge_rerank_adapters.engine.queue.packs import Job
+from bge_rerank_adapters.engine.queue.worker import ScoringCore
+from bge_rerank_adapters.engine.text.tokenizer import TokenPair
 
 TOKENS = 4
 ONE_PAIR = TOKENS

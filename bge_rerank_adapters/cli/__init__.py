@@ -4,13 +4,13 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from bge_rerank_adapters.checkpoints import DEFAULT_MODEL, TINY
 from bge_rerank_adapters.cli import evaluate as evaluate_command
 from bge_rerank_adapters.cli import options
 from bge_rerank_adapters.cli import rerank as rerank_command
 from bge_rerank_adapters.cli import serve as serve_command
 from bge_rerank_adapters.cli.info import info
 from bge_rerank_adapters.errors import RerankError
+from bge_rerank_adapters.settings.checkpoints import DEFAULT_MODEL, TINY
 
 app = typer.Typer(
     help="Score how well documents answer a query with BAAI's BGE rerankers.",
@@ -35,7 +35,7 @@ def demo(
     engine: options.Asked,
 ) -> None:
     """Rerank real documents: the engine, a LangChain chain, a LlamaIndex query engine."""
-    from bge_rerank_adapters.demo import run
+    from bge_rerank_adapters.cli.demo import run
 
     settings = options.engine_settings(model, device=device, dtype=dtype, engine=engine)
     run(Console(), settings)
@@ -51,7 +51,7 @@ def verify(
     engine: options.Asked,
 ) -> None:
     """Compare this installation's scores with those that authors published."""
-    from bge_rerank_adapters.verification import run
+    from bge_rerank_adapters.cli.verification import run
 
     settings = options.engine_settings(model, device=device, dtype=dtype, engine=engine)
     if not run(Console(), settings):
@@ -61,7 +61,7 @@ def verify(
 @app.command()
 def models() -> None:
     """List the BGE rerankers: family, languages, size, and memory needed in each dtype."""
-    from bge_rerank_adapters.model_table import run
+    from bge_rerank_adapters.cli.models import run
 
     run(Console())
 

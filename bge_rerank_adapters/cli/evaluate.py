@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bge_rerank_adapters.checkpoints import DEFAULT_MODEL
 from bge_rerank_adapters.cli import options
 from bge_rerank_adapters.evaluation import Report, bm25, evaluate, read_collection, read_run
 from bge_rerank_adapters.settings import EngineSettings
+from bge_rerank_adapters.settings.checkpoints import DEFAULT_MODEL
 
 EXAMPLES = """
 Examples:

@@ -24,7 +24,7 @@ _PACKAGES = (
 def info() -> None:
     """Show devices, dtypes with their timings, what "auto" picks and why, and versions."""
     # Imported here, since torch takes seconds.
-    from bge_rerank_adapters.models.devices import (
+    from bge_rerank_adapters.engine.models.devices import (
         WORTHWHILE_SPEEDUP,
         device_name,
         dtype_timings,
@@ -66,8 +66,8 @@ def _timings(timings: dict[str, float], picked: str, *, worthwhile: float) -> Ta
 
 
 def _int8_here(device: Any, dtype: Any) -> str:
-    from bge_rerank_adapters.models.devices import int8_pays
-    from bge_rerank_adapters.models.int8 import int8_works
+    from bge_rerank_adapters.engine.models.cpu.onednn.int8 import int8_works
+    from bge_rerank_adapters.engine.models.devices import int8_pays
 
     if device.type != "cpu" or not int8_works():
         return ""
@@ -77,7 +77,7 @@ def _int8_here(device: Any, dtype: Any) -> str:
 
 
 def _amx_here(device: Any, dtype: Any) -> str:
-    from bge_rerank_adapters.models.amx import amx_lack
+    from bge_rerank_adapters.engine.models.cpu.amx.bfloat16 import amx_lack
 
     lack = amx_lack()
     if lack is not None:
@@ -88,7 +88,7 @@ def _amx_here(device: Any, dtype: Any) -> str:
 
 
 def _own_kernels(device: Any, dtype: Any) -> bool:
-    from bge_rerank_adapters.models.amx import amx_lack
+    from bge_rerank_adapters.engine.models.cpu.amx.bfloat16 import amx_lack
 
     return device.type == "cpu" and str(dtype) == "torch.bfloat16" and amx_lack() is None
 

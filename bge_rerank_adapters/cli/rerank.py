@@ -12,15 +12,15 @@ from typing import IO, Annotated, Any
 
 import typer
 
-from bge_rerank_adapters.checkpoints import DEFAULT_MODEL
+from bge_rerank_adapters.calls.items import Bad, Item, rank_and_write, read_jsonl, with_own_names
+from bge_rerank_adapters.calls.progress import ProgressBar
+from bge_rerank_adapters.calls.ranking import RankedDocument, check_score_threshold, check_top_k
 from bge_rerank_adapters.cli import options
 from bge_rerank_adapters.cli.journal import Journal, Mark
 from bge_rerank_adapters.cli.trec_input import RunReader
 from bge_rerank_adapters.errors import RerankError, SettingsError
-from bge_rerank_adapters.items import Bad, Item, rank_and_write, read_jsonl, with_own_names
-from bge_rerank_adapters.progress import ProgressBar
-from bge_rerank_adapters.ranking import RankedDocument, check_score_threshold, check_top_k
 from bge_rerank_adapters.settings import EngineSettings
+from bge_rerank_adapters.settings.checkpoints import DEFAULT_MODEL
 
 # What is read before anything is scored; memory is bounded by it, and by the longest line.
 _CHUNK_PAIRS = 1024
@@ -252,7 +252,7 @@ def _ranker(task: _Task) -> Generator[_Rank, None, None]:
             yield ranker.rank
         return
     # Imported here, since torch takes seconds.
-    from bge_rerank_adapters.engine import Reranker
+    from bge_rerank_adapters.engine.reranker import Reranker
 
     with Reranker.from_settings(task.settings) as engine:
         yield lambda chunks: (

@@ -102,7 +102,7 @@ def _serve(settings: Any, listener: socket.socket, *, access_log: bool) -> None:
     require("uvicorn")
     import uvicorn
 
-    from bge_rerank_adapters.engine import Reranker
+    from bge_rerank_adapters.engine.reranker import Reranker
     from bge_rerank_adapters.serve import create_app
 
     # Uvicorn raises the signal that ended it once more, so that it ends the program too.

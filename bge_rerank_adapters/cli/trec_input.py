@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
+from bge_rerank_adapters.calls.items import Bad, Item
+from bge_rerank_adapters.calls.trec import parse_run
 from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.evaluation.collection import document_text, parse_row, read_rows
-from bge_rerank_adapters.evaluation.runs import parse_run
-from bge_rerank_adapters.items import Bad, Item
 
 
 @dataclass(slots=True)

@@ -12,6 +12,7 @@ print(report)
 Metrics are those of trec_eval, by way of ir-measures.
 """
 
+from bge_rerank_adapters.calls.trec import Run, read_run, write_run
 from bge_rerank_adapters.evaluation.collection import (
     Collection,
     read_collection,
@@ -20,7 +21,6 @@ from bge_rerank_adapters.evaluation.experiment import evaluate
 from bge_rerank_adapters.evaluation.first_stage import bm25
 from bge_rerank_adapters.evaluation.metrics import Comparison, Metrics, compare, measure
 from bge_rerank_adapters.evaluation.report import Report, best_threshold
-from bge_rerank_adapters.evaluation.runs import Run, read_run, write_run
 from bge_rerank_adapters.evaluation.scored import Scored
 
 __all__ = [

@@ -9,16 +9,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from bge_rerank_adapters.checkpoints import TINY, TINY_FOLDER
+from bge_rerank_adapters.calls.progress import ProgressBar
+from bge_rerank_adapters.calls.ranking import Scorer, check_top_k
+from bge_rerank_adapters.calls.trec import Run, check_file_names, file_name, make_folder
+from bge_rerank_adapters.engine.checkpoints.hub import TINY_FOLDER
 from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.evaluation.collection import Collection
 from bge_rerank_adapters.evaluation.report import Report
-from bge_rerank_adapters.evaluation.runs import Run, check_file_names, file_name, make_folder
 from bge_rerank_adapters.evaluation.scored import Scored
 from bge_rerank_adapters.evaluation.state import State, weights_stamp
-from bge_rerank_adapters.progress import ProgressBar
-from bge_rerank_adapters.ranking import Scorer, check_top_k
 from bge_rerank_adapters.settings import EngineSettings
+from bge_rerank_adapters.settings.checkpoints import TINY
 
 # Of the files that keep scores; it is raised where what they hold changes.
 _LAYOUT = 2
@@ -157,7 +158,7 @@ def _opened(engine: EngineSettings | Scorer) -> AbstractContextManager[Scorer]:
     if isinstance(engine, Scorer):
         return nullcontext(engine)
     # Imported here, so that reading reports needs no torch.
-    from bge_rerank_adapters.engine import Reranker
+    from bge_rerank_adapters.engine.reranker import Reranker
 
     reranker = Reranker.from_settings(engine)
     reranker.warm_up()

@@ -1,10 +1,10 @@
 """BM25 as a first stage."""
 
+from bge_rerank_adapters.calls.ranking import check_top_k
+from bge_rerank_adapters.calls.trec import Run
 from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.evaluation.collection import Collection
 from bge_rerank_adapters.evaluation.extra import require
-from bge_rerank_adapters.evaluation.runs import Run
-from bge_rerank_adapters.ranking import check_top_k
 
 # Lucene's variant with the parameters that BEIR's baselines use (Thakur et al., 2021).
 _K1, _B = 0.9, 0.4

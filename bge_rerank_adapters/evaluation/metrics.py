@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from bge_rerank_adapters.calls.trec import Run
 from bge_rerank_adapters.evaluation.extra import require
-from bge_rerank_adapters.evaluation.runs import Run
 
 NDCG, MRR, MAP = "nDCG@10", "MRR@10", "MAP"
 _RR_CUTOFF = 10

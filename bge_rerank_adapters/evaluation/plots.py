@@ -4,15 +4,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bge_rerank_adapters.evaluation.extra import require
-from bge_rerank_adapters.evaluation.metrics import NDCG
-from bge_rerank_adapters.evaluation.report import Report, best_threshold
-from bge_rerank_adapters.evaluation.runs import (
+from bge_rerank_adapters.calls.trec import (
     FIRST_STAGE,
     check_file_names,
     file_name,
     make_folder,
 )
+from bge_rerank_adapters.evaluation.extra import require
+from bge_rerank_adapters.evaluation.metrics import NDCG
+from bge_rerank_adapters.evaluation.report import Report, best_threshold
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

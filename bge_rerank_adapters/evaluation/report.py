@@ -7,10 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from bge_rerank_adapters.errors import SettingsError
-from bge_rerank_adapters.evaluation.collection import Collection
-from bge_rerank_adapters.evaluation.metrics import NDCG, Comparison, Metrics, compare, measure
-from bge_rerank_adapters.evaluation.runs import (
+from bge_rerank_adapters.calls.trec import (
     FIRST_STAGE,
     Run,
     check_file_names,
@@ -18,6 +15,9 @@ from bge_rerank_adapters.evaluation.runs import (
     make_folder,
     write_run,
 )
+from bge_rerank_adapters.errors import SettingsError
+from bge_rerank_adapters.evaluation.collection import Collection
+from bge_rerank_adapters.evaluation.metrics import NDCG, Comparison, Metrics, compare, measure
 from bge_rerank_adapters.evaluation.scored import Scored
 
 _DEPTHS = (1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 500, 1000)

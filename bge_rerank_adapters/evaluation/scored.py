@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from bge_rerank_adapters.evaluation.runs import Run, in_order
+from bge_rerank_adapters.calls.trec import Run, in_order
 
 
 @dataclass(frozen=True, slots=True)

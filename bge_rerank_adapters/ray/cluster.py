@@ -10,9 +10,9 @@ from typing import Any
 
 import ray
 
+from bge_rerank_adapters.calls.items import Bad, Item, rank_and_write
+from bge_rerank_adapters.calls.ranking import RankedDocument
 from bge_rerank_adapters.errors import RerankError, SettingsError
-from bge_rerank_adapters.items import Bad, Item, rank_and_write
-from bge_rerank_adapters.ranking import RankedDocument
 from bge_rerank_adapters.ray.recipe import Recipe, Resources, make_recipe
 from bge_rerank_adapters.settings import EngineSettings
 

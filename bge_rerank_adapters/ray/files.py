@@ -8,9 +8,9 @@ import ray.data
 from pyarrow import fs
 from ray.data import ActorPoolStrategy
 
+from bge_rerank_adapters.calls.items import Item
+from bge_rerank_adapters.calls.ranking import Ranking
 from bge_rerank_adapters.errors import RerankError, SettingsError
-from bge_rerank_adapters.items import Item
-from bge_rerank_adapters.ranking import Ranking
 from bge_rerank_adapters.ray.corpus import IDS, CorpusSource, corpus_source
 from bge_rerank_adapters.ray.dataset import preparation
 from bge_rerank_adapters.ray.job import PUT_ASIDE, Counts, Folder

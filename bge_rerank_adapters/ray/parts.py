@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from bge_rerank_adapters.calls.items import Bad, Item, read_jsonl
 from bge_rerank_adapters.errors import SettingsError
-from bge_rerank_adapters.items import Bad, Item, read_jsonl
 from bge_rerank_adapters.ray.corpus import IDS
 from bge_rerank_adapters.ray.rows import DOCUMENTS, ERROR, RESULTS, Prepare, items_of
 from bge_rerank_adapters.ray.storage import kind_of, read_lines, read_rows

@@ -5,12 +5,12 @@ import numbers
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from bge_rerank_adapters.calls.ranking import check_score_threshold, check_top_k
 from bge_rerank_adapters.errors import SettingsError
-from bge_rerank_adapters.ranking import check_score_threshold, check_top_k
 from bge_rerank_adapters.settings import EngineSettings
 
 if TYPE_CHECKING:
-    from bge_rerank_adapters.engine import Reranker
+    from bge_rerank_adapters.engine.reranker import Reranker
 
 
 class _Secret:
@@ -40,7 +40,7 @@ class Recipe:
     def load(self) -> "Reranker":
         """Return a new engine; errors as in `Reranker`."""
         # Imported here, in the actor: whoever starts the job needs no torch.
-        from bge_rerank_adapters.engine import Reranker
+        from bge_rerank_adapters.engine.reranker import Reranker
 
         token = self.secret.text if self.secret else None
         return Reranker.from_settings(replace(self.settings, token=token))

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from bge_rerank_adapters.calls.items import Bad, Item, parse_item, rank_items
+from bge_rerank_adapters.calls.ranking import Ranking
 from bge_rerank_adapters.errors import InputTypeError, SettingsError
-from bge_rerank_adapters.items import Bad, Item, parse_item, rank_items
-from bge_rerank_adapters.ranking import Ranking
 from bge_rerank_adapters.ray.corpus import IDS
 
 if TYPE_CHECKING:
-    from bge_rerank_adapters.engine import Reranker
+    from bge_rerank_adapters.engine.reranker import Reranker
 
 DOCUMENTS = "documents"
 RESULTS = "results"

@@ -7,8 +7,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bge_rerank_adapters.items import Bad, Item
-from bge_rerank_adapters.ranking import Ranking
+from bge_rerank_adapters.calls.items import Bad, Item
+from bge_rerank_adapters.calls.ranking import Ranking
 from bge_rerank_adapters.ray.corpus import IDS
 from bge_rerank_adapters.ray.parts import Part, Read
 from bge_rerank_adapters.ray.rows import DOCUMENTS, ERROR, RESULTS, ranked_table, valid_text

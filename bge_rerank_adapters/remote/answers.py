@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from bge_rerank_adapters.calls.ranking import RankedDocument, Ranking, sigmoid
 from bge_rerank_adapters.errors import RemoteError
-from bge_rerank_adapters.ranking import RankedDocument, Ranking, sigmoid
 
 # Of somebody else's text in an error: enough to understand it.
 SHOWN_CHARACTERS = 300

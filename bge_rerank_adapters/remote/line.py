@@ -3,7 +3,7 @@
 import os
 import threading
 
-from bge_rerank_adapters.doors import AsyncDoor
+from bge_rerank_adapters.calls.runner import AsyncDoor
 from bge_rerank_adapters.errors import ClosedError
 from bge_rerank_adapters.remote.settings import RemoteSettings
 from bge_rerank_adapters.remote.stats import Tally

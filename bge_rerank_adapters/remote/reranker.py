@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple, Self, TypeVar
 
-from bge_rerank_adapters.bulk import Request, Requests, check_request
-from bge_rerank_adapters.doors import Call, Places, run
-from bge_rerank_adapters.errors import RemoteError
-from bge_rerank_adapters.progress import ProgressBar
-from bge_rerank_adapters.ranking import (
+from bge_rerank_adapters.calls.progress import ProgressBar
+from bge_rerank_adapters.calls.ranking import (
     Ranking,
     check_pairs,
     check_score_threshold,
     check_top_k,
 )
+from bge_rerank_adapters.calls.requests import Request, Requests, check_request
+from bge_rerank_adapters.calls.runner import Call, Places, run
+from bge_rerank_adapters.errors import RemoteError
 from bge_rerank_adapters.remote.answers import Question, Told
 from bge_rerank_adapters.remote.line import Line
 from bge_rerank_adapters.remote.settings import RemoteSettings

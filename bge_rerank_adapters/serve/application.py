@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 
 import bge_rerank_adapters
+from bge_rerank_adapters.engine.stats import EngineStats
 from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.serve.gate import Gate
 from bge_rerank_adapters.serve.metrics import Metrics
@@ -15,10 +16,9 @@ from bge_rerank_adapters.serve.refusals import tell_problems
 from bge_rerank_adapters.serve.routes import key, keyed_router, open_router
 from bge_rerank_adapters.serve.service import Service
 from bge_rerank_adapters.serve.settings import ServerSettings
-from bge_rerank_adapters.stats import EngineStats
 
 if TYPE_CHECKING:
-    from bge_rerank_adapters.engine import Reranker
+    from bge_rerank_adapters.engine.reranker import Reranker
 
 
 def create_app(

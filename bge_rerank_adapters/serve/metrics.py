@@ -12,7 +12,7 @@ from prometheus_client.core import (
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
-from bge_rerank_adapters.stats import EngineStats
+from bge_rerank_adapters.engine.stats import EngineStats
 
 # Seconds; a ranking takes from a few milliseconds to the time limit.
 _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)

@@ -11,7 +11,7 @@ from fastapi.security import HTTPBearer
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 import bge_rerank_adapters
-from bge_rerank_adapters.ranking import RankedDocument
+from bge_rerank_adapters.calls.ranking import RankedDocument
 from bge_rerank_adapters.serve import schemas
 from bge_rerank_adapters.serve.bodies import JsonRoute
 from bge_rerank_adapters.serve.metrics import Metrics

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 from starlette.types import Receive
 
+from bge_rerank_adapters.calls.ranking import Ranking
 from bge_rerank_adapters.errors import ClosedError
-from bge_rerank_adapters.ranking import Ranking
 from bge_rerank_adapters.serve.refusals import CLIENT_GONE, Refusal, unavailable
 from bge_rerank_adapters.serve.settings import ServerSettings
 
 if TYPE_CHECKING:
-    from bge_rerank_adapters.engine import Reranker
+    from bge_rerank_adapters.engine.reranker import Reranker
 
 
 class Service:
@@ -67,7 +67,7 @@ class Service:
         if not self._own:
             return
         # Imported here, since torch takes seconds.
-        from bge_rerank_adapters.engine import Reranker
+        from bge_rerank_adapters.engine.reranker import Reranker
 
         engine = Reranker.from_settings(self.settings.engine)
         engine.warm_up()

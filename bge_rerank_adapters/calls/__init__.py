@@ -1,0 +1,1 @@
+"""What every reranker speaks, local or remote: checked inputs, limits, rankings, runners."""

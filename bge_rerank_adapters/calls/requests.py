@@ -1,0 +1,109 @@
+"""Long runs of requests: checked as they are read, and put together into pieces for scoring."""
+
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from bge_rerank_adapters.calls.ranking import check_documents, check_ordered, check_query
+from bge_rerank_adapters.errors import InputTypeError
+
+Request = tuple[str, list[str]]
+
+
+def check_request(query: object, documents: object) -> Request:
+    """Return a query and a new list of its documents.
+
+    Raises:
+        InputTypeError: The query or a document is not a `str`.
+    """
+    return check_query(query), check_documents(documents)
+
+
+class Requests:
+    """Requests that are checked as they are read; as long as what they come from."""
+
+    def __init__(self, requests: object) -> None:
+        """Take an iterable of (query, documents) tuples.
+
+        Raises:
+            InputTypeError: It is none. While reading: a request is not a query and documents;
+                the message names which.
+        """
+        check_ordered(requests, name="requests", wanted="a list of (query, documents) tuples")
+        if isinstance(requests, str | bytes) or not isinstance(requests, Iterable):
+            raise InputTypeError(
+                "requests must be (query, documents) tuples, got "
+                f"{type(requests).__name__}; use rerank for a single query."
+            )
+        self._requests = requests
+
+    def __len__(self) -> int:
+        """Return how many there are.
+
+        Raises:
+            TypeError: They are an iterator, which does not know.
+        """
+        return len(self._requests)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Request]:
+        """Check each request as it is read."""
+        for position, request in enumerate(self._requests):
+            with _named(position):
+                if isinstance(request, str | bytes) or not isinstance(request, Sequence):
+                    raise InputTypeError(
+                        f"must be a (query, documents) tuple, got {type(request).__name__}."
+                    )
+                if len(request) != 2:
+                    raise InputTypeError(
+                        f"must be a (query, documents) tuple, got {len(request)} items."
+                    )
+                checked = check_request(request[0], request[1])
+            yield checked
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Neighbouring requests that are scored together.
+
+    Attributes:
+        first: How many requests came before.
+        requests: At least one.
+    """
+
+    first: int
+    requests: list[Request]
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """Return the pairs of all requests, in order."""
+        return [(query, text) for query, texts in self.requests for text in texts]
+
+    def name(self, index: int) -> str:
+        """Return what an error calls the pair at an index of `pairs`."""
+        for number, (_, texts) in enumerate(self.requests, self.first):
+            if index < len(texts):
+                return f"requests[{number}], documents[{index}]"
+            index -= len(texts)
+        raise IndexError(index)
+
+
+def pieces(requests: Iterable[Request], *, max_pairs: int) -> Iterator[Piece]:
+    """Yield the requests in pieces that end once they have `max_pairs` pairs or more."""
+    first = pairs = 0
+    piece: list[Request] = []
+    for request in requests:
+        piece.append(request)
+        pairs += len(request[1])
+        if pairs >= max_pairs:
+            yield Piece(first, piece)
+            first += len(piece)
+            piece, pairs = [], 0
+    if piece:
+        yield Piece(first, piece)
+
+
+@contextmanager
+def _named(position: int) -> Generator[None, None, None]:
+    try:
+        yield
+    except InputTypeError as error:
+        raise InputTypeError(f"requests[{position}]: {error}") from error

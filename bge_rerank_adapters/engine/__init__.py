@@ -1,0 +1,1 @@
+"""The scoring engine: from texts to logits on this machine's devices."""

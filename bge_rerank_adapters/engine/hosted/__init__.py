@@ -1,0 +1,1 @@
+"""What adapters of all hosts share: checked settings and an engine loaded on first use."""

@@ -1,0 +1,170 @@
+"""Attention of decoders over packs: each token attends to those before it in its own pair."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from bge_rerank_adapters.engine.models.layers.attention import (
+    PROBE_LENGTHS,
+    Group,
+    Layout,
+    agree,
+    probe_states,
+)
+
+
+class CausalLayout(Layout):
+    """Where each pair of a pack begins and ends, and where each token stands in its pair.
+
+    Attributes:
+        last: Row of each pair's last token; int64, shape (n,).
+        positions: Each row's position within its pair, counted from 0; int64, shape (rows,).
+    """
+
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+        """Take the lengths, in the order in which the pairs stand in the row."""
+        super().__init__(lengths, device)
+        self.last = self.bounds[1:].long() - 1
+        positions = [np.arange(length, dtype=np.int64) for length in self.lengths]
+        self.positions = torch.from_numpy(np.concatenate(positions)).to(device)
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """How a decoder's attention is cut into heads.
+
+    Attributes:
+        queries: Number of query heads.
+        keys: Number of key and value heads, of which each serves `queries / keys` query heads.
+        scale: Factor of the products of query and key.
+        window: How many tokens a token sees, itself included; `None` is all before it.
+    """
+
+    queries: int
+    keys: int
+    scale: float
+    window: int | None = None
+
+
+# From query of shape (rows, queries * width) and key and value of shapes (rows, keys * width) to
+# the attended values, shaped like the query; it has as many rows as key and value, or one per
+# pair, which is the pair's last token's.
+CausalAttention = Callable[[Tensor, Tensor, Tensor, Layout, Heads], Tensor]
+
+
+def grouped_causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, heads: Heads
+) -> Tensor:
+    """Attend by one call for each run of pairs of equal length; runs on any device."""
+    single = len(query) != len(key)
+    attended = torch.empty_like(query)
+    begin = 0
+    for group in layout.groups:
+        rows = slice(group.start, group.start + group.pairs * group.tokens)
+        asked = slice(begin, begin + group.pairs) if single else rows
+        begin += group.pairs
+        attended[asked] = _attend(query[asked], key[rows], value[rows], group, heads)
+    return attended
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, group: Group, heads: Heads) -> Tensor:
+    def split(rows: Tensor, number: int) -> Tensor:
+        return rows.reshape(group.pairs, -1, number, rows.shape[-1] // number).transpose(1, 2)
+
+    asked = split(query, heads.queries)
+    keys, values = (_spread(split(rows, heads.keys), heads) for rows in (key, value))
+    single = asked.shape[2] != group.tokens
+    mask = None
+    if heads.window is not None and heads.window < group.tokens:
+        if single:
+            keys, values = keys[:, :, -heads.window :], values[:, :, -heads.window :]
+        else:
+            mask = _window_mask(group.tokens, heads.window, query.device)
+    out = functional.scaled_dot_product_attention(
+        asked,
+        keys,
+        values,
+        attn_mask=mask,
+        is_causal=mask is None and not single,
+        scale=heads.scale,
+    )
+    return out.transpose(1, 2).reshape(query.shape)
+
+
+def _spread(rows: Tensor, heads: Heads) -> Tensor:
+    """Repeat each key head for the query heads that it serves, shape (pairs, queries, ...)."""
+    return (
+        rows
+        if heads.keys == heads.queries
+        else rows.repeat_interleave(heads.queries // heads.keys, dim=1)
+    )
+
+
+def _window_mask(tokens: int, window: int, device: torch.device) -> Tensor:
+    """Return which tokens each token sees; bool, shape (tokens, tokens)."""
+    seen = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
+    return seen.triu(1 - window)
+
+
+def varlen_causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, heads: Heads
+) -> Tensor:
+    """Attend by one call for the whole pack; CUDA in half precision alone."""
+    # Imported here: torch before 2.10 lacks it.
+    from torch.nn.attention.varlen import varlen_attn
+
+    single = len(query) != len(key)
+    longest = max(layout.lengths)
+    out = varlen_attn(
+        query.reshape(len(query), heads.queries, -1),
+        key.reshape(len(key), heads.keys, -1),
+        value.reshape(len(value), heads.keys, -1),
+        layout.counts if single else layout.bounds,
+        layout.bounds,
+        1 if single else longest,
+        longest,
+        scale=heads.scale,
+        # Tokens seen to the left and to the right, the token itself not counted.
+        window_size=(-1 if heads.window is None else heads.window - 1, 0),
+        enable_gqa=heads.keys != heads.queries,
+    )
+    # A tuple only where more than the values is asked for.
+    attended: Tensor = out[0] if isinstance(out, tuple) else out
+    return attended.reshape(query.shape)
+
+
+def causal_attention_for(
+    device: torch.device, dtype: torch.dtype, *, heads: Heads, width: int
+) -> CausalAttention:
+    """Return the fastest attention that this device and dtype can run.
+
+    Args:
+        device: Where the model runs.
+        dtype: Of its activations.
+        heads: The model's.
+        width: Of a head.
+    """
+    half = dtype in (torch.float16, torch.bfloat16)
+    if device.type != "cuda" or not half or torch.cuda.get_device_capability(device) < (8, 0):
+        return grouped_causal_attention
+    if _varlen_works(device, dtype, heads, width):
+        return varlen_causal_attention
+    return grouped_causal_attention
+
+
+def _varlen_works(device: torch.device, dtype: torch.dtype, heads: Heads, width: int) -> bool:
+    """Return whether the one call runs for such heads, and is right, on a small pack."""
+    layout = CausalLayout(PROBE_LENGTHS, device)
+    query, key, value = (
+        probe_states(number * width, device, dtype, seed=seed)
+        for seed, number in enumerate((heads.queries, heads.keys, heads.keys))
+    )
+    return agree(
+        lambda asked: varlen_causal_attention(asked, key, value, layout, heads),
+        lambda asked: grouped_causal_attention(asked, key, value, layout, heads),
+        (query, query[layout.last]),
+    )

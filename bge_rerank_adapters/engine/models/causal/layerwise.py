@@ -1,0 +1,85 @@
+"""The layerwise family: MiniCPM with a head of its own for each layer from a first one on.
+
+As FlagEmbedding 1.4.2 computes it (`inference/reranker/decoder_only/layerwise.py` and
+`models/modeling_minicpm_reranker.py`).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bge_rerank_adapters.engine.models.causal.config import parse_minicpm
+from bge_rerank_adapters.engine.models.causal.cutoff import HeadLayers, read_entry
+from bge_rerank_adapters.engine.models.causal.model import CausalModel, CausalReader
+from bge_rerank_adapters.engine.models.weights import open_weights
+from bge_rerank_adapters.engine.text.tokenizer import TokenPair
+from bge_rerank_adapters.errors import UnsupportedCheckpointError
+
+
+class LayerwiseModel:
+    """A MiniCPM model on one device, run up to the layer whose logit is asked for.
+
+    Attributes:
+        device: Where it runs.
+        dtype: Of weights and activations.
+    """
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        folder: Path,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        cutoff_layer: int | None = None,
+    ) -> None:
+        """Load the layers that are needed.
+
+        Args:
+            config: The checkpoint's `config.json`.
+            folder: Holds its safetensors.
+            device: Where to run.
+            dtype: A floating-point dtype.
+            cutoff_layer: After how many layers the logit is read; `None` is the last.
+
+        Raises:
+            CheckpointError: Tensors are missing, damaged or of the wrong shape.
+            UnsupportedCheckpointError: The config asks for something that is not known.
+            SettingsError: There is no logit at that layer.
+        """
+        parsed = parse_minicpm(config, folder=folder)
+        _check_head_type(config, folder)
+        heads = HeadLayers(read_entry(config, "start_layer", 8, folder=folder), parsed.layers)
+        depth = heads.check(cutoff_layer)
+        multiple = config.get("head_multi", True)
+        place = f".{heads.layers.index(depth)}" if multiple else ""
+        self.device, self.dtype = device, dtype
+        with open_weights(folder) as weights:
+            self._model = CausalModel(parsed, weights, device=device, dtype=dtype, depth=depth)
+            read = CausalReader(weights, parsed, device, dtype)
+            self._head = read.row(f"lm_head{place}.linear_head.weight", 0, (1, parsed.hidden))
+
+    @torch.inference_mode()
+    def logits(self, pairs: Sequence[TokenPair]) -> list[float]:
+        """Return the logit of each pair of a pack.
+
+        Args:
+            pairs: n >= 1 pairs.
+
+        Returns:
+            n floats, which are NaN or infinite where the model gives that.
+        """
+        logits: list[float] = (self._model.last_states(pairs).float() @ self._head).tolist()
+        return logits
+
+
+def _check_head_type(config: dict[str, Any], folder: Path) -> None:
+    """Refuse heads over the whole vocabulary, which are those of models still to be trained."""
+    kind = config.get("head_type", "simple")
+    if kind in ("raw", "complex"):
+        raise UnsupportedCheckpointError(
+            f"{folder / 'config.json'}: head_type must be 'simple', a head of one logit, got "
+            f"{kind!r}, a head over the vocabulary; fine-tune the model as a reranker first."
+        )

@@ -1,0 +1,185 @@
+"""The lightweight family: Gemma 2 whose document tokens are made fewer on the way.
+
+As FlagEmbedding 1.4.2 computes it (`inference/reranker/decoder_only/lightweight.py` and
+`models/gemma_model.py`), two habits included which published scores were made with:
+
+- Whatever layer is asked for, its output goes through the first head. The heads stand in a list,
+  one for each layer from `start_layer` on, and are taken by their place among the layers that are
+  asked for, which for one layer is the first.
+- Attention scores are not capped, though the config has an `attn_logit_softcapping`: torch's
+  attention function, which is used there, has no such thing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from bge_rerank_adapters.engine.models.causal.attention import CausalLayout
+from bge_rerank_adapters.engine.models.causal.config import parse_gemma2
+from bge_rerank_adapters.engine.models.causal.cutoff import HeadLayers, read_entry
+from bge_rerank_adapters.engine.models.causal.model import CausalModel, CausalReader
+from bge_rerank_adapters.engine.models.weights import open_weights
+from bge_rerank_adapters.engine.text.tokenizer import TokenPair
+from bge_rerank_adapters.errors import CheckpointError, SettingsError, UnsupportedCheckpointError
+
+_DEFAULT_COMPRESS_LAYERS = (8,)
+
+
+class LightweightModel(CausalModel):
+    """A Gemma 2 model on one device, run up to the layer whose logit is asked for."""
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        folder: Path,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        cutoff_layer: int | None = None,
+        compress_ratio: int = 1,
+        compress_layers: Sequence[int] | None = None,
+    ) -> None:
+        """Load the layers that are needed.
+
+        Args:
+            config: The checkpoint's `config.json`.
+            folder: Holds its safetensors.
+            device: Where to run.
+            dtype: A floating-point dtype.
+            cutoff_layer: After how many layers the logit is read; `None` is the last.
+            compress_ratio: How many of a document's tokens become one.
+            compress_layers: Before which layers, counted from 0, they do; `None` is layer 8,
+                if there is one.
+
+        Raises:
+            CheckpointError: Tensors are missing, damaged or of the wrong shape.
+            UnsupportedCheckpointError: The config asks for something that is not known.
+            SettingsError: There is no logit at that layer, or no layer to compress before.
+        """
+        parsed = parse_gemma2(config, folder=folder)
+        if not config.get("layer_wise", False):
+            raise UnsupportedCheckpointError(
+                f"{folder / 'config.json'}: layer_wise must be true for a reranker of the "
+                f"lightweight family, got {config.get('layer_wise')!r}."
+            )
+        first, step = (
+            read_entry(config, name, 28, folder=folder) for name in ("start_layer", "layer_sep")
+        )
+        depth = HeadLayers(first, parsed.layers, step).check(cutoff_layer)
+        self._ratio = compress_ratio
+        layers = _check_compress_layers(compress_layers, parsed.layers)
+        self._compress_at = frozenset(layers) if compress_ratio > 1 else frozenset()
+        self._cap = _cap(config, folder)
+        with open_weights(folder) as weights:
+            super().__init__(parsed, weights, device=device, dtype=dtype, depth=depth)
+            read = CausalReader(weights, parsed, device, dtype)
+            self._head = read.row("lm_head.0.linear_head.weight", 0, (1, parsed.hidden))
+
+    @torch.inference_mode()
+    def logits(self, pairs: Sequence[TokenPair]) -> list[float]:
+        """Return the logit of each pair of a pack.
+
+        Args:
+            pairs: n >= 1 pairs.
+
+        Returns:
+            n floats, which are NaN or infinite where the model gives that.
+        """
+        raw = self.last_states(pairs).float() @ self._head
+        logits = raw if self._cap is None else torch.tanh(raw / self._cap) * self._cap
+        found: list[float] = logits.tolist()
+        return found
+
+    def before_layer(
+        self, index: int, states: Tensor, layout: CausalLayout, pairs: Sequence[TokenPair]
+    ) -> tuple[Tensor, CausalLayout]:
+        """Return fewer tokens before the layers that ask for it."""
+        if index not in self._compress_at:
+            return states, layout
+        times = sum(each < index for each in self._compress_at)
+        places = Compression.of(pairs, ratio=self._ratio, times=times)
+        return places.apply(states), CausalLayout(places.lengths, self.device)
+
+
+@dataclass(frozen=True, slots=True)
+class Compression:
+    """Which rows become which when each document's tokens are averaged in groups.
+
+    Attributes:
+        lengths: Number of tokens of each pair afterwards.
+        sources: Row of the k-th member of each new row's group; int64, shape (ratio, new rows).
+        weights: Its share, 0 where a group has fewer members; float32, shape (ratio, new rows).
+    """
+
+    lengths: list[int]
+    sources: npt.NDArray[np.int64]
+    weights: npt.NDArray[np.float32]
+
+    @classmethod
+    def of(cls, pairs: Sequence[TokenPair], *, ratio: int, times: int = 0) -> Self:
+        """Return the compression of a pack.
+
+        Args:
+            pairs: As they came in.
+            ratio: How many tokens of a document become one; its last group may be smaller.
+            times: How often the pack has been compressed before.
+        """
+        sources, weights, lengths, start = [], [], [], 0
+        for pair in pairs:
+            before, after = pair.document_start, pair.tokens_after
+            document = len(pair) - before - after
+            for _ in range(times):
+                document = -(-document // ratio)
+            sizes = np.ones(before + -(-document // ratio) + after, dtype=np.int64)
+            sizes[before : len(sizes) - after] = ratio
+            if document % ratio:
+                sizes[len(sizes) - after - 1] = document % ratio
+            begins = start + np.cumsum(sizes) - sizes
+            members = np.arange(ratio)[:, None]
+            inside = members < sizes
+            sources.append(np.where(inside, begins + members, begins))
+            weights.append((inside / sizes).astype(np.float32))
+            lengths.append(len(sizes))
+            start += before + document + after
+        return cls(lengths, np.concatenate(sources, axis=1), np.concatenate(weights, axis=1))
+
+    def apply(self, states: Tensor) -> Tensor:
+        """Return the new rows, shape (new rows, hidden), of states of shape (rows, hidden)."""
+        sources = torch.from_numpy(self.sources).to(states.device)
+        weights = torch.from_numpy(self.weights).to(states.device, states.dtype)[:, :, None]
+        averaged = states[sources[0]] * weights[0]
+        for members, share in zip(sources[1:], weights[1:], strict=True):
+            averaged += states[members] * share
+        return averaged
+
+
+def _check_compress_layers(given: Sequence[int] | None, layers: int) -> Sequence[int]:
+    """Return before which layers to compress; refuse those that the model does not have."""
+    if given is None:
+        return _DEFAULT_COMPRESS_LAYERS
+    for each in given:
+        if each >= layers:
+            raise SettingsError(
+                f"compress_layers must be from 1 to {layers - 1}, the last layer of this "
+                f"checkpoint counted from 0, got {each}."
+            )
+    return given
+
+
+def _cap(config: dict[str, Any], folder: Path) -> float | None:
+    """Return how large a logit can be, or `None` where there is no limit."""
+    cap = config.get("final_logit_softcapping", 30.0)
+    if cap is None:
+        return None
+    if isinstance(cap, bool) or not isinstance(cap, int | float) or cap <= 0:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: final_logit_softcapping must be a number above 0 or null, "
+            f"got {cap!r}."
+        )
+    return float(cap)

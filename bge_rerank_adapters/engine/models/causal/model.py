@@ -1,0 +1,248 @@
+"""Decoders, run on packs without any padding up to the layer whose logit is asked for.
+
+The tokens of all pairs of a pack stand in one row, as in `encoder.py`. In the last layer that is
+needed only each pair's last token is computed, and of its logits only the one that is read.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from bge_rerank_adapters.engine.models.causal.attention import CausalLayout, causal_attention_for
+from bge_rerank_adapters.engine.models.causal.config import CausalConfig
+from bge_rerank_adapters.engine.models.layers.activations import ACTIVATIONS
+from bge_rerank_adapters.engine.models.layers.linear import Linear, linear_maker
+from bge_rerank_adapters.engine.models.weights import Weights
+from bge_rerank_adapters.engine.text.tokenizer import TokenPair
+from bge_rerank_adapters.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True)
+class RmsNorm:
+    """Divides by the root of the mean square, in float32, and scales.
+
+    Attributes:
+        weight: float32, shape (hidden,); what is added to it already in it.
+        epsilon: Added to the mean square.
+    """
+
+    weight: Tensor
+    epsilon: float
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """Return the normed states, in their own dtype."""
+        normed = functional.rms_norm(states.float(), self.weight.shape, self.weight, self.epsilon)
+        return normed.to(states.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """One layer.
+
+    Attributes:
+        attention_norm: Before the attention.
+        query: From width h to that of all query heads.
+        key_value: To that of all keys, then all values.
+        attention_output: Back to width h.
+        attention_end_norm: After the attention, where the model has such norms.
+        feed_norm: Before the feed-forward block.
+        gate_up: To twice the block's width: the gate, and what it lets through.
+        down: Back to width h.
+        feed_end_norm: After the block, where the model has such norms.
+    """
+
+    attention_norm: RmsNorm
+    query: Linear
+    key_value: Linear
+    attention_output: Linear
+    attention_end_norm: RmsNorm | None
+    feed_norm: RmsNorm
+    gate_up: Linear
+    down: Linear
+    feed_end_norm: RmsNorm | None
+
+
+class CausalModel:
+    """A decoder on one device, up to the layer whose output is read.
+
+    Attributes:
+        config: What the checkpoint's `config.json` says.
+        device: Where it runs.
+        dtype: Of weights and activations; norms and logits are computed in float32 always.
+        depth: How many layers are run.
+    """
+
+    def __init__(
+        self,
+        config: CausalConfig,
+        weights: Weights,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        depth: int,
+    ) -> None:
+        """Load the layers that are needed.
+
+        Args:
+            config: The checkpoint's.
+            weights: Its open files.
+            device: Where to run.
+            dtype: A floating-point dtype.
+            depth: How many layers to run, from 1 to the config's number.
+
+        Raises:
+            CheckpointError: Tensors are missing, damaged or of the wrong shape.
+        """
+        self.config, self.device, self.dtype, self.depth = config, device, dtype, depth
+        self._activation = ACTIVATIONS[config.activation]
+        _check_last_layer(weights, config)
+        read = CausalReader(weights, config, device, dtype)
+        self._words = read.tensor("model.embed_tokens.weight", (config.vocabulary, config.hidden))
+        self._norm = read.norm("model.norm")
+        self._layers = [read.layer(index) for index in range(depth)]
+        self._attend = causal_attention_for(
+            device, dtype, heads=config.heads(0), width=config.head_width
+        )
+        self._frequencies = _frequencies(config, device)
+
+    def last_states(self, pairs: Sequence[TokenPair]) -> Tensor:
+        """Return the normed output of each pair's last token; shape (n, hidden).
+
+        Args:
+            pairs: n >= 1 pairs; best in order of length, since neighbours of equal length share
+                one attention call.
+        """
+        layout = CausalLayout([len(pair) for pair in pairs], self.device)
+        states = self._embed(pairs)
+        for index in range(self.depth):
+            states, layout = self.before_layer(index, states, layout, pairs)
+            states = self._run_layer(index, states, layout)
+        return self._norm(states)
+
+    def before_layer(
+        self, index: int, states: Tensor, layout: CausalLayout, pairs: Sequence[TokenPair]
+    ) -> tuple[Tensor, CausalLayout]:
+        """Return what a layer takes in; families that change tokens on the way do it here.
+
+        Args:
+            index: The layer's, counted from 0.
+            states: Output of the layer before; shape (rows, hidden).
+            layout: Of these rows.
+            pairs: As they came in.
+        """
+        del index, pairs
+        return states, layout
+
+    def _embed(self, pairs: Sequence[TokenPair]) -> Tensor:
+        ids = torch.from_numpy(np.concatenate([pair.ids for pair in pairs])).to(self.device)
+        # Rounded to the dtype first, as Gemma was trained (huggingface/transformers#29402);
+        # MiniCPM's is a small whole number, or 1, which rounding leaves as it is.
+        scale = torch.tensor(self.config.embedding_scale, dtype=self.dtype)
+        return functional.embedding(ids, self._words) * scale
+
+    def _run_layer(self, index: int, states: Tensor, layout: CausalLayout) -> Tensor:
+        """Return the layer's output: of all tokens, or of each pair's last in the last layer."""
+        layer, config = self._layers[index], self.config
+        normed = layer.attention_norm(states)
+        key, value = layer.key_value(normed).chunk(2, dim=-1)
+        key = self._rotate(key, layout.positions, config.key_heads)
+        positions = layout.positions
+        if index == self.depth - 1:
+            states, normed, positions = (each[layout.last] for each in (states, normed, positions))
+        query = self._rotate(layer.query(normed), positions, config.query_heads)
+        attended = self._attend(query, key, value, layout, config.heads(index))
+        states = self._add(states, layer.attention_output(attended), layer.attention_end_norm)
+        gate, up = layer.gate_up(layer.feed_norm(states)).chunk(2, dim=-1)
+        fed = layer.down(self._activation(gate) * up)
+        return self._add(states, fed, layer.feed_end_norm)
+
+    def _add(self, states: Tensor, change: Tensor, norm: RmsNorm | None) -> Tensor:
+        change = change if norm is None else norm(change)
+        return states + change * self.config.residual_scale
+
+    def _rotate(self, rows: Tensor, positions: Tensor, heads: int) -> Tensor:
+        """Turn each head of each row by its position; shape (rows, heads * width) as before."""
+        angles = positions[:, None, None].float() * self._frequencies
+        cosine, sine = angles.cos(), angles.sin()
+        first, second = rows.view(len(rows), heads, -1).float().chunk(2, dim=-1)
+        turned = torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
+        return turned.to(rows.dtype).view(rows.shape)
+
+
+def _frequencies(config: CausalConfig, device: torch.device) -> Tensor:
+    """Return by what angle a step turns each pair of channels; float32, shape (width / 2,)."""
+    steps = torch.arange(0, config.head_width, 2, dtype=torch.float32) / config.head_width
+    return (1.0 / config.rotary_base**steps / config.rotary_factor).to(device)
+
+
+def _check_last_layer(weights: Weights, config: CausalConfig) -> None:
+    """Refuse to leave layers out by mistake: the model would run, and give other numbers."""
+    beyond = f"model.layers.{config.layers}.mlp.down_proj.weight"
+    if beyond in weights:
+        raise CheckpointError(
+            f"{weights.path} has the tensor {beyond}, but num_hidden_layers in config.json is "
+            f"{config.layers}; config and weights are not of one checkpoint."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class CausalReader:
+    """Reads the parts of a decoder from its tensors."""
+
+    weights: Weights
+    config: CausalConfig
+    device: torch.device
+    dtype: torch.dtype
+
+    def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        """Return a tensor on the device."""
+        stored = self.weights.tensor(name, shape)
+        # Copied even where nothing changes: a view of the file would die with it.
+        return stored.to(self.device, dtype or self.dtype, copy=True)
+
+    def row(self, name: str, index: int, shape: tuple[int, ...]) -> Tensor:
+        """Return a row of a tensor of this shape, in float32, without keeping the rest."""
+        row = self.weights.tensor(name, shape)[index]
+        return row.to(self.device, torch.float32, copy=True)
+
+    def norm(self, name: str) -> RmsNorm:
+        """Return a norm, in float32."""
+        weight = self.tensor(f"{name}.weight", (self.config.hidden,), torch.float32)
+        return RmsNorm(weight + float(self.config.norms_add_one), self.config.epsilon)
+
+    def layer(self, index: int) -> _Layer:
+        """Return a layer, counted from 0."""
+        name, config = f"model.layers.{index}", self.config
+        queries = config.query_heads * config.head_width
+        keys = config.key_heads * config.head_width
+        hidden, inner, bias = config.hidden, config.intermediate, config.attention_bias
+        after = config.norms_after
+        return _Layer(
+            attention_norm=self.norm(f"{name}.input_layernorm"),
+            query=self._linear([f"{name}.self_attn.q_proj"], queries, hidden, bias=bias),
+            key_value=self._linear(
+                [f"{name}.self_attn.k_proj", f"{name}.self_attn.v_proj"], keys, hidden, bias=bias
+            ),
+            attention_output=self._linear([f"{name}.self_attn.o_proj"], hidden, queries, bias=bias),
+            attention_end_norm=self.norm(f"{name}.post_attention_layernorm") if after else None,
+            feed_norm=self.norm(
+                f"{name}.pre_feedforward_layernorm" if after else f"{name}.post_attention_layernorm"
+            ),
+            gate_up=self._linear(
+                [f"{name}.mlp.gate_proj", f"{name}.mlp.up_proj"], inner, hidden, bias=False
+            ),
+            down=self._linear([f"{name}.mlp.down_proj"], hidden, inner, bias=False),
+            feed_end_norm=self.norm(f"{name}.post_feedforward_layernorm") if after else None,
+        )
+
+    def _linear(self, names: list[str], outputs: int, inputs: int, *, bias: bool) -> Linear:
+        """Return layers of equal size side by side as one."""
+        weight = torch.cat([self.tensor(f"{name}.weight", (outputs, inputs)) for name in names])
+        shift = None
+        if bias:
+            shift = torch.cat([self.tensor(f"{name}.bias", (outputs,)) for name in names])
+        return linear_maker(self.device, self.dtype)(weight, shift)

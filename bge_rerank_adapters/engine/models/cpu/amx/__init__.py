@@ -1,0 +1,1 @@
+"""Layers of this package's own kernels for CPUs with AMX."""

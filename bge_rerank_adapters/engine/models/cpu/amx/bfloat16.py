@@ -1,0 +1,326 @@
+"""An encoder's layers on a processor with AMX, by this package's own kernels.
+
+oneDNN leaves two thirds of such a processor's matrix units unused with the sizes that a reranker
+has (benchmarks/NOTES.md); `kernels/amx.h` says how they are kept busier. Where the library was not
+built, or the processor or the sizes are of other kinds, the layers of `encoder_layers` and
+`int8_layers` run.
+"""
+
+import ctypes
+import logging
+import os
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bge_rerank_adapters.engine.models.cpu.streams import in_parts
+from bge_rerank_adapters.engine.models.encoder.config import EncoderConfig
+from bge_rerank_adapters.engine.models.encoder.layers import EncoderReader, Norm, Parts, stacked
+from bge_rerank_adapters.engine.models.layers.attention import Layout
+
+_log = logging.getLogger(__name__)
+_SOURCES = Path(__file__).parents[1] / "kernels"
+_LIBRARY = _SOURCES / "libamx.so"
+# Bytes that a tile has side by side.
+_TILE_BYTES = 64
+# Weights take as long to be read as so many rows to be multiplied with them.
+_LEAST_ROWS = 64
+
+
+class NormVectors(ctypes.Structure):
+    """`struct norm` of the kernels."""
+
+    _fields_ = (("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p))
+
+
+class _Rest(ctypes.Structure):
+    _fields_ = (
+        ("hidden", ctypes.c_int64),
+        ("intermediate", ctypes.c_int64),
+        ("output", ctypes.c_void_p),
+        ("up", ctypes.c_void_p),
+        ("down", ctypes.c_void_p),
+        ("output_bias", ctypes.c_void_p),
+        ("up_bias", ctypes.c_void_p),
+        ("down_bias", ctypes.c_void_p),
+        ("attention_norm", NormVectors),
+        ("output_norm", NormVectors),
+        ("epsilon", ctypes.c_float),
+    )
+
+
+class _Found(NamedTuple):
+    """The kernels, or why there are none to be used."""
+
+    kernels: ctypes.CDLL | None
+    lack: str = ""
+
+
+@cache
+def _found() -> _Found:
+    if _is_limited():
+        return _Found(None, "ONEDNN_MAX_CPU_ISA leaves AMX out")
+    try:
+        library = ctypes.CDLL(str(_LIBRARY))
+    except OSError:
+        return _Found(None, "they were not built for this system")
+    library.bge_amx_sources.restype = ctypes.c_uint32
+    if library.bge_amx_sources() != _checksum():
+        _log.warning("%s is not of the sources beside it: install the package again", _LIBRARY)
+        return _Found(None, "they were built from other sources; install the package again")
+    if not library.bge_amx_supported():
+        return _Found(None, "this processor, or its system, has no AMX")
+    size, pointer = ctypes.c_int64, ctypes.c_void_p
+    library.bge_amx_pack.argtypes = (pointer, size, size, pointer)
+    library.bge_amx_pack.restype = None
+    linear = (pointer, size, size, size, size, size)
+    library.bge_amx_linear.argtypes = (*linear, pointer, pointer, pointer, size)
+    library.bge_amx_int8_linear.argtypes = (pointer, *linear, pointer, size)
+    library.bge_amx_attention.argtypes = (
+        *(pointer, pointer, pointer, pointer),
+        *(size, size, size, size, size, ctypes.c_int32, pointer),
+    )
+    for rest in (library.bge_amx_rest, library.bge_amx_int8_rest):
+        rest.argtypes = (pointer, pointer, pointer, size, pointer)
+    return _Found(library)
+
+
+def _checksum() -> int:
+    """Return that of the sources, which `hatch_build.py` gives the library."""
+    checksum = 0
+    for path in sorted(_SOURCES.glob("*.[ch]")):
+        checksum = zlib.crc32(path.read_bytes(), checksum)
+    return checksum
+
+
+def amx_lack() -> str | None:
+    """Return why the kernels are not used on this machine, or `None` if they are."""
+    found = _found()
+    return None if found.kernels else found.lack
+
+
+def _is_limited() -> bool:
+    """Return whether who started this process limits oneDNN to processors without AMX."""
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    return bool(limit) and limit not in ("DEFAULT", "ALL") and "AMX" not in limit
+
+
+def kernels() -> ctypes.CDLL:
+    """Return the kernels, on a machine that `amx_runs` says to have them."""
+    found = _found().kernels
+    if found is None:
+        raise RuntimeError("The kernels for AMX do not run here; ask amx_runs() first.")
+    return found
+
+
+def amx_runs(
+    config: EncoderConfig, device: torch.device, dtype: torch.dtype, *, int8: bool = False
+) -> bool:
+    """Return whether the kernels run on this machine, for such a model.
+
+    Args:
+        config: Of the model; sizes that fill tiles do, and the exact GELU.
+        device: Where the model is to run.
+        dtype: Of its activations.
+        int8: Whether its layers are to be in 8 bits.
+    """
+    step = _TILE_BYTES // (1 if int8 else 2)
+    # Attention is in bfloat16 always.
+    steps = (config.hidden, step), (config.intermediate, step), (config.hidden // config.heads, 32)
+    return (
+        device.type == "cpu"
+        and dtype == torch.bfloat16
+        and config.activation == "gelu"
+        and all(size % each == 0 for size, each in steps)
+        and amx_lack() is None
+    )
+
+
+def amx_layer(read: EncoderReader, index: int) -> "AmxLayer":
+    """Return the layer at a position counted from 0, in bfloat16."""
+    config, parts = read.config, read.layer_parts(index, torch.bfloat16)
+    width = config.hidden // config.heads
+    query, key_value = parts.projections
+    projections = parts.projections if read.is_last(index) else (stacked(query, key_value),)
+    return AmxLayer(
+        projections=tuple(AmxLinear(*each, slice_width=width) for each in projections),
+        rest=AmxRest(
+            (parts.attention_output, parts.up, parts.down),
+            (parts.attention_norm, parts.output_norm),
+        ),
+    )
+
+
+def amx_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, heads: int) -> Tensor:
+    """Let each pair of a pack attend to itself.
+
+    Args:
+        query: Shape (heads, rows, width of a head), contiguous as the others; a row for each one
+            of key and value, or one for each pair.
+        key: Likewise.
+        value: Likewise.
+        layout: Of the pack.
+        heads: Their number.
+
+    Returns:
+        The attended values, shape (rows of the query, heads * width).
+    """
+    rows, width = query.shape[1:]
+    out = query.new_empty(rows, heads * width)
+    pairs, single = len(layout.lengths), rows != key.shape[1]
+
+    def make(begin: int, end: int) -> None:
+        check(
+            kernels().bge_amx_attention(
+                *(query.data_ptr(), key.data_ptr(), value.data_ptr(), layout.bounds.data_ptr()),
+                *(pairs, heads, begin, end, width, single, out.data_ptr()),
+            )
+        )
+
+    in_parts(heads, 1 if key.shape[1] > _LEAST_ROWS else heads, make)
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class AmxLayer:
+    """One layer.
+
+    Attributes:
+        projections: As in `encoder_layers.Layer`; their outputs lie head by head, shape
+            (outputs / width of a head, rows, width of a head).
+        rest: All that comes after attention, from states and what was attended.
+    """
+
+    projections: tuple[Callable[[Tensor], Tensor], ...]
+    rest: Callable[[Tensor, Tensor], Tensor]
+
+    def project(self, states: Tensor) -> tuple[Tensor, ...]:
+        """Return query, key and value for states of shape (rows, hidden), head by head."""
+        return self.projections[0](states).chunk(3)
+
+    def project_last(self, states: Tensor, first: Tensor) -> tuple[Tensor, ...]:
+        """Return the query for the pairs' first tokens, and key and value for all."""
+        return self.projections[0](first), *self.projections[1](states).chunk(2)
+
+
+class AmxLinear:
+    """A linear layer in bfloat16 whose outputs lie slice by slice."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, *, slice_width: int) -> None:
+        """Lay out the weight, shape (outputs, inputs); the original is not kept.
+
+        Args:
+            weight: In bfloat16.
+            bias: Shape (outputs,).
+            slice_width: How many outputs lie together, a divisor of their number.
+        """
+        self._outputs, self._inputs = weight.shape
+        self._weight, self._bias = packed(weight), bias.float()
+        self._slice = slice_width
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """Return the outputs for states of shape (rows, inputs), contiguous.
+
+        Shape (outputs / slice width, rows, slice width).
+        """
+
+        def make(begin: int, end: int, out: Tensor) -> int:
+            status: int = kernels().bge_amx_linear(
+                *(states.data_ptr(), len(states), begin, end, self._inputs, self._outputs),
+                *(self._weight.data_ptr(), self._bias.data_ptr(), out.data_ptr(), self._slice),
+            )
+            return status
+
+        return by_slices(states, self._outputs, self._slice, make)
+
+
+class AmxRest:
+    """What comes after attention in a layer: its output, the feed-forward block and both norms."""
+
+    def __init__(self, linears: tuple[Parts, Parts, Parts], norms: tuple[Norm, Norm]) -> None:
+        """Lay out the weights; the originals are not kept.
+
+        Args:
+            linears: Attention's output, and the feed-forward block's two, weights in bfloat16.
+            norms: After attention, and after the block.
+        """
+        weights = [packed(weight) for weight, _ in linears]
+        biases = [bias.float() for _, bias in linears]
+        vectors, structures = norm_vectors(norms)
+        # The kernel has addresses alone.
+        self._kept = weights, biases, vectors
+        intermediate, hidden = linears[1][0].shape
+        self._layer = _Rest(
+            *(hidden, intermediate),
+            *(each.data_ptr() for each in (*weights, *biases)),
+            *(*structures, norms[0].epsilon),
+        )
+
+    def __call__(self, states: Tensor, attended: Tensor) -> Tensor:
+        """Return the layer's output for states and what their attention gave.
+
+        All have shape (rows, hidden) and are contiguous.
+        """
+        return by_rows(kernels().bge_amx_rest, self._layer, states, attended)
+
+
+def packed(weight: Tensor) -> Tensor:
+    """Return a weight of shape (outputs, inputs), of 8 or 16 bits, as the kernels read it."""
+    weight = weight.contiguous()
+    out = torch.empty_like(weight)
+    outputs, inputs = weight.shape
+    if outputs % 32 or inputs * weight.element_size() % _TILE_BYTES:
+        raise ValueError(f"A weight of {outputs} outputs and {inputs} inputs fills no tiles.")
+    pieces = inputs * weight.element_size() // 2
+    kernels().bge_amx_pack(weight.data_ptr(), outputs, pieces, out.data_ptr())
+    return out
+
+
+def norm_vectors(norms: tuple[Norm, Norm]) -> tuple[list[Tensor], list[NormVectors]]:
+    """Return the norms' vectors in float32, and structures with their addresses."""
+    vectors = [vector.float() for norm in norms for vector in (norm.weight, norm.bias)]
+    first, second, third, fourth = (vector.data_ptr() for vector in vectors)
+    return vectors, [NormVectors(first, second), NormVectors(third, fourth)]
+
+
+def by_slices(
+    states: Tensor, outputs: int, width: int, make: Callable[[int, int, Tensor], int]
+) -> Tensor:
+    """Return what a kernel makes of states, of shape (outputs / width, rows, width).
+
+    Args:
+        states: Shape (rows, inputs).
+        outputs: For each row.
+        width: Of a slice.
+        make: Makes those from a row to another, and returns whether it failed.
+    """
+    out = states.new_empty(outputs // width, len(states), width)
+    in_parts(len(states), _LEAST_ROWS, lambda begin, end: check(make(begin, end, out)))
+    return out
+
+
+def by_rows(
+    kernel: Callable[..., int], layer: ctypes.Structure, states: Tensor, attended: Tensor
+) -> Tensor:
+    """Return what a kernel for the rest of a layer gives, all of shape (rows, hidden)."""
+    out = torch.empty_like(states)
+    row = states.shape[1] * states.element_size()
+
+    def make(begin: int, end: int) -> None:
+        before, between, after = (each.data_ptr() + begin * row for each in (states, attended, out))
+        check(kernel(ctypes.addressof(layer), before, between, end - begin, after))
+
+    in_parts(len(states), _LEAST_ROWS, make)
+    return out
+
+
+def check(status: int) -> None:
+    """Raise an error that the engine knows if a kernel has failed."""
+    if status:
+        raise MemoryError("There is not enough memory for a pack's intermediate results.")

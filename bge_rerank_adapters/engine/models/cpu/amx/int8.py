@@ -1,0 +1,184 @@
+"""An encoder's layers in 8 bits, on a processor with AMX, by this package's own kernels.
+
+They make codes, scale sums back, activate and norm beside the products, so each row of states has a
+range of its own, as `int8.Int8Linear` gives it; no range has to be settled.
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from bge_rerank_adapters.engine.models.cpu.amx.bfloat16 import (
+    AmxLayer,
+    NormVectors,
+    by_rows,
+    by_slices,
+    kernels,
+    norm_vectors,
+    packed,
+)
+from bge_rerank_adapters.engine.models.cpu.onednn.int8 import smoothing
+from bge_rerank_adapters.engine.models.cpu.onednn.int8_layers import LayerSample
+from bge_rerank_adapters.engine.models.encoder.layers import LayerParts, Norm, Parts, stacked
+
+# Inner numbers of a feed-forward block that are made at a time, and have a range for each row.
+_CHUNK = 1024
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = (
+        ("packed", ctypes.c_void_p),
+        ("step", ctypes.c_void_p),
+        ("sums", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("factor", ctypes.c_void_p),
+    )
+
+
+class _Rest(ctypes.Structure):
+    _fields_ = (
+        ("hidden", ctypes.c_int64),
+        ("intermediate", ctypes.c_int64),
+        ("chunk", ctypes.c_int64),
+        ("output", _Linear),
+        ("up", _Linear),
+        ("down", _Linear),
+        ("attention_norm", NormVectors),
+        ("output_norm", NormVectors),
+        ("epsilon", ctypes.c_float),
+    )
+
+
+def amx_int8_layer(parts: LayerParts, sample: LayerSample, *, heads: int, last: bool) -> AmxLayer:
+    """Return a layer.
+
+    Args:
+        parts: What it is made of, in float32.
+        sample: What runs through it, which tells the channels that reach far.
+        heads: Number of attention heads.
+        last: Whether it is the last layer, where all but key and value are for first tokens, which
+            are no ordinary ones.
+    """
+    query, key_value = parts.projections
+    width = len(query[0]) // heads
+    states, attended = smoothing(sample.states), smoothing(sample.attended)
+    projections = (
+        [(query, None), (key_value, states)] if last else [(stacked(query, key_value), states)]
+    )
+    return AmxLayer(
+        projections=tuple(
+            AmxInt8Linear(*each, divisor=divisor, slice_width=width)
+            for each, divisor in projections
+        ),
+        rest=AmxInt8Rest(
+            (parts.attention_output, parts.up, parts.down),
+            (None, None) if last else (attended, smoothing(sample.middle)),
+            (parts.attention_norm, parts.output_norm),
+        ),
+    )
+
+
+class _Quantised:
+    """A weight with a step for each output, and what goes with it."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        divisor: Tensor | None = None,
+        *,
+        chunk: int | None = None,
+    ) -> None:
+        """Quantise a weight of shape (outputs, inputs).
+
+        Args:
+            weight: In float32.
+            bias: Shape (outputs,).
+            divisor: What each input is divided by before it is quantised.
+            chunk: How many inputs have a range of their own; all of them unless given.
+        """
+        exact = weight if divisor is None else weight * divisor
+        step = exact.abs().amax(dim=1).clamp_min_(1e-30) / 127.0
+        rounded = (exact / step[:, None]).round_()
+        sums = [
+            part.sum(dim=1) * step for part in torch.split(rounded, chunk or weight.shape[1], dim=1)
+        ]
+        self._kept = [
+            *(packed(rounded.to(torch.int8)), step, torch.stack(sums), bias.float()),
+            *([] if divisor is None else [divisor.reciprocal()]),
+        ]
+        self.structure = _Linear(*(each.data_ptr() for each in self._kept))
+
+
+class AmxInt8Linear:
+    """A linear layer in 8 bits whose outputs lie slice by slice."""
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor, *, divisor: Tensor | None, slice_width: int
+    ) -> None:
+        """Quantise the weight, shape (outputs, inputs); the original is not kept.
+
+        Args:
+            weight: In float32.
+            bias: Shape (outputs,).
+            divisor: What each input is divided by before it is quantised.
+            slice_width: How many outputs lie together, a divisor of their number.
+        """
+        self._outputs, self._inputs = weight.shape
+        self._weight, self._slice = _Quantised(weight, bias, divisor), slice_width
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """Return the outputs for states of shape (rows, inputs), in bfloat16 and contiguous.
+
+        Shape (outputs / slice width, rows, slice width).
+        """
+        layer = ctypes.addressof(self._weight.structure)
+
+        def make(begin: int, end: int, out: Tensor) -> int:
+            status: int = kernels().bge_amx_int8_linear(
+                *(layer, states.data_ptr(), len(states), begin, end, self._inputs, self._outputs),
+                *(out.data_ptr(), self._slice),
+            )
+            return status
+
+        return by_slices(states, self._outputs, self._slice, make)
+
+
+class AmxInt8Rest:
+    """What comes after attention in a layer: its output, the feed-forward block and both norms."""
+
+    def __init__(
+        self,
+        linears: tuple[Parts, Parts, Parts],
+        divisors: tuple[Tensor | None, Tensor | None],
+        norms: tuple[Norm, Norm],
+    ) -> None:
+        """Quantise the weights; the originals are not kept.
+
+        Args:
+            linears: Attention's output, and the feed-forward block's two, in float32.
+            divisors: What the inputs of the first two are divided by before they are quantised.
+            norms: After attention, and after the block.
+        """
+        output, up, down = linears
+        self._weights = (
+            _Quantised(*output, divisors[0]),
+            _Quantised(*up, divisors[1]),
+            _Quantised(*down, chunk=_CHUNK),
+        )
+        # The kernel has addresses alone.
+        self._vectors, structures = norm_vectors(norms)
+        intermediate, hidden = up[0].shape
+        self._layer = _Rest(
+            *(hidden, intermediate, min(_CHUNK, intermediate)),
+            *(each.structure for each in self._weights),
+            *(*structures, norms[0].epsilon),
+        )
+
+    def __call__(self, states: Tensor, attended: Tensor) -> Tensor:
+        """Return the layer's output for states and what their attention gave.
+
+        All have shape (rows, hidden), are in bfloat16 and contiguous.
+        """
+        return by_rows(kernels().bge_amx_int8_rest, self._layer, states, attended)

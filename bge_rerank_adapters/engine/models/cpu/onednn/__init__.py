@@ -1,0 +1,1 @@
+"""Layers whose products are oneDNN's."""

@@ -1,0 +1,350 @@
+"""Linear layers in 8-bit integers, on a processor.
+
+Their product is an operator that torch keeps private (its compiler emits it), so it is tried once
+on a small product, and left alone where it is missing or wrong.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from bge_rerank_adapters.engine.models.layers.linear import Activation, filled_up, has_onednn
+
+# Rows that are taken through several steps at a time: what lies between steps stays in the cache.
+# Without blocks it cost as much as the integers saved. Smaller ones take more steps, each of which
+# waits for threads to wake where another thread of the process uses torch.
+_BLOCK_ROWS = 512
+_ENCODED_ROWS = 256
+# How many times as far as the median channel one may reach, beyond which it is divided.
+_MOST_REACH = 2.0
+# Added to a float32 below 2**22 in size, it leaves no room for a fraction, so that the sum's last
+# bits are the nearest integer: rounding for the price of an addition, where round() takes ten.
+_ROUNDING = 1.5 * 2**23
+_ROUNDING_BITS = 0x4B400000
+# A settled range reaches so many times as far as the median row of the sample does. With less room
+# some row of most packs is beyond it, with more there are fewer steps for all.
+_ROOM = 2.5
+# What a GELU gives at least, rounded down.
+_LEAST_GELU = -0.17
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Steps for all rows: a value is about (code - zero) * scale."""
+
+    scale: float
+    zero: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Settled:
+    """A layer's range, what states are multiplied by for it, and the bias without its zero."""
+
+    range: Range
+    inverse: Tensor | float
+    bias: Tensor
+
+
+class Int8Linear:
+    """A layer whose product runs on unsigned 8-bit states and signed 8-bit weights.
+
+    Weights have a scale per output. States have one per row, that is per token: in large
+    XLM-RoBERTa models a few tokens (`<s>`, `</s>`) carry values many times larger than all others
+    do (Bondarenko et al. 2021, arXiv:2109.12948), and a scale per tensor would leave the others
+    two or three steps. A few channels are larger than others as well (Kovaleva et al. 2021,
+    arXiv:2105.06990), which no scale per token can mend: `smoothing` moves their size into the
+    weights.
+
+    A scale per row has to be multiplied in after the product. One that is the same for all rows is
+    for the product itself to apply, with residual, activation and rounding. So a sample tells the
+    range of ordinary rows, and those that reach beyond it keep a scale each.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        activation: Activation | None = None,
+        *,
+        sample: Tensor | None = None,
+        after_gelu: bool = False,
+    ) -> None:
+        """Quantise the weight.
+
+        Args:
+            weight: Shape (outputs, inputs), in a floating-point dtype.
+            bias: Shape (outputs,).
+            activation: Applied to the outputs.
+            sample: States like those to come, shape (rows, inputs); with `None` each row has a
+                range of its own, and channels are left as they are.
+            after_gelu: Whether states are a GELU's, which another layer may give as codes.
+        """
+        exact = weight.float()
+        # Codes have one scale for all channels.
+        factor = None if sample is None or after_gelu else smoothing(sample)
+        self._divisor = None if factor is None else factor.reciprocal()
+        if factor is not None:
+            exact = exact * factor
+        scale = exact.abs().amax(dim=1).clamp_min(1e-30) / 127.0
+        rounded = (exact / scale[:, None]).round_().clamp_(-127, 127)
+        self._weight = torch.ops.onednn.qlinear_prepack(rounded.to(torch.int8), None)
+        self._scale, self._zeros = scale, torch.zeros_like(scale, dtype=torch.int32)
+        self._sums = rounded.sum(dim=1) * scale
+        self._bias, self.activation = bias.float(), activation
+        self._least = _LEAST_GELU if after_gelu else None
+        self._settled: _Settled | None = None
+        if sample is not None and fused_works(sample.dtype):
+            self.settle(sample)
+
+    def __call__(self, states: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Return the outputs for states of shape (rows, inputs)."""
+        if self._settled is None or self.activation is not None:
+            return self.by_row(states, residual)
+        codes, outside = self.encode(states)
+        out = self.product(codes, states.dtype, residual)
+        if outside is not None:
+            others = None if residual is None else residual[outside]
+            out[outside] = self.by_row(states[outside], others)
+        return out
+
+    @property
+    def range(self) -> Range | None:
+        """The range that was settled, if it was."""
+        return None if self._settled is None else self._settled.range
+
+    def by_row(self, states: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Return the outputs likewise, each row in a range of its own."""
+        out = states.new_empty(len(states), len(self._scale))
+        blocks = zip(*(torch.split(each, _BLOCK_ROWS) for each in (states, out)), strict=True)
+        for block, block_out in blocks:
+            block_out.copy_(self._block(block))
+        return out if residual is None else out.add_(residual)
+
+    def settle(self, sample: Tensor) -> None:
+        """Fix the range of ordinary rows, unless all of the sample are zero or not finite."""
+        found = _ordinary_range(_divided(sample, self._divisor), self._least)
+        if found is not None:
+            inverse = 1.0 / found.scale if self._divisor is None else self._divisor / found.scale
+            bias = self._bias - found.zero * found.scale * self._sums
+            self._settled = _Settled(found, inverse, bias)
+
+    def encode(self, states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return states in the settled range as uint8, and which rows it does not hold, if any."""
+        settled, last = self._get_settled(), _steps()
+        shift = settled.range.zero + _ROUNDING
+        codes = torch.empty(states.shape, dtype=torch.uint8)
+        # In place, since memory taken anew costs more than the sums.
+        scratch = torch.empty(min(_ENCODED_ROWS, len(states)), states.shape[1])
+        bits = scratch.view(torch.int32)
+        blocks = zip(*(torch.split(each, _ENCODED_ROWS) for each in (states, codes)), strict=True)
+        for block, block_codes in blocks:
+            scratch[: len(block)].copy_(block).mul_(settled.inverse).add_(shift)
+            # As bits, which are ordered as positive numbers are and have NaN at an end.
+            block_codes.copy_(bits[: len(block)].clamp_(_ROUNDING_BITS, _ROUNDING_BITS + last))
+        # What is beyond has become the first code or the last.
+        if int(codes.amin()) > 0 and int(codes.amax()) < last:
+            return codes, None
+        return codes, _outside((codes.amin(1) > 0) & (codes.amax(1) < last))
+
+    def product(self, codes: Tensor, dtype: torch.dtype, residual: Tensor | None = None) -> Tensor:
+        """Return the outputs for states as `encode` gives them, without the activation."""
+        given = self._given(codes)
+        out: Tensor
+        if residual is None:
+            out = torch.ops.onednn.qlinear_pointwise(
+                *given, self._get_settled().bias, 1.0, 0, dtype, "none", [], ""
+            )
+        else:
+            out = torch.ops.onednn.qlinear_pointwise.binary(
+                *(*given, filled_up(residual), self._get_settled().bias),
+                *(1.0, 0, dtype, 1.0, 0, "add", 1.0, "none", [], ""),
+            )
+        return out[: len(codes)]
+
+    def gelu_codes(self, codes: Tensor, target: Range) -> tuple[Tensor, Tensor | None]:
+        """Return the GELU of the outputs in another range, and which rows that does not hold."""
+        out: Tensor = torch.ops.onednn.qlinear_pointwise(
+            *(*self._given(codes), self._get_settled().bias),
+            *(target.scale, target.zero, torch.uint8, "gelu", [], "none"),
+        )
+        out = out[: len(codes)]
+        return out, _outside(out.amax(1) < _steps())
+
+    def _given(self, codes: Tensor) -> tuple[Tensor, float, int, Tensor, Tensor, Tensor]:
+        scale = self._get_settled().range.scale
+        return filled_up(codes), scale, 0, self._weight, self._scale, self._zeros
+
+    def _get_settled(self) -> _Settled:
+        if self._settled is None:
+            raise RuntimeError("the range is not settled")
+        return self._settled
+
+    def _block(self, states: Tensor) -> Tensor:
+        """Return the outputs for some rows, in float32, which is rounded once at the end."""
+        quantised, scale, zero = _quantise(_divided(states, self._divisor))
+        product: Tensor = torch.ops.onednn.qlinear_pointwise(
+            *(filled_up(quantised), 1.0, 0, self._weight, self._scale, self._zeros),
+            *(None, 1.0, 0, torch.float32, "none", [], ""),
+        )
+        # A state is (q - zero) * scale, so a sum of them times weights is likewise.
+        out = product[: len(states)].addcmul_(zero, self._sums, value=-1.0)
+        out = out.mul_(scale).add_(self._bias)
+        return out if self.activation is None else self.activation(out)
+
+
+class Int8FeedForward:
+    """Two layers; what the first gives the second stays in 8 bits where ranges are settled."""
+
+    def __init__(self, up: Int8Linear, down: Int8Linear) -> None:
+        """Take the layers: one with an activation, and one for what a GELU gives."""
+        self._up, self._down = up, down
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """Return the outputs plus the states, shape (rows, hidden)."""
+        target, fused = self._down.range, self._up.activation is functional.gelu
+        if not fused or target is None or self._up.range is None:
+            return self._by_row(states)
+        codes, outside = self._up.encode(states)
+        inner, beyond = self._up.gelu_codes(codes, target)
+        out = self._down.product(inner, states.dtype, states)
+        if outside is not None or beyond is not None:
+            # A row that the first range does not hold is mostly beyond the second as well.
+            rows = torch.unique(torch.cat([each for each in (outside, beyond) if each is not None]))
+            out[rows] = self._by_row(states[rows])
+        return out
+
+    def _by_row(self, states: Tensor) -> Tensor:
+        return self._down.by_row(self._up.by_row(states), states)
+
+
+def _divided(states: Tensor, inverse: Tensor | None) -> Tensor:
+    return states if inverse is None else states * inverse
+
+
+def _outside(inside: Tensor) -> Tensor | None:
+    """Return the rows that are not inside, of which there are mostly none."""
+    return None if bool(inside.all()) else inside.logical_not_().nonzero().squeeze(1)
+
+
+def _ordinary_range(states: Tensor, least: float | None) -> Range | None:
+    """Return a range for ordinary rows like those of a sample; `None` if none are finite.
+
+    Args:
+        states: The sample, shape (rows, inputs).
+        least: What no state is below; `None` is for the sample to tell.
+    """
+    high = _reach(states.amax(dim=1).float())
+    low = _reach(states.amin(dim=1).float().neg_()) if least is None else -least
+    if high + low == 0.0:
+        return None
+    # The first and the last step are for what is beyond.
+    scale = (high + low) / (_steps() - 3)
+    return Range(scale, 1 + round(low / scale))
+
+
+def _reach(largest: Tensor) -> float:
+    """Return how far a range should reach for rows that reach so far; 0 if none is finite."""
+    largest = largest[largest.isfinite()].clamp_min_(0.0)
+    return _ROOM * float(largest.median()) if len(largest) else 0.0
+
+
+def _quantise(states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Spread each row's range, from its least to its largest value or zero, over the steps.
+
+    Returns:
+        q as uint8, and in float32, of shape (rows, 1), each row's scale and zero, an integer: a
+        state is about (q - zero) * scale. Scale and zero of a row with NaN are NaN.
+    """
+    least = states.amin(dim=1, keepdim=True).float().clamp_max(0.0)
+    largest = states.amax(dim=1, keepdim=True).float().clamp_min(0.0)
+    # One step less than there are, since zero is rounded too.
+    scale = (largest - least) / (_steps() - 1)
+    scale = scale.clamp_min(torch.finfo(torch.float32).tiny)
+    inverse = scale.reciprocal()
+    zero = (least * -inverse).round_()
+    sums = (states * inverse).add_(zero + _ROUNDING)
+    return sums.view(torch.int32).to(torch.uint8), scale, zero
+
+
+@cache
+def int8_works() -> bool:
+    """Return whether the 8-bit product runs here, and is exact."""
+    return has_onednn() and _exact_up_to(127)
+
+
+@cache
+def fused_works(dtype: torch.dtype) -> bool:
+    """Return whether the product also applies scales, residual and GELU here, and is right.
+
+    Not with 127 steps, which leave no room: nDCG@10 fell by 0.005 (benchmarks/NOTES.md).
+    """
+    if _steps() < 255:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    weight, states = (torch.randn(16, 16, generator=generator) for _ in range(2))
+    bias, states = weight[0].clone(), states.to(dtype)
+    up = Int8Linear(weight, bias, functional.gelu)
+    down = Int8Linear(weight, bias, after_gelu=True)
+    inner = up.by_row(states)
+    exact = down.by_row(inner, states), down.by_row(inner)
+    up.settle(states)
+    down.settle(inner)
+    try:
+        outs = Int8FeedForward(up, down)(states), down(inner)
+    except (AttributeError, RuntimeError):
+        return False
+    return all(
+        out.dtype == dtype and bool((out - each).norm() < 0.05 * each.norm())
+        for out, each in zip(outs, exact, strict=True)
+    )
+
+
+@cache
+def _steps() -> int:
+    """Return how many steps a state may have: 255, or 127 where 255 overflow.
+
+    Processors without VNNI add pairs of 8-bit products in 16 bits, which 255 * 127 * 2 does not
+    fit but 127 * 127 * 2 does (Intel's oneDNN guide, "Nuances of int8 computations").
+    """
+    return 255 if _exact_up_to(255) else 127
+
+
+def _exact_up_to(largest: int) -> bool:
+    """Return whether a product of the largest values is exact."""
+    weight = torch.full((32, 64), 127, dtype=torch.int8)
+    states = torch.full((8, 64), largest, dtype=torch.uint8)
+    ones, zeros = torch.ones(32), torch.zeros(32, dtype=torch.int32)
+    try:
+        packed = torch.ops.onednn.qlinear_prepack(weight, None)
+        out = torch.ops.onednn.qlinear_pointwise(
+            states, 1.0, 0, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+    except (AttributeError, RuntimeError):
+        return False
+    return bool((out == 64.0 * 127 * largest).all())
+
+
+def smoothing(sample: Tensor) -> Tensor | None:
+    """Return what to divide each input of a layer by before it is quantised.
+
+    What is large in a channel is moved into its weights, as in SmoothQuant (Xiao et al. 2022,
+    arXiv:2211.10438), but wholly, and only where it would leave fewer steps for all others: with
+    an equal share for both, or with all channels, more rows were beyond the range, or logits
+    further off. Weights have a scale per output, which one channel of many hardly widens.
+
+    Args:
+        sample: States like those to come, shape (rows, inputs).
+
+    Returns:
+        Shape (inputs,), 1 for an ordinary channel; `None` if all are ordinary.
+    """
+    reach = sample.float().abs().amax(dim=0)
+    # By zero, where most channels are silent, it is not finite.
+    reach = reach / reach.median()
+    outliers = (reach > _MOST_REACH) & reach.isfinite()
+    if not bool(outliers.any()):
+        return None
+    return torch.where(outliers, reach / _MOST_REACH, torch.ones_like(reach))

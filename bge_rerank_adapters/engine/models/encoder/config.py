@@ -1,0 +1,124 @@
+"""What of an encoder's `config.json` decides how it is computed."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bge_rerank_adapters.engine.models.layers.activations import ACTIVATIONS
+from bge_rerank_adapters.errors import CheckpointError, UnsupportedCheckpointError
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderConfig:
+    """What of `config.json` decides how an encoder is computed.
+
+    Attributes:
+        prefix: What the names of the encoder's tensors begin with.
+        layers: Number of layers.
+        hidden: Width of a token's vector.
+        heads: Number of attention heads.
+        intermediate: Width inside a feed-forward block.
+        vocabulary: Number of rows of the word embeddings.
+        positions: Number of rows of the position embeddings.
+        types: Number of rows of the token type embeddings.
+        epsilon: Of every layer norm.
+        activation: Name of the feed-forward block's activation.
+        pad_id: Id of the padding token; RoBERTa counts positions from the one after it.
+        counts_from_pad: Whether it does so; BERT counts from 0.
+    """
+
+    prefix: str
+    layers: int
+    hidden: int
+    heads: int
+    intermediate: int
+    vocabulary: int
+    positions: int
+    types: int
+    epsilon: float
+    activation: str
+    pad_id: int
+    counts_from_pad: bool
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens of a pair that the positions allow."""
+        return self.positions - self.pad_id - 1 if self.counts_from_pad else self.positions
+
+
+# Model type to the prefix of its tensors, and whether positions count from the pad id.
+_ARCHITECTURES = {
+    "xlm-roberta": ("roberta", True),
+    "roberta": ("roberta", True),
+    "camembert": ("roberta", True),
+    "bert": ("bert", False),
+}
+
+
+ENCODER_TYPES = tuple(_ARCHITECTURES)
+
+
+def parse_config(config: dict[str, Any], *, folder: Path) -> EncoderConfig:
+    """Return the parts of `config.json` that matter.
+
+    Raises:
+        CheckpointError: An entry is missing or of the wrong type.
+        UnsupportedCheckpointError: The activation or the kind of positions is not known.
+    """
+    prefix, counts_from_pad = _ARCHITECTURES[config["model_type"]]
+    try:
+        parsed = EncoderConfig(
+            prefix=prefix,
+            layers=int(config["num_hidden_layers"]),
+            hidden=int(config["hidden_size"]),
+            heads=int(config["num_attention_heads"]),
+            intermediate=int(config["intermediate_size"]),
+            vocabulary=int(config["vocab_size"]),
+            positions=int(config["max_position_embeddings"]),
+            types=int(config["type_vocab_size"]),
+            epsilon=float(config.get("layer_norm_eps", 1e-12)),
+            activation=str(config.get("hidden_act", "gelu")),
+            pad_id=int(config.get("pad_token_id", 1 if counts_from_pad else 0)),
+            counts_from_pad=counts_from_pad,
+        )
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: missing or unusable: {error}.") from error
+    _check_sizes(parsed, folder / "config.json")
+    if parsed.activation not in ACTIVATIONS:
+        raise UnsupportedCheckpointError(
+            f"{folder / 'config.json'}: hidden_act {parsed.activation!r} is not known; "
+            f"supported are {', '.join(ACTIVATIONS)}."
+        )
+    if config.get("position_embedding_type", "absolute") != "absolute":
+        raise UnsupportedCheckpointError(
+            f"{folder / 'config.json'}: position_embedding_type must be 'absolute', "
+            f"got {config['position_embedding_type']!r}."
+        )
+    return parsed
+
+
+def _check_sizes(config: EncoderConfig, path: Path) -> None:
+    """Refuse numbers that no model has, which would fail or give nonsense once it runs."""
+    heads = config.heads
+    rules = (
+        ("num_hidden_layers", config.layers, "at least 1", config.layers >= 1),
+        ("num_attention_heads", heads, "at least 1", heads >= 1),
+        (
+            "hidden_size",
+            config.hidden,
+            f"a multiple of num_attention_heads ({heads})",
+            config.hidden >= 1 and config.hidden % max(1, heads) == 0,
+        ),
+        ("pad_token_id", config.pad_id, "at least 0", config.pad_id >= 0),
+        (
+            "max_position_embeddings",
+            config.positions,
+            "enough for a text",
+            config.max_tokens >= 1,
+        ),
+        ("type_vocab_size", config.types, "at least 1", config.types >= 1),
+        ("layer_norm_eps", config.epsilon, "from 0 to 1", 0.0 <= config.epsilon <= 1.0),
+    )
+    for name, value, rule, is_kept in rules:
+        if not is_kept:
+            raise CheckpointError(f"{path}: {name} must be {rule}, got {value}.")

@@ -1,0 +1,1 @@
+"""Layers that run on any device."""

@@ -1,0 +1,295 @@
+"""Attention over packs: each pair attends to itself alone, without a mask over the whole row."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import groupby
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from bge_rerank_adapters.engine.models.cpu.streams import in_one_thread
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Neighbouring pairs of equal length in a pack: rows `start` to `start + pairs * tokens`."""
+
+    start: int
+    pairs: int
+    tokens: int
+
+
+class Layout:
+    """Where each pair of a pack begins and ends.
+
+    Attributes:
+        lengths: Number of tokens of each of the n pairs.
+        device: Where the model runs.
+        groups: Runs of pairs of equal length, which one call can serve.
+        bounds: Row at which each pair begins, and the end of the last; int32, shape (n + 1,).
+        first: Row of each pair's first token; int64, shape (n,).
+        counts: 0 to n; int32, shape (n + 1,): the bounds of rows of one query each.
+    """
+
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+        """Take the lengths, in the order in which the pairs stand in the row."""
+        self.lengths = list(lengths)
+        self.device = device
+        self.groups: list[Group] = []
+        start = 0
+        for tokens, run in groupby(self.lengths):
+            pairs = len(list(run))
+            self.groups.append(Group(start, pairs, tokens))
+            start += pairs * tokens
+        self.bounds = torch.from_numpy(np.cumsum([0, *self.lengths], dtype=np.int32)).to(device)
+        self.first = self.bounds[:-1].long()
+        self.counts = torch.arange(len(self.lengths) + 1, dtype=torch.int32, device=device)
+
+
+# Pairs below this are served by torch's fused kernel in any dtype.
+_SHORT_TOKENS = 64
+_ROWS_STEP = 32
+_KEYS_STEP = 16
+# The pair that ways to attend are timed on, and how often; ten milliseconds at most.
+_TIMED_TOKENS = 192
+_TIMINGS = 6
+
+# From query, key and value of shapes (rows, heads * width) to the attended values; query has
+# either as many rows as key and value, or one per pair, which is the pair's first token's.
+Attention = Callable[[Tensor, Tensor, Tensor, Layout, int], Tensor]
+
+
+def grouped_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, heads: int
+) -> Tensor:
+    """Attend by one call for each run of pairs of equal length; runs on any device."""
+    single = len(query) != len(key)
+    attended = torch.empty_like(query)
+    begin = 0
+    for group in layout.groups:
+        rows = slice(group.start, group.start + group.pairs * group.tokens)
+        asked = slice(begin, begin + group.pairs) if single else rows
+        begin += group.pairs
+        attended[asked] = _attend(query[asked], key[rows], value[rows], group.pairs, heads)
+    return attended
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, pairs: int, heads: int) -> Tensor:
+    def split(rows: Tensor) -> Tensor:
+        return rows.reshape(pairs, -1, heads, rows.shape[-1] // heads).transpose(1, 2)
+
+    out = functional.scaled_dot_product_attention(split(query), split(key), split(value))
+    return out.transpose(1, 2).reshape(-1, query.shape[-1])
+
+
+def overlapping_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, heads: int
+) -> Tensor:
+    """Attend likewise, to a number of keys that suits AMX: for bfloat16 on a processor that has it.
+
+    There torch's fused kernel takes up to twice as long where the keys are no multiple of 16. So a
+    run of pairs takes in the rows after it as well, which a mask gives a weight of zero. NaN and
+    infinity outlast that: what is not finite in one pair can spoil the pair before it.
+    """
+    if len(query) != len(key):
+        return grouped_attention(query, key, value, layout, heads)
+    attended = torch.empty_like(query)
+    for group in layout.groups:
+        rows = slice(group.start, group.start + group.pairs * group.tokens)
+        keys = -(-group.tokens // _KEYS_STEP) * _KEYS_STEP
+        beyond = keys - group.tokens
+        if not beyond or group.tokens < _SHORT_TOKENS or rows.stop + beyond > len(key):
+            attended[rows] = _attend(query[rows], key[rows], value[rows], group.pairs, heads)
+            continue
+        mask = query.new_zeros(1, 1, 1, keys)
+        mask[..., group.tokens :] = float("-inf")
+        out = functional.scaled_dot_product_attention(
+            _windows(query, group, heads, group.tokens),
+            _windows(key, group, heads, keys),
+            _windows(value, group, heads, keys),
+            attn_mask=mask,
+        )
+        attended[rows] = out.transpose(1, 2).reshape(-1, query.shape[-1])
+    return attended
+
+
+def _windows(states: Tensor, group: Group, heads: int, rows: int) -> Tensor:
+    """Return, for each pair of a group, so many rows from its first; a view of the states.
+
+    Shape (pairs, heads, rows, width); with more rows than a pair has, windows overlap.
+    """
+    stride, width = states.stride(0), states.shape[1] // heads
+    return states.as_strided(
+        (group.pairs, heads, rows, width),
+        (group.tokens * stride, width, stride, 1),
+        states.storage_offset() + group.start * stride,
+    )
+
+
+def product_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, heads: int
+) -> Tensor:
+    """Attend by plain matrix products, one pair at a time: for bfloat16 on some processors.
+
+    With AVX512 alone torch's fused kernel takes nearly twice as long as oneDNN's own products,
+    which run here; with AMX it takes half as long. In float32, and for short pairs, it is as fast.
+    """
+    if len(query) != len(key):
+        return grouped_attention(query, key, value, layout, heads)
+    attended = torch.empty_like(query)
+    for group in layout.groups:
+        end = group.start + group.pairs * group.tokens
+        if group.tokens < _SHORT_TOKENS:
+            rows = slice(group.start, end)
+            attended[rows] = _attend(query[rows], key[rows], value[rows], group.pairs, heads)
+            continue
+        for start in range(group.start, end, group.tokens):
+            rows = slice(start, start + group.tokens)
+            attended[rows] = _products(query[start:], key[start:], value[rows], heads)
+    return attended
+
+
+def _products(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    """Attend over one pair.
+
+    oneDNN makes code for each size of a product and keeps it, so a pair is taken with the rows
+    after it that bring it to one of few sizes: those of other pairs for query and key, whose
+    scores are not used, and zeros for the value, which no weight can turn into something else.
+
+    Args:
+        query: Rows that begin with the pair's.
+        key: Likewise.
+        value: The rows of the pair alone.
+        heads: Number of attention heads.
+    """
+    tokens, hidden = value.shape
+    rows = -(-tokens // _ROWS_STEP) * _ROWS_STEP
+
+    def split(states: Tensor) -> Tensor:
+        taken = states[:rows]
+        if len(taken) < rows:
+            taken = functional.pad(taken, (0, 0, 0, rows - len(taken)))
+        return taken.view(rows, heads, -1).transpose(0, 1)
+
+    # Copied: oneDNN's product gains more from a key that lies head by head than the copy costs.
+    keys = split(key).contiguous().transpose(1, 2)
+    scores = torch.bmm(split(query) * (hidden // heads) ** -0.5, keys)
+    scores[:, :, tokens:] = float("-inf")
+    # It sums in float32, whatever the dtype.
+    out = torch.bmm(torch.softmax(scores, dim=-1), split(value))
+    return out[:, :tokens].transpose(0, 1).reshape(tokens, hidden)
+
+
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, heads: int
+) -> Tensor:
+    """Attend by one call for the whole pack; CUDA in half precision alone."""
+    # Imported here: torch before 2.10 lacks it.
+    from torch.nn.attention.varlen import varlen_attn
+
+    def split(rows: Tensor) -> Tensor:
+        return rows.reshape(len(rows), heads, -1)
+
+    single = len(query) != len(key)
+    longest = max(layout.lengths)
+    out = varlen_attn(
+        split(query),
+        split(key),
+        split(value),
+        layout.counts if single else layout.bounds,
+        layout.bounds,
+        1 if single else longest,
+        longest,
+    )
+    # A tuple only where more than the values is asked for.
+    return cast(Tensor, out).reshape(len(query), -1)
+
+
+def attention_for(device: torch.device, dtype: torch.dtype, *, heads: int, width: int) -> Attention:
+    """Return the fastest attention that this device and dtype can run.
+
+    Args:
+        device: Where the model runs.
+        dtype: Of its activations.
+        heads: How many the model has.
+        width: Of a head.
+    """
+    half = dtype in (torch.float16, torch.bfloat16)
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        return product_attention if _products_win(heads, width) else overlapping_attention
+    if device.type != "cuda" or not half or torch.cuda.get_device_capability(device) < (8, 0):
+        return grouped_attention
+    return varlen_attention if _varlen_works(device, dtype, heads, width) else grouped_attention
+
+
+@cache
+def _products_win(heads: int, width: int) -> bool:
+    """Return whether plain products attend faster in bfloat16 here than torch's fused kernel.
+
+    One is about twice as fast as the other, so a short timing does not waver between them.
+    """
+    layout = Layout([_TIMED_TOKENS], torch.device("cpu"))
+    states = torch.ones(_TIMED_TOKENS, 3 * heads * width, dtype=torch.bfloat16)
+    query, key, value = states.chunk(3, dim=-1)
+
+    def seconds(attend: Attention) -> float:
+        begin = time.perf_counter()
+        attend(query, key, value, layout, heads)
+        return time.perf_counter() - begin
+
+    def compare() -> bool:
+        with torch.inference_mode():
+            products, fused = (
+                min(seconds(attend) for _ in range(_TIMINGS))
+                for attend in (product_attention, overlapping_attention)
+            )
+        return products < fused
+
+    return in_one_thread(compare)
+
+
+def _varlen_works(device: torch.device, dtype: torch.dtype, heads: int, width: int) -> bool:
+    """Return whether the one call runs for such heads, and is right, on a small pack."""
+    layout = Layout(PROBE_LENGTHS, device)
+    # Side by side in one matrix, as they come out of a layer.
+    query, key, value = probe_states(3 * heads * width, device, dtype).chunk(3, dim=-1)
+    return agree(
+        lambda asked: varlen_attention(asked, key, value, layout, heads),
+        lambda asked: grouped_attention(asked, key, value, layout, heads),
+        (query, query[layout.first]),
+    )
+
+
+PROBE_LENGTHS = (40, 3)
+
+
+def probe_states(width: int, device: torch.device, dtype: torch.dtype, *, seed: int = 0) -> Tensor:
+    """Return random states of a pack of `PROBE_LENGTHS`, the same each time; shape (43, width)."""
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    return torch.randn(sum(PROBE_LENGTHS), width, generator=generator).to(device, dtype)
+
+
+def agree(
+    fast: Callable[[Tensor], Tensor], plain: Callable[[Tensor], Tensor], queries: Sequence[Tensor]
+) -> bool:
+    """Return whether a fast way to attend runs here at all, and gives what the plain one does.
+
+    Releases of torch differ in which windows, widths and shared heads its one call takes.
+
+    Args:
+        fast: From query to attended values, in half precision.
+        plain: Likewise.
+        queries: What both are tried with.
+    """
+    try:
+        return all(
+            torch.allclose(fast(query).float(), plain(query).float(), atol=0.05, rtol=0.05)
+            for query in queries
+        )
+    except (ImportError, TypeError, RuntimeError, ValueError):
+        return False

@@ -1,0 +1,114 @@
+"""How the decoder families frame a pair: `A: query`, a new line, `B: document`, and a prompt.
+
+By the rule of FlagEmbedding 1.4.2 (`inference/reranker/decoder_only/`): instructions count toward
+the lengths of query and document; the separator and the prompt come on top of `max_length`.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from bge_rerank_adapters.engine.text.tokenizer import PairTemplate, TokenIds
+from bge_rerank_adapters.errors import CheckpointError
+
+SEPARATOR = "\n"
+YES = "Yes"
+QUERY_INSTRUCTION, PASSAGE_INSTRUCTION = "A: ", "B: "
+_YES_OR_NO = (
+    "Given a query A and a passage B, determine whether the passage contains an answer to the "
+    "query by providing a prediction of either 'Yes' or 'No'."
+)
+DEFAULT_PROMPTS = {
+    "decoder": _YES_OR_NO,
+    "layerwise": _YES_OR_NO,
+    "lightweight": "Predict whether passage B contains an answer to query A.",
+}
+# The tokens for the beginning and for padding where a checkpoint's files leave them out: those of
+# the tokenizer's class in transformers.
+_CLASS_TOKENS = {"GemmaTokenizer": ("<bos>", "<pad>"), "LlamaTokenizer": ("<s>", None)}
+
+
+def decoder_template(
+    tokenizer: Tokenizer,
+    folder: Path,
+    *,
+    family: str,
+    prompt: str | None = None,
+    query_instruction: str | None = None,
+    passage_instruction: str | None = None,
+) -> PairTemplate:
+    """Return what stands around a pair in a decoder family.
+
+    Args:
+        tokenizer: The checkpoint's, without truncation.
+        folder: Holds the config of the tokenizer.
+        family: `"decoder"`, `"layerwise"` or `"lightweight"`.
+        prompt: What the model is asked after the document; `None` is the family's own.
+        query_instruction: Put before the query; `None` is `"A: "`.
+        passage_instruction: Put before the document; `None` is `"B: "`.
+
+    Raises:
+        CheckpointError: The tokenizer lacks the token for the beginning, which the layerwise and
+            lightweight families need.
+    """
+    separator = _encode(tokenizer, SEPARATOR)
+    asked = _encode(tokenizer, DEFAULT_PROMPTS[family] if prompt is None else prompt)
+    after = np.concatenate((separator, asked))
+    return PairTemplate(
+        before=_beginning(tokenizer, folder, family=family),
+        between=separator,
+        after=after,
+        # Twice: FlagEmbedding leaves room for both where it cuts the pair, and adds them after.
+        extra_tokens=2 * len(after),
+        query_instruction=QUERY_INSTRUCTION if query_instruction is None else query_instruction,
+        passage_instruction=(
+            PASSAGE_INSTRUCTION if passage_instruction is None else passage_instruction
+        ),
+    )
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> TokenIds:
+    return np.asarray(tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+
+
+def _beginning(tokenizer: Tokenizer, folder: Path, *, family: str) -> TokenIds:
+    bos, pad = (_special_id(tokenizer, folder, role) for role in ("bos_token", "pad_token"))
+    if family == "decoder":
+        # One that is the padding token as well is left out.
+        return np.asarray([] if bos in (None, pad) else [bos], dtype=np.int64)
+    if bos is None:
+        raise CheckpointError(
+            "the tokenizer has no bos_token, which every pair of the "
+            f"{family} family begins with; copy tokenizer_config.json into the folder as well."
+        )
+    return np.asarray([bos], dtype=np.int64)
+
+
+def _special_id(tokenizer: Tokenizer, folder: Path, role: str) -> int | None:
+    token = _special_token(folder, role)
+    return None if token is None else tokenizer.token_to_id(token)
+
+
+def _special_token(folder: Path, role: str) -> str | None:
+    """Return the token of a role such as `bos_token`, by the files beside the tokenizer."""
+    config = _read_json(folder / "tokenizer_config.json")
+    for found in (config, _read_json(folder / "special_tokens_map.json")):
+        if role in found:
+            token = found[role]
+            text = token.get("content") if isinstance(token, dict) else token
+            return text if isinstance(text, str) else None
+    name = str(config.get("tokenizer_class")).removesuffix("Fast")
+    bos, pad = _CLASS_TOKENS.get(name, (None, None))
+    return bos if role == "bos_token" else pad
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
+    return found if isinstance(found, dict) else {}
