@@ -51,6 +51,17 @@ def test_the_numbers_are_those_of_what_was_asked(engine):
     assert min(stats.waiting_s, stats.tokenizing_s, stats.scoring_s) > 0.0
 
 
+def test_a_ranking_tells_what_it_took(engine):
+    ranking = engine.rerank(QUERY, [*TEXTS[:5], TEXTS[0]], top_k=2)
+    stats = engine.stats()
+    assert ranking.usage.tokens == stats.tokens
+    assert ranking.usage.tokenizing_s == pytest.approx(stats.tokenizing_s, rel=0.5)
+    assert ranking.usage.waiting_s == pytest.approx(stats.waiting_s)
+    assert ranking.usage.scoring_s >= stats.scoring_s
+    assert engine.rerank(QUERY, []).usage.tokens == 0
+    assert engine.rerank_many([(QUERY, TEXTS[:2])])[0].usage is None
+
+
 def test_pairs_that_wait_are_counted_from_the_call_on(engine, monkeypatch):
     entered, gate = threading.Event(), threading.Event()
     tokenize = engine._tokenizer.tokenize

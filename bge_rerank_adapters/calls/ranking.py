@@ -35,11 +35,33 @@ class RankedDocument:
     span: tuple[int, int] | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What one call took of the model's time.
+
+    Attributes:
+        tokens: Tokens of its pairs, special tokens included; identical pairs count once.
+        tokenizing_s: Seconds spent on making token ids of its texts.
+        waiting_s: Seconds from then until a pack had the first of its pairs.
+        scoring_s: Seconds from then until the last of its pairs was scored.
+    """
+
+    tokens: int
+    tokenizing_s: float = 0.0
+    waiting_s: float = 0.0
+    scoring_s: float = 0.0
+
+
 class Ranking(list[RankedDocument]):
     """Ranked documents, best first: a list that shows itself.
 
     It renders as a table in a notebook; `print` gives plain columns.
+
+    Attributes:
+        usage: What the call took, where it was of one query alone; else `None`.
     """
+
+    usage: Usage | None = None
 
     def to_records(self) -> list[dict[str, Any]]:
         """Return a plain dict for each result: `pandas.DataFrame(ranking.to_records())`."""

@@ -14,6 +14,7 @@ from typing import Any, Self, TypeVar
 from bge_rerank_adapters.calls.progress import ProgressBar
 from bge_rerank_adapters.calls.ranking import (
     Ranking,
+    Usage,
     check_pairs,
     check_score_threshold,
     check_top_k,
@@ -63,6 +64,7 @@ class _Scored:
     logits: list[float]
     truncated: list[bool]
     spans: list[tuple[int, int] | None]
+    usage: Usage
 
     def rank(self, texts: Sequence[str], part: slice, limits: dict[str, Any]) -> Ranking:
         """Return the ranking of the documents whose pairs are those of a part."""
@@ -442,13 +444,17 @@ class Reranker:
         future = self._core.reserve(len(pairs), bounded=bounded) if pairs else None
         self._core.tally.add_requests(requests)
         if future is None:
-            return _Scored([], [], [])
+            return _Scored([], [], [], Usage(tokens=0))
         places.hold(future)
         try:
             yield None
+            begin = time.perf_counter()
             tokenized = self._tokenize(pairs)
-            self._core.submit(Job(tokenized.distinct, future, name))
+            job = Job(tokenized.distinct, future, name)
+            queued = time.perf_counter()
+            self._core.submit(job)
             logits = (yield future) or []
+            scored = time.perf_counter()
         finally:
             # Where the caller has gone, so must its waiting pairs; a no-op if all are scored.
             future.cancel()
@@ -457,6 +463,12 @@ class Reranker:
             [logits[position] for position in best],
             [tokenized.distinct[position].truncated for position in best],
             [tokenized.distinct[position].span for position in best],
+            Usage(
+                tokens=sum(map(len, tokenized.distinct)),
+                tokenizing_s=queued - begin,
+                waiting_s=job.waited_s,
+                scoring_s=max(0.0, scored - queued - job.waited_s),
+            ),
         )
 
     def _tokenize(self, pairs: list[tuple[str, str]]) -> TokenizedPairs:
@@ -477,7 +489,9 @@ class Reranker:
         query, texts = request
         pairs = [(query, text) for text in texts]
         scored = yield from self._score(pairs, places, name=_document)
-        return scored.rank(texts, slice(None), limits)
+        ranking = scored.rank(texts, slice(None), limits)
+        ranking.usage = scored.usage
+        return ranking
 
     def _rerank_many(
         self, requests: Requests, limits: dict[str, Any], places: Places, *, progress: bool

@@ -42,6 +42,7 @@ class Job(Generic[PairT]):
         missing: How many pairs have no logit yet.
         arrival: Its number among all jobs of a queue.
         queued_at: When it was queued, by the monotonic clock; `None` once a pack has some of it.
+        waited_s: Seconds until then; 0 before.
     """
 
     pairs: Sequence[PairT]
@@ -53,6 +54,7 @@ class Job(Generic[PairT]):
     missing: int = field(init=False)
     arrival: int = field(init=False, default=0)
     queued_at: float | None = field(init=False, default=None)
+    waited_s: float = field(init=False, default=0.0)
 
     def __post_init__(self) -> None:
         """Put the pairs in the order in which packs take them."""

@@ -165,7 +165,8 @@ class ScoringCore:
         now = time.monotonic()
         for job in dict.fromkeys(job for job, _ in pack):
             if job.queued_at is not None:
-                self.tally.add_waiting(now - job.queued_at)
+                job.waited_s = now - job.queued_at
+                self.tally.add_waiting(job.waited_s)
                 job.queued_at = None
 
     def _score(self, place: int, model: Model, pack: TokenPack) -> None:
