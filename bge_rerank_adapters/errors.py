@@ -21,6 +21,8 @@ RerankError
 A missing optional package raises the built-in `ImportError`, with the pip command that mends it.
 """
 
+from typing import Self
+
 
 class RerankError(Exception):
     """Base of every error that this package raises of its own."""
@@ -39,7 +41,20 @@ class CheckpointError(RerankError):
 
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
-    """A checkpoint is neither a folder, nor in the local cache, nor to be had from the hub."""
+    """A checkpoint is neither a folder, nor in the local cache, nor to be had from the hub.
+
+    Attributes:
+        cause: What the hub's library raised; `None` where it was not asked, and in a copy that
+            was pickled. It is not chained, so that a traceback stays short.
+    """
+
+    def __init__(self, message: str, cause: Exception | None = None) -> None:
+        super().__init__(message)
+        self.cause = cause
+
+    def __reduce__(self) -> tuple[type[Self], tuple[str]]:
+        """Pickle the message alone: a cause may hold connections."""
+        return type(self), (str(self),)
 
 
 class UnsupportedCheckpointError(CheckpointError):

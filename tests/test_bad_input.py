@@ -681,7 +681,7 @@ def test_offline_the_default_model_names_the_ways_out(tmp_path):
     )
     assert "\n" not in text
     assert "hf_secret" not in text
-    assert info.value.__cause__ is not None
+    assert info.value.cause is not None
 
 
 def test_a_hub_that_cannot_be_reached_names_the_ways_out(monkeypatch, tmp_path):

@@ -1,10 +1,14 @@
 """From a checkpoint's name to its folder, without a network."""
 
+import os
+import pickle
+import subprocess
+import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from bge_rerank_adapters import Reranker
 from bge_rerank_adapters.engine.checkpoints.hub import TINY_FOLDER, find_folder
@@ -99,7 +103,10 @@ def test_settings_reach_the_hub(hub, tmp_path):
     assert not any(fnmatch(file, each) for file in pickles for each in patterns)
 
 
-def told(hub, error: Exception | None, **settings) -> str:
+WAYS_OUT = ("local folder", "local_files_only=True with a cache_dir", '"tiny"')
+
+
+def told(hub, error: Exception | None, *, ways_out=WAYS_OUT, **settings) -> str:
     hub.error = error
     with pytest.raises(CheckpointNotFoundError) as caught:
         find_folder(EngineSettings(token=SECRET, **settings))
@@ -108,9 +115,11 @@ def told(hub, error: Exception | None, **settings) -> str:
     assert SECRET not in text
     assert "\n" not in text
     assert ". " not in text, "one sentence"
-    for way_out in ("local folder", "local_files_only=True with a cache_dir", '"tiny"'):
+    for way_out in ways_out:
         assert way_out in text
-    assert caught.value.__cause__ is not None
+    assert caught.value.cause is error
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__
     return text
 
 
@@ -126,7 +135,33 @@ def told(hub, error: Exception | None, **settings) -> str:
 )
 def test_without_a_connection_the_ways_out_are_named_in_one_sentence(hub, error):
     text = told(hub, error)
-    assert text.startswith(f"model '{DEFAULT_MODEL}' could not be had from the hub (")
+    named = f"(no connection: {type(error).__name__}: "
+    assert text.startswith(f"model '{DEFAULT_MODEL}' could not be had from the hub {named}")
+
+
+def caused_by(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+def test_the_first_cause_is_named_and_not_what_the_hub_makes_of_it(hub):
+    error = caused_by(LocalEntryNotFoundError("cannot find it"), OSError(-2, "Name not known"))
+    assert "(no connection: OSError: [Errno -2] Name not known)" in told(hub, error)
+
+
+def test_what_is_no_fault_of_the_network_is_not_blamed_on_it(hub):
+    assert "from the hub (KeyError: 'siblings')" in told(hub, KeyError("siblings"))
+
+
+def test_a_cache_that_cannot_be_written_is_told(hub):
+    error = PermissionError(13, "Permission denied", "/cache")
+    text = told(hub, error, ways_out=["give a cache_dir to write to"])
+    assert "could not be kept in the cache (PermissionError: [Errno 13] Permission" in text
+
+
+def test_offline_mode_is_named_with_its_variable(hub):
+    error = caused_by(LocalEntryNotFoundError("no"), OfflineModeIsEnabled("on. Unset it."))
+    assert "not in the local cache, and HF_HUB_OFFLINE forbids" in told(hub, error)
 
 
 def test_the_cache_alone_is_named_as_such(hub):
@@ -137,10 +172,11 @@ def test_the_cache_alone_is_named_as_such(hub):
 @pytest.mark.parametrize(
     ("name", "status", "message"),
     [
-        ("GatedRepoError", 403, "is gated on the hub; ask for access and give token="),
-        ("RevisionNotFoundError", 404, "has no revision 'v9' on the hub"),
-        ("RepositoryNotFoundError", 401, "is not on the hub, or is private and needs token="),
-        ("HfHubHTTPError", 503, r"HTTP 503"),
+        ("GatedRepoError", 403, "is gated on the hub; ask for access on https://huggingface.co/"),
+        ("RevisionNotFoundError", 404, "has no revision 'v9' on the hub; give one of its branches"),
+        ("RepositoryNotFoundError", 401, "is not on the hub, or is private; check its spelling, "),
+        ("HfHubHTTPError", 403, "may not be read with this token (HTTP 403); give a token="),
+        ("HfHubHTTPError", 503, "HTTP 503); try again later, or give a local folder"),
     ],
 )
 def test_refusals_of_the_hub_are_told_apart(hub, name, status, message):
@@ -148,7 +184,61 @@ def test_refusals_of_the_hub_are_told_apart(hub, name, status, message):
 
     error = getattr(errors, name).__new__(getattr(errors, name))
     error.response = type("Response", (), {"status_code": status})()
-    assert message in told(hub, error, revision="v9")
+    assert message in told(hub, error, ways_out=(), revision="v9")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("tinny", "tiny"),
+        ("Tiny", "tiny"),
+        ("bge-reranker-v2-m3", DEFAULT_MODEL),
+        ("BGE-Reranker-v2-M3", DEFAULT_MODEL),
+        ("bge-reranker-larg", "BAAI/bge-reranker-large"),
+    ],
+)
+def test_a_name_without_an_owner_is_refused_with_the_one_meant(name, meant, hub):
+    with pytest.raises(CheckpointNotFoundError) as caught:
+        find_folder(EngineSettings(model=name))
+    assert f"model {name!r} is neither a folder nor a valid hub name" in str(caught.value)
+    assert str(caught.value).endswith(f"did you mean {meant!r}?")
+    assert hub.calls == []
+
+
+def test_a_name_like_none_that_is_known_gets_no_guess(hub):
+    with pytest.raises(CheckpointNotFoundError, match=r"a name with its owner like .*, or .tiny"):
+        find_folder(EngineSettings(model="my-model"))
+
+
+def test_a_typo_behind_the_owner_is_told_with_the_failure(hub):
+    text = told(hub, ConnectionError("down"), model="BAAI/bge-reranker-v2-m33")
+    assert text.startswith(
+        f"model 'BAAI/bge-reranker-v2-m33' (did you mean '{DEFAULT_MODEL}'?) could not"
+    )
+    assert "did you mean" not in told(hub, ConnectionError("down"))
+    assert "did you mean" not in told(hub, ConnectionError("down"), model="else/our-reranker")
+
+
+@pytest.mark.parametrize("model", ["tinny", "BAAI/not-there", "./gone"])
+def test_a_script_prints_a_dozen_lines_at_most(model, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"from bge_rerank_adapters import Reranker\n\nreranker = Reranker({model!r})\n"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 1
+    lines = run.stderr.splitlines()
+    assert lines[-1].startswith("bge_rerank_adapters.errors.CheckpointNotFoundError: model ")
+    assert len(lines) <= 12, run.stderr
+
+
+def test_the_error_survives_pickling_without_its_cause():
+    error = CheckpointNotFoundError("gone", cause=OSError("a connection"))
+    copied = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own
+    assert (type(copied), str(copied), copied.cause) == (CheckpointNotFoundError, "gone", None)
 
 
 def test_a_name_that_the_hub_would_not_take():

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from bge_rerank_adapters.engine.checkpoints.not_found import not_a_hub_name, not_to_be_had
 from bge_rerank_adapters.errors import CheckpointNotFoundError
 from bge_rerank_adapters.settings import EngineSettings
 from bge_rerank_adapters.settings.checkpoints import TINY
@@ -21,44 +22,58 @@ _FILES = [
     "*.safetensors",
     "model.safetensors.index.json",
 ]
-_WAYS_OUT = (
-    "give the path of a local folder that holds the checkpoint, or use local_files_only=True with "
-    'a cache_dir that holds it, or use "tiny", the small checkpoint that comes with this package'
-)
 
 
 def find_folder(settings: EngineSettings) -> Path:
     """Return the folder of the settings' checkpoint, downloaded first if need be.
 
     Raises:
-        CheckpointNotFoundError: It is neither a folder, nor in the cache, nor to be had.
+        CheckpointNotFoundError: It is neither a folder, nor in the cache, nor to be had. It stands
+            alone: what the hub's library raised is its `cause`, and is not chained.
     """
-    if settings.model == TINY:
+    try:
+        return check_name(settings.model) or _download(settings)
+    except CheckpointNotFoundError as error:
+        # Raised anew without the frames below, which tell a user nothing.
+        raise error.with_traceback(None) from None
+    except Exception as error:  # noqa: BLE001 - those of whichever HTTP library the hub's uses
+        raise not_to_be_had(settings, error) from None
+
+
+def check_name(model: str) -> Path | None:
+    """Return the folder that a model's name stands for; `None` for one that is asked of the hub.
+
+    Raises:
+        CheckpointNotFoundError: It is a path where no folder is, or a name without an owner.
+    """
+    if model == TINY:
         return TINY_FOLDER
-    folder = Path(settings.model).expanduser()
+    folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
-    if folder.exists() or _looks_like_path(settings.model):
+    if folder.exists() or _looks_like_path(model):
         problem = "is a file, not a folder" if folder.exists() else "does not exist"
         raise CheckpointNotFoundError(
-            f"model {settings.model!r} {problem}; give the folder that holds config.json, "
+            f"model {model!r} {problem}; give the folder that holds config.json, "
             "tokenizer.json and model.safetensors, or a name on the hub."
         )
-    return _download(settings)
+    if "/" not in model:
+        raise not_a_hub_name(model)
+    return None
 
 
 def _looks_like_path(model: str) -> bool:
-    # Names on the hub are "name" or "owner/name".
+    # Names on the hub are "owner/name". The hub also knows some without an owner, from before it
+    # asked for one, and none of them is a reranker.
     return model.startswith((".", "/", "~")) or "\\" in model or model.count("/") > 1
 
 
 def _download(settings: EngineSettings) -> Path:
     # Imported here: it takes long and local folders do without it.
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
 
-    try:
-        folder = snapshot_download(
+    return Path(
+        snapshot_download(
             settings.model,
             revision=settings.revision,
             cache_dir=settings.cache_dir,
@@ -66,33 +81,4 @@ def _download(settings: EngineSettings) -> Path:
             local_files_only=settings.local_files_only,
             allow_patterns=_FILES,
         )
-    except HFValidationError as error:
-        raise CheckpointNotFoundError(
-            f"model {settings.model!r} is neither a folder nor a valid hub name: {_WAYS_OUT}."
-        ) from error
-    except Exception as error:  # among them those of whichever HTTP library the hub's uses
-        raise CheckpointNotFoundError(
-            f"model {settings.model!r} {_reason(settings, error)}: {_WAYS_OUT}."
-        ) from error
-    return Path(folder)
-
-
-def _reason(settings: EngineSettings, error: Exception) -> str:
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
     )
-
-    if settings.local_files_only:
-        return "is not in the local cache, and local_files_only forbids asking the hub"
-    if isinstance(error, GatedRepoError):
-        return "is gated on the hub; ask for access and give token="
-    if isinstance(error, RevisionNotFoundError):
-        return f"has no revision {settings.revision!r} on the hub"
-    if isinstance(error, RepositoryNotFoundError):
-        return "is not on the hub, or is private and needs token="
-    if isinstance(error, HfHubHTTPError) and error.response is not None:
-        return f"could not be had from the hub (HTTP {error.response.status_code})"
-    return f"could not be had from the hub ({type(error).__name__}: no connection, or it was cut)"
