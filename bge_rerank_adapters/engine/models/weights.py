@@ -9,6 +9,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from bge_rerank_adapters.engine.checkpoints.formats import describe_weights
+from bge_rerank_adapters.engine.checkpoints.prefixes import leftover_hint, training_prefix
+from bge_rerank_adapters.engine.checkpoints.quantised import (
+    check_config_plain,
+    check_tensors_plain,
+)
 from bge_rerank_adapters.errors import CheckpointError
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -21,6 +27,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: It is not there, or not JSON.
+        UnsupportedCheckpointError: It says that the weights are quantised.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -35,6 +42,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got a {type(config).__name__}.")
     _check_kind(config, path)
+    check_config_plain(config, path)
     return config
 
 
@@ -55,21 +63,33 @@ def _check_kind(config: dict[str, Any], path: Path) -> None:
 
 
 class Weights:
-    """The tensors of a checkpoint's safetensors files, read one by one as they are asked for."""
+    """The tensors of a checkpoint's safetensors files, read one by one as they are asked for.
+
+    Attributes:
+        path: The file with all tensors, or the index of several.
+        folder: Where it lies.
+        prefix: What training left before every name; names are given without it.
+    """
 
     def __init__(self, path: Path, tensors: dict[str, Any]) -> None:
         """Take the open file of every tensor name.
 
         Args:
             path: The file with all tensors, or the index of several; errors name it.
-            tensors: By the tensor's name.
+            tensors: By the tensor's name as it is stored.
+
+        Raises:
+            CheckpointError: Training left a prefix before some names and not before others.
+            UnsupportedCheckpointError: The weights are quantised.
         """
         self.path, self.folder = path, path.parent
+        check_tensors_plain({name: _dtype(tensors, name) for name in tensors}, path)
+        self.prefix = training_prefix(tensors, path=path)
         self._files = tensors
 
     def __contains__(self, name: str) -> bool:
         """Return whether there is a tensor of that name."""
-        return name in self._files
+        return self.prefix + name in self._files
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape without reading it."""
@@ -83,8 +103,8 @@ class Weights:
             CheckpointError: It is missing, has another shape than the config says, or is not of a
                 floating-point dtype.
         """
-        name = self._stored_name(name)
-        if (stored := self.shape(name)) != shape:
+        stored, name = self.shape(name), self._stored_name(name)
+        if stored != shape:
             raise CheckpointError(
                 f"{self.path}: the tensor {name} has shape {stored}, but config.json asks for "
                 f"{shape}; config and weights are not of one checkpoint."
@@ -93,21 +113,25 @@ class Weights:
         if not tensor.is_floating_point():
             raise CheckpointError(
                 f"{self.path}: the tensor {name} is of dtype {str(tensor.dtype)[6:]}, which is no "
-                "floating-point one; quantised checkpoints cannot be read."
+                "floating-point one, so it cannot be a weight."
             )
         return tensor
 
     def _stored_name(self, name: str) -> str:
-        if name in self._files:
-            return name
+        if (full := self.prefix + name) in self._files:
+            return full
         for new, old in _OLD_NAMES.items():
-            if name.endswith(new) and (older := name.removesuffix(new) + old) in self._files:
+            if full.endswith(new) and (older := full.removesuffix(new) + old) in self._files:
                 return older
         raise CheckpointError(
             f"{self.path}: the weights lack the tensor {name}, which a reranker of this "
             "architecture has; the files may be incomplete, or of a model without a "
-            "classification head."
+            f"classification head.{leftover_hint(self._files)}"
         )
+
+
+def _dtype(tensors: dict[str, Any], name: str) -> str:
+    return str(tensors[name].get_slice(name).get_dtype())
 
 
 @contextmanager
@@ -116,6 +140,7 @@ def open_weights(folder: Path) -> Iterator[Weights]:
 
     Raises:
         CheckpointError: There are none, or one is damaged or missing.
+        UnsupportedCheckpointError: They are quantised.
     """
     source, files = _weight_files(folder)
     with ExitStack() as stack:
@@ -137,14 +162,12 @@ def _weight_files(folder: Path) -> tuple[Path, list[Path]]:
         return folder / _SINGLE, [folder / _SINGLE]
     if (folder / _INDEX).is_file():
         return folder / _INDEX, _sharded_files(folder)
-    pickled = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
-    if pickled:
-        raise CheckpointError(
-            f"{folder} has its weights as {pickled[0]} only, a pickle, which can run any code when "
-            f"it is read; convert it to {_SINGLE}, for instance with "
-            "AutoModelForSequenceClassification.from_pretrained(...).save_pretrained(...)."
-        )
-    raise CheckpointError(f"{folder} has no weights: neither {_SINGLE} nor {_INDEX} is there.")
+    # No deeper: the folder may be any, with very many files below it.
+    inside = [*folder.glob("*"), *folder.glob("*/*")]
+    found = describe_weights(path.relative_to(folder).as_posix() for path in inside)
+    if found is None:
+        found = f"has no weights: neither {_SINGLE} nor {_INDEX} is there"
+    raise CheckpointError(f"{folder} {found}.")
 
 
 def _sharded_files(folder: Path) -> list[Path]:

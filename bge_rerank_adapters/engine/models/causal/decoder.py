@@ -14,6 +14,8 @@ from bge_rerank_adapters.engine.models.causal.model import CausalModel, CausalRe
 from bge_rerank_adapters.engine.models.weights import open_weights
 from bge_rerank_adapters.engine.text.tokenizer import TokenPair
 
+_HEAD = "lm_head.weight"
+
 
 class DecoderModel:
     """A language model on one device, of whose logits one is computed.
@@ -52,8 +54,10 @@ class DecoderModel:
                 parsed, weights, device=device, dtype=dtype, depth=parsed.layers
             )
             read = CausalReader(weights, parsed, device, dtype)
-            tied = config.get("tie_word_embeddings", True)
-            name = "model.embed_tokens.weight" if tied else "lm_head.weight"
+            # A head that is stored counts, even where the config says that it is the embeddings:
+            # transformers 5 ties the two only where they are equal.
+            tied = config.get("tie_word_embeddings", True) and _HEAD not in weights
+            name = "model.embed_tokens.weight" if tied else _HEAD
             shape = (parsed.vocabulary, parsed.hidden)
             self._head = read.row(name, yes_id, shape)
 
