@@ -30,7 +30,7 @@ def main() -> None:
     options = parser.parse_args()
     query, texts = read_collection(None)
     with Reranker(options.folder, dtype=options.dtype) as reranker:
-        model = reranker._core._models[0]  # noqa: SLF001 - what is measured is inside
+        model = reranker._core.workers[0].model  # noqa: SLF001 - what is measured is inside
         for documents in (short(texts, 4), pick(texts, 20)):
             pairs = [(query, document) for document in documents]
             tokenize = reranker._tokenizer.tokenize  # noqa: SLF001

@@ -301,7 +301,7 @@ def test_the_outliers_of_large_models_leave_steps_for_others():
 @pytest.fixture(params=["bfloat16", "int8"])
 def model(request):
     with Reranker("tiny", dtype=request.param, device="cpu") as engine:
-        found = engine._core._models[0]
+        found = engine._core.workers[0].model
         found = getattr(found, "_model", found)
         assert found.own_kernels
         assert found.layer_dtype is getattr(torch, request.param)
@@ -314,7 +314,7 @@ def model(request):
 @pytest.mark.parametrize(("dtype", "mean", "most"), [("bfloat16", 0.01, 0.06), ("int8", 0.04, 0.2)])
 def test_a_model_scores_as_in_float32(reranker, dtype, mean, most):
     with Reranker("tiny", dtype=dtype, device="cpu") as engine:
-        found = engine._core._models[0]
+        found = engine._core.workers[0].model
         count = streams.stream_count(CPU, torch.bfloat16, own_kernels=True)
         assert getattr(found, "streams", 1) == count
         found = engine.logits(QUERY, SENTENCES[:120])
@@ -349,7 +349,7 @@ def test_where_tiles_of_8_bits_are_not_filled_int8_runs_in_bfloat16(monkeypatch)
     runs = encoder.amx_runs
     monkeypatch.setattr(encoder, "amx_runs", lambda *sizes, int8=False: runs(*sizes) and not int8)
     with Reranker("tiny", dtype="int8", device="cpu") as engine:
-        found = engine._core._models[0]._model
+        found = engine._core.workers[0].model._model
         assert found.own_kernels
         assert found.layer_dtype is torch.bfloat16
         assert len(engine.logits(QUERY, SENTENCES[:3])) == 3
@@ -409,7 +409,7 @@ def test_without_the_library_other_layers_run(monkeypatch, tmp_path):
     monkeypatch.setattr(amx, "_LIBRARY", tmp_path / "absent.so")
     assert "not built" in amx.amx_lack()
     with Reranker("tiny", dtype="bfloat16", device="cpu") as engine:
-        model = engine._core._models[0]
+        model = engine._core.workers[0].model
         assert not getattr(model, "_model", model).own_kernels
         assert len(engine.logits(QUERY, SENTENCES[:3])) == 3
     with pytest.raises(RuntimeError, match="ask amx_runs"):

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -88,7 +89,7 @@ def hold(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Reranker], threa
     def hold_up(engine: Reranker) -> threading.Event:
         gate = threading.Event()
         gates.append(gate)
-        model = engine._core._models[0]
+        model = engine._core.workers[0].model
         logits = model.logits
 
         def when_open(pairs: Sequence[TokenPair]) -> list[float]:
@@ -521,11 +522,35 @@ def test_past_the_limit_a_call_is_refused_at_once_and_many_requests_never_are(ma
 def test_warming_up_runs_every_device(make):
     engine = make(device=["cpu", "cpu"])
     packs: list[int] = []
-    for place, model in enumerate(engine._core._models):
-        model.logits = counted(model.logits, place, packs)
+    for place, worker in enumerate(engine._core.workers):
+        worker.model.logits = counted(worker.model.logits, place, packs)
     engine.warm_up()
     assert sorted(packs) == [0, 1]
     assert engine.stats().requests == 1
+
+
+def test_unlike_devices_have_each_their_own_budget_and_dtype(folder, monkeypatch):
+    class Accelerated:
+        """Stands for a model on an accelerator."""
+
+        device, dtype = torch.device("cuda:0"), torch.float16
+        streams, pack_tokens = 1, 16_384
+
+    load, made = engine_module.load_model, [Accelerated()]
+
+    def load_one(*args, **options):
+        return made.pop() if made else load(*args, **options)
+
+    monkeypatch.setattr(engine_module, "load_model", load_one)
+    with Reranker(folder, device=["cpu", "cpu"], dtype="float32") as engine:
+        assert engine.device == "cuda:0, cpu"
+        assert engine.dtype == "float16, float32"
+        assert "dtype=float16, float32" in repr(engine)
+        assert [worker.budget for worker in engine._core.workers] == [16_384, 2048]
+
+
+def test_devices_of_one_dtype_name_it_once(make):
+    assert make(device=["cpu", "cpu"]).dtype == "float32"
 
 
 def counted(logits, place: int, packs: list[int]):
@@ -606,7 +631,7 @@ def test_an_engine_that_is_dropped_takes_its_threads_along(folder):
     engine.rerank(QUERY, DOCUMENTS)
     asyncio.run(engine.arerank(QUERY, DOCUMENTS))
     assert scoring_threads() - before
-    gone, model = weakref.ref(engine), weakref.ref(engine._core._models[0])
+    gone, model = weakref.ref(engine), weakref.ref(engine._core.workers[0].model)
     del engine
     gc.collect()
     assert gone() is None

@@ -65,9 +65,10 @@ class FailingModel:
     """The engine's model, after what `fault` does."""
 
     def __init__(self, engine: Reranker, fault: Fault) -> None:
-        self.model, self.fault = engine._core._models[0], fault
+        self.model, self.fault = engine._core.workers[0].model, fault
         self.device, self.dtype = self.model.device, self.model.dtype
-        engine._core._models[0] = self
+        self.streams, self.pack_tokens = self.model.streams, self.model.pack_tokens
+        engine._core.workers[0].model = self
 
     def logits(self, pairs: Sequence[TokenPair]) -> list[float]:
         self.fault(pairs)
@@ -214,7 +215,7 @@ def test_too_little_memory_for_some_sizes(engine, table):
 
 
 def test_nan_for_one_document(engine, table, monkeypatch):
-    model = engine._core._models[0]
+    model = engine._core.workers[0].model
     logits = model.logits
     bad = engine._tokenizer.tokenize([(query, TEXTS[5]) for query in QUERIES]).distinct
 
@@ -240,7 +241,7 @@ def test_nan_among_many_requests_is_named_by_request_and_document(engine, monkey
     import bge_rerank_adapters.engine.reranker as engine_module
 
     monkeypatch.setattr(engine_module, "_PIECE_PAIRS", 4)
-    logits = engine._core._models[0].logits
+    logits = engine._core.workers[0].model.logits
     bad = engine._tokenizer.tokenize([(QUERIES[1], TEXTS[5])]).distinct[0].ids.tolist()
 
     def spoiled(pairs: Sequence[TokenPair]) -> list[float]:
@@ -250,7 +251,7 @@ def test_nan_among_many_requests_is_named_by_request_and_document(engine, monkey
             for pair, logit in zip(pairs, scored, strict=True)
         ]
 
-    monkeypatch.setattr(engine._core._models[0], "logits", spoiled)
+    monkeypatch.setattr(engine._core.workers[0].model, "logits", spoiled)
     requests = [(QUERIES[0], TEXTS[:3]) for _ in range(6)]
     requests += [(QUERIES[0], []), (QUERIES[1], [TEXTS[0], TEXTS[5]])]
     with pytest.raises(NonFiniteLogitError, match=r"requests\[7\], documents\[1\]"):
@@ -270,14 +271,14 @@ def test_nan_among_many_requests_is_named_by_request_and_document(engine, monkey
 def test_the_scoring_thread_ends(engine, table, monkeypatch, stage, ending):
     endings = [ending]
     owner, name = {
-        "model": (engine._core._models[0], "logits"),
+        "model": (engine._core.workers[0].model, "logits"),
         "queue": (engine._core._backlog._queue, "take"),
-        "bookkeeping": (engine._core, "_store"),
+        "bookkeeping": (engine._core.workers[0], "_store"),
     }[stage]
     method = getattr(owner, name)
 
-    def failing(*args: object) -> object:
-        result = method(*args)
+    def failing(*args: object, **options: object) -> object:
+        result = method(*args, **options)
         # After the pairs have left the queue, and after some calls that went well.
         if endings and engine.stats().packs > 3 and result != []:
             raise endings.pop()

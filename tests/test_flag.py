@@ -135,7 +135,7 @@ def test_dtypes_that_it_would_silently_replace_are_refused(encoder, dtype):
 def test_bfloat16_reaches_a_decoder(decoder):
     with Reranker(str(decoder), backend="flagembedding", device="cpu", dtype="bfloat16") as flag:
         assert flag.dtype == "bfloat16"
-        assert flag._core._models[0]._reranker.model.dtype == torch.bfloat16
+        assert flag._core.workers[0].model._reranker.model.dtype == torch.bfloat16
         assert 0.0 <= flag.score(QUERY, SENTENCES[:1])[0] <= 1.0
 
 
@@ -204,10 +204,10 @@ def test_too_little_memory_is_told_as_such(encoder, monkeypatch):
 
 def test_several_devices_run_at_the_same_time_in_silence(encoder, capfd):
     with Reranker(str(encoder), **(FLAG | {"device": ["cpu", "cpu"]}), pack_tokens=1) as flag:
-        module = sys.modules[type(flag._core._models[0]._reranker).__module__]
+        module = sys.modules[type(flag._core.workers[0].model._reranker).__module__]
         shown = module.tqdm, module.trange
         both = threading.Barrier(2)
-        for model in flag._core._models:
+        for model in (worker.model for worker in flag._core.workers):
             meet(model._reranker, both)
         assert len(flag.score(QUERY, SENTENCES[:2])) == 2
         assert (module.tqdm, module.trange) == shown

@@ -405,7 +405,7 @@ def test_most_rows_of_a_model_are_within_its_ranges(monkeypatch):
         monkeypatch.setattr(Int8Linear, name, count)
     with Reranker("tiny", device="cpu", dtype="int8") as reranker:
         reranker.score(next(iter(read_queries().values())), list(read_sentences().values())[:60])
-        model = reranker._core._models[0]
+        model = reranker._core.workers[0].model
         *others, last = getattr(model, "_model", model)._layers
     # Special tokens are beyond, four of a hundred here.
     assert 0 < rows["outside"] < 0.08 * rows["inside"]
@@ -476,7 +476,7 @@ def test_layers_are_8_bit_where_that_is_faster(monkeypatch, pays):
     with Reranker("tiny", device="cpu", dtype="int8") as reranker:
         assert reranker.dtype == "int8"
         assert len(reranker.logits("a", ["b", "c"])) == 2
-        model = reranker._core._models[0]
+        model = reranker._core.workers[0].model
         model = getattr(model, "_model", model)
         assert (model.layer_dtype is torch.int8) is pays
         assert all(isinstance(each.attention_output, Int8Linear) is pays for each in model._layers)

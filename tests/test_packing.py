@@ -21,9 +21,11 @@ def queue_of(*jobs: Job[str]) -> PackQueue[str]:
     return queue
 
 
-def packs(queue: PackQueue[str], budget: int) -> list[list[tuple[Job[str], int]]]:
+def packs(
+    queue: PackQueue[str], budget: int, *, multiple: int = 1
+) -> list[list[tuple[Job[str], int]]]:
     taken = []
-    while pack := queue.take(budget):
+    while pack := queue.take(budget, multiple=multiple):
         taken.append(pack)
         assert len(taken) < 10_000
     return taken
@@ -47,15 +49,15 @@ def test_a_pair_longer_than_the_budget_goes_alone():
 
 
 def test_a_full_pack_has_as_many_pairs_for_each_stream():
-    queue: PackQueue[str] = PackQueue(multiple=2)
+    queue: PackQueue[str] = PackQueue()
     queue.put(job(*[4] * 12))
-    assert [len(pack) for pack in packs(queue, 21)] == [4, 4, 4]
+    assert [len(pack) for pack in packs(queue, 21, multiple=2)] == [4, 4, 4]
     # The rest of a call, or all of it, goes as it is; so does what fits no multiple.
     for pairs, sizes in ((7, [4, 3]), (5, [5]), (3, [3]), (1, [1])):
         queue.put(job(*[4] * pairs))
-        assert [len(pack) for pack in packs(queue, 21)] == sizes
+        assert [len(pack) for pack in packs(queue, 21, multiple=2)] == sizes
     queue.put(job(15, 15, 15))
-    assert [lengths(pack) for pack in packs(queue, 21)] == [[15], [15], [15]]
+    assert [lengths(pack) for pack in packs(queue, 21, multiple=2)] == [[15], [15], [15]]
 
 
 @given(
@@ -64,11 +66,11 @@ def test_a_full_pack_has_as_many_pairs_for_each_stream():
     st.integers(1, 80),
 )
 def test_multiples_lose_no_pair(calls, multiple, budget):
-    queue: PackQueue[str] = PackQueue(multiple=multiple)
+    queue: PackQueue[str] = PackQueue()
     jobs = [job(*each) for each in calls]
     for each in jobs:
         queue.put(each)
-    taken = packs(queue, budget)
+    taken = packs(queue, budget, multiple=multiple)
     assert all(sum(lengths(pack)) <= budget or len(pack) == 1 for pack in taken)
     places = Counter((id(each), position) for pack in taken for each, position in pack)
     assert places == {

@@ -81,7 +81,7 @@ def test_a_program_that_ends_while_a_dropped_engine_is_freed_waits_for_that(fold
             print("begun", flush=True)
             time.sleep(1)
             print("freed", flush=True)
-    engine._core._models[0].slow = Slow()
+    engine._core.workers[0].model.slow = Slow()
     del engine
     time.sleep(0.5)
     """

@@ -48,11 +48,12 @@ class HeldModel:
     """The engine's model, which waits until it is let go, and then fails if it is told to."""
 
     def __init__(self, engine: Reranker) -> None:
-        self.engine, self.model = engine, engine._core._models[0]
+        self.engine, self.model = engine, engine._core.workers[0].model
         self.device, self.dtype = self.model.device, self.model.dtype
+        self.streams, self.pack_tokens = self.model.streams, self.model.pack_tokens
         self.entered, self.gate = threading.Event(), threading.Event()
         self.error: BaseException | None = None
-        engine._core._models[0] = self
+        engine._core.workers[0].model = self
 
     def logits(self, pairs: Sequence[TokenPair]) -> list[float]:
         self.entered.set()

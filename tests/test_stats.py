@@ -4,7 +4,7 @@ import json
 import logging
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import FrozenInstanceError, asdict
 
 import pytest
@@ -83,7 +83,7 @@ def test_pairs_that_wait_are_counted_from_the_call_on(engine, monkeypatch):
 
 def test_a_full_queue_refuses_before_it_reads_the_texts(folder, monkeypatch):
     with Reranker(folder, device="cpu", max_queued_pairs=10) as engine:
-        engine._core.reserve(8)
+        engine._core.reserve(Future(), 8)
         monkeypatch.setattr(engine._tokenizer, "tokenize", lambda _: pytest.fail("it was read"))
         with pytest.raises(Overloaded):
             engine.score(QUERY, TEXTS)
@@ -136,7 +136,7 @@ def test_a_scoring_thread_that_ends_is_logged_with_its_cause(engine, monkeypatch
     def ending(_: object) -> list[float]:
         raise SystemExit("over")
 
-    monkeypatch.setattr(engine._core._models[0], "logits", ending)
+    monkeypatch.setattr(engine._core.workers[0].model, "logits", ending)
     with pytest.raises(Exception, match="over"):
         engine.score(QUERY, TEXTS[:1])
     (record,) = caplog.records

@@ -30,7 +30,7 @@ def pair(tokens: int, index: int = 0) -> TokenPair:
 class FakeModel:
     """Gives each pair its own index, and keeps by which thread each part was run."""
 
-    device, dtype = CPU, torch.bfloat16
+    device, dtype, pack_tokens = CPU, torch.bfloat16, 2048
 
     def __init__(self):
         self.parts: list[tuple[str, list[int]]] = []
@@ -252,7 +252,7 @@ def test_the_engine_scores_with_streams_as_with_one(dtype, tolerance):
     settings = EngineSettings(model="tiny", dtype=dtype, device="cpu")
     query, documents = SENTENCES[0], SENTENCES[1:40]
     with Reranker.from_settings(settings) as engine:
-        streamed = engine._core._models[0]
+        streamed = engine._core.workers[0].model
         assert isinstance(streamed, StreamedModel)
         found = engine.logits(query, documents)
         assert found == engine.logits(query, documents)
@@ -268,7 +268,7 @@ def test_a_pair_that_is_not_finite_spoils_no_other(monkeypatch):
     monkeypatch.setattr(encoder, "amx_runs", lambda *_: False)
     monkeypatch.setattr(encoder, "attention_for", lambda *_, **__: attention.overlapping_attention)
     with Reranker("tiny", dtype="bfloat16", device="cpu") as engine:
-        model = engine._core._models[0]._model
+        model = engine._core.workers[0].model._model
         texts = [(SENTENCES[0], text) for text in SENTENCES[1:9]]
         pairs = sorted(engine._tokenizer.tokenize(texts).distinct, key=len, reverse=True)
         sound = model.logits(pairs)

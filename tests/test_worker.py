@@ -19,8 +19,8 @@ from bge_rerank_adapters import (
     WorkerDiedError,
 )
 from bge_rerank_adapters.engine.queue import worker as worker_module
+from bge_rerank_adapters.engine.queue.core import ScoringCore
 from bge_rerank_adapters.engine.queue.packs import Job
-from bge_rerank_adapters.engine.queue.worker import ScoringCore
 from bge_rerank_adapters.engine.text.tokenizer import TokenPair
 
 TOKENS = 4
@@ -46,6 +46,8 @@ class FakeModel:
 
     device = torch.device("cpu")
     dtype = torch.float32
+    streams = 1
+    pack_tokens = MANY_PAIRS
 
     def __init__(self, fault: Fault = lambda _: None, logits: dict[int, float] | None = None):
         self.fault = fault
@@ -80,7 +82,10 @@ class Cores:
         self.made: list[tuple[ScoringCore, list[FakeModel]]] = []
 
     def __call__(
-        self, *models: FakeModel, pack_tokens: int = MANY_PAIRS, max_queued_pairs: int = 100_000
+        self,
+        *models: FakeModel,
+        pack_tokens: int | None = None,
+        max_queued_pairs: int = 100_000,
     ) -> ScoringCore:
         core = ScoringCore(models, pack_tokens=pack_tokens, max_queued_pairs=max_queued_pairs)
         self.made.append((core, list(models)))
@@ -104,7 +109,8 @@ def failure(future: Future[list[float]]) -> BaseException:
 
 
 def submit(core: ScoringCore, some: list[TokenPair], *, bounded: bool = True) -> Job[TokenPair]:
-    job = Job(some, core.reserve(len(some), bounded=bounded))
+    job = Job(some)
+    core.reserve(job.future, len(some), bounded=bounded)
     core.submit(job)
     return job
 
@@ -150,15 +156,53 @@ def test_two_devices_run_at_the_same_time(make_core):
     assert len(models[0].scored) == 2
 
 
-def test_every_device_scores_what_all_are_asked_to_and_no_other_takes_it(make_core):
+def test_warming_up_runs_every_stream_of_every_device_and_no_other_takes_its_pairs(make_core):
     quick, slow = FakeModel(), FakeModel()
+    quick.streams = 3
     core = make_core(quick, slow)
-    core.score_everywhere(pairs(1, 2))
-    assert [quick.scored, slow.scored] == [[1, 2], [1, 2]]
+    core.warm_up(pairs(1)[0])
+    assert [quick.packs, slow.packs] == [[[1, 1, 1]], [[1]]]
     quick.fault = fail_on_bad(RuntimeError("no such kernel"))
     with pytest.raises(ScoringError, match="no such kernel"):
-        core.score_everywhere(pairs(BAD))
+        core.warm_up(pairs(BAD)[0])
+    assert core.stats().queued_pairs == 0
     assert submit(core, pairs(5)).future.result(WAIT_S) == [5.0]
+
+
+def test_each_device_has_the_budget_and_the_multiple_of_its_own_model(make_core):
+    models = [FakeModel(), FakeModel()]
+    models[0].pack_tokens, models[0].streams = 8 * TOKENS, 1
+    models[1].pack_tokens, models[1].streams = 5 * TOKENS, 2
+    core = make_core(*models)
+    for model in models:
+        model.hold()
+    calls = [submit(core, pairs(*range(40))).future]
+    assert all(model.entered.wait(WAIT_S) for model in models)
+    assert [len(model.packs[0]) for model in models] == [8, 4]
+    for model in models:
+        model.gate.set()
+    assert calls[0].result(WAIT_S) == list(range(40))
+
+
+def test_a_budget_that_the_user_gives_is_that_of_every_device(make_core):
+    models = [FakeModel(), FakeModel()]
+    core = make_core(*models, pack_tokens=3 * TOKENS)
+    assert submit(core, pairs(*range(40))).future.result(WAIT_S) == list(range(40))
+    assert max(len(pack) for model in models for pack in model.packs) == 3
+
+
+def test_a_device_short_of_memory_leaves_the_budget_of_others(make_core):
+    def fault(ids: list[int]) -> None:
+        # So that both have some of the pairs.
+        assert ample.entered.wait(WAIT_S)
+        if len(ids) > 2:
+            raise torch.OutOfMemoryError
+
+    short, ample = FakeModel(fault), FakeModel()
+    core = make_core(short, ample, pack_tokens=8 * TOKENS)
+    future = submit(core, pairs(*range(64))).future
+    assert future.result(WAIT_S) == list(range(64))
+    assert core.workers[0].budget < core.workers[1].budget == 8 * TOKENS
 
 
 def test_a_small_job_overtakes_the_rest_of_a_big_one(make_core):
@@ -441,8 +485,9 @@ def test_stop_fails_what_runs_and_what_waits_at_once_and_the_thread_ends(make_co
     assert isinstance(failure(waiting), ClosedError)
     assert core.closed
     model.gate.set()
+    threads = [worker.thread for worker in core.workers]
     core.close()
-    assert not any(thread.is_alive() for thread in core._threads)
+    assert not any(thread.is_alive() for thread in threads)
     assert model.scored == [1]
 
 
@@ -463,9 +508,9 @@ def test_close_from_the_scoring_thread_itself_does_not_wait_for_itself(make_core
         closed_from.append(threading.current_thread().name)
 
     begin = time.monotonic()
-    held = hold_up(core, core._models[0], 1)
+    held = hold_up(core, core.workers[0].model, 1)
     held.add_done_callback(close)
-    model = core._models[0]
+    model = core.workers[0].model
     model.gate.set()
     assert held.result(WAIT_S) == [1.0]
     while not closed_from and time.monotonic() < begin + WAIT_S:
@@ -504,10 +549,11 @@ def test_a_future_cancelled_while_its_pack_runs_does_no_harm(make_core):
 
 def test_room_that_was_reserved_counts_until_it_is_given_back(make_core):
     core = make_core(FakeModel(), max_queued_pairs=10)
-    reserved = core.reserve(8)
+    reserved: Future[list[float]] = Future()
+    core.reserve(reserved, 8)
     assert core.stats().queued_pairs == 8
     with pytest.raises(Overloaded, match="8 pairs wait"):
-        core.reserve(3)
+        core.reserve(Future(), 3)
     assert reserved.cancel()
     assert core.stats().queued_pairs == 0
     # Its pairs come too late, and nobody waits for them.

@@ -63,7 +63,7 @@ def compare(reranker: Reranker, published: Iterable[PublishedScores]) -> list[Co
             query, document = entry.pairs[index]
             logit = reranker.logits(query, [document])[0]
             got = sigmoid(logit) if entry.kind == "score" else logit
-            rounding = LOGIT_TOLERANCE[reranker.dtype]
+            rounding = max(LOGIT_TOLERANCE[each] for each in reranker.dtype.split(", "))
             rounding *= _STEEPEST if entry.kind == "score" else 1.0
             compared.append(
                 Comparison(

@@ -24,7 +24,7 @@ from bge_rerank_adapters.calls.ranking import (
 from bge_rerank_adapters.calls.requests import Piece, Request, Requests, check_request, pieces
 from bge_rerank_adapters.calls.runner import AsyncDoor, Call, Places, Step, advance, run
 from bge_rerank_adapters.engine.checkpoints.hub import find_folder
-from bge_rerank_adapters.engine.models.cpu.streams import StreamedModel, settle_threads
+from bge_rerank_adapters.engine.models.cpu.streams import settle_threads
 from bge_rerank_adapters.engine.models.devices import resolve_device
 from bge_rerank_adapters.engine.models.loading import (
     Model,
@@ -32,19 +32,14 @@ from bge_rerank_adapters.engine.models.loading import (
     load_pair_tokenizer,
     read_checkpoint,
 )
+from bge_rerank_adapters.engine.queue.backlog import Logits
+from bge_rerank_adapters.engine.queue.core import ScoringCore
 from bge_rerank_adapters.engine.queue.packs import Job
-from bge_rerank_adapters.engine.queue.worker import ScoringCore
 from bge_rerank_adapters.engine.stats import EngineStats
 from bge_rerank_adapters.engine.text.tokenizer import TokenizedPairs
 from bge_rerank_adapters.errors import ScoringError
 from bge_rerank_adapters.settings import EngineSettings
 
-# Tokens of a pack where the user leaves it open: enough to keep the device busy, few enough that
-# a call that comes meanwhile does not wait long. On a processor packs of 1,024 to 4,096 tokens are
-# about as fast as each other, and so are shares of 512 to 2,048 for each stream.
-_PACK_TOKENS = 2048
-_STREAM_TOKENS = 1024
-_PACK_TOKENS_ACCELERATOR = 16_384
 # How many pairs of a long run of requests are tokenised and queued at a time, and how many such
 # pieces are under way: one is scored while the next is tokenised.
 _PIECE_PAIRS = 4096
@@ -216,12 +211,11 @@ class Reranker:
         )
         self.settings = settings.without_token()
         self.device = ", ".join(str(model.device) for model in models)
-        self.dtype = str(models[0].dtype).removeprefix("torch.")
+        self.dtype = _dtype_names(models)
         self._core = ScoringCore(
             models,
-            pack_tokens=_pack_tokens(settings, models[0]),
             max_queued_pairs=settings.max_queued_pairs,
-            pack_multiple=_streams(models[0]),
+            pack_tokens=settings.pack_tokens if isinstance(settings.pack_tokens, int) else None,
         )
         self._door = AsyncDoor()
         self._finalizer = weakref.finalize(self, _let_go, self._core, self._door)
@@ -365,7 +359,7 @@ class Reranker:
     def warm_up(self) -> None:
         """Run the model once, so that the first query does not wait for kernels to be chosen.
 
-        With several devices each runs its copy.
+        Each device runs its copy, in all threads that will run pairs of calls.
 
         Raises:
             ScoringError: The model failed.
@@ -373,7 +367,7 @@ class Reranker:
         """
         self._core.check_open()
         self._core.tally.add_requests(1)
-        self._core.score_everywhere(self._tokenize([("warm-up", "warm-up " * 64)]).distinct)
+        self._core.warm_up(self._tokenize([("warm-up", "warm-up " * 64)]).distinct[0])
 
     def stats(self) -> EngineStats:
         """Return what the engine has done since it was loaded; cheap, and good to ask at any time.
@@ -441,12 +435,15 @@ class Reranker:
             bounded: Whether the call may be refused because too many pairs wait.
         """
         self._core.check_open()
-        future = self._core.reserve(len(pairs), bounded=bounded) if pairs else None
-        self._core.tally.add_requests(requests)
-        if future is None:
+        if not pairs:
+            self._core.tally.add_requests(requests)
             return _Scored([], [], [], Usage(tokens=0))
-        places.hold(future)
+        future: Logits = Future()
+        # Whatever interrupts it from here on, Ctrl-C included, the call gives back its room.
         try:
+            self._core.reserve(future, len(pairs), bounded=bounded)
+            self._core.tally.add_requests(requests)
+            places.hold(future)
             yield None
             begin = time.perf_counter()
             tokenized = self._tokenize(pairs)
@@ -580,16 +577,10 @@ def _check_limits(top_k: object, score_threshold: object) -> dict[str, Any]:
     }
 
 
-def _pack_tokens(settings: EngineSettings, model: Model) -> int:
-    if isinstance(settings.pack_tokens, int):
-        return settings.pack_tokens
-    if model.device.type != "cpu":
-        return _PACK_TOKENS_ACCELERATOR
-    return max(_PACK_TOKENS, _streams(model) * _STREAM_TOKENS)
-
-
-def _streams(model: Model) -> int:
-    return model.streams if isinstance(model, StreamedModel) else 1
+def _dtype_names(models: Sequence[Model]) -> str:
+    """Return the dtype of all models, or of each one in order where they differ."""
+    names = [str(model.dtype).removeprefix("torch.") for model in models]
+    return ", ".join(names) if len(set(names)) > 1 else names[0]
 
 
 def _let_go(core: ScoringCore, door: AsyncDoor) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from bge_rerank_adapters.engine.models.devices import is_out_of_memory
+from bge_rerank_adapters.engine.models.devices import default_pack_tokens, is_out_of_memory
 from bge_rerank_adapters.engine.models.encoder.config import ENCODER_TYPES, parse_config
 from bge_rerank_adapters.engine.models.encoder.layers import check_one_label
 from bge_rerank_adapters.engine.models.weights import open_weights, read_config
@@ -78,7 +78,11 @@ class FlagModel:
     Attributes:
         device: Where it runs.
         dtype: Of weights and activations.
+        streams: 1: it runs a pack as a whole.
+        pack_tokens: Token budget of a pack that suits the device.
     """
+
+    streams = 1
 
     def __init__(
         self,
@@ -107,7 +111,7 @@ class FlagModel:
                 or cannot load the checkpoint, or the model gives several labels.
             DeviceError: It cannot run the dtype on the device.
         """
-        self.device = device
+        self.device, self.pack_tokens = device, default_pack_tokens(device)
         self.dtype = _dtype(settings.dtype, family, device)
         make = _flag_class(family)
         _check_weights(folder, family)

@@ -45,10 +45,19 @@ _TYPES: dict[str, tuple[str, ...]] = {
 
 
 class Model(Protocol):
-    """What the engine needs of a model."""
+    """What the engine needs of a model.
+
+    Attributes:
+        device: Where it runs.
+        dtype: Of weights and activations.
+        streams: How many threads run pairs of a pack side by side; 1 runs the pack as a whole.
+        pack_tokens: Token budget of a pack that suits it on this device.
+    """
 
     device: torch.device
     dtype: torch.dtype
+    streams: int
+    pack_tokens: int
 
     def logits(self, pairs: Sequence[TokenPair]) -> list[float]:
         """Return the logit of each pair of a pack."""

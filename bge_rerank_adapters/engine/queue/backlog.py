@@ -3,7 +3,6 @@
 import os
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 
@@ -24,28 +23,21 @@ class Backlog:
         closed: Whether it lets nobody in any more.
     """
 
-    def __init__(self, *, max_queued_pairs: int, pack_multiple: int = 1) -> None:
-        """Begin with nobody waiting.
-
-        Args:
-            max_queued_pairs: Most pairs that may wait.
-            pack_multiple: Of how many pairs full packs are a multiple, as of `PackQueue`.
-        """
-        self._max_queued_pairs, self._pack_multiple = max_queued_pairs, pack_multiple
+    def __init__(self, *, max_queued_pairs: int) -> None:
+        """Begin with nobody waiting, and room for `max_queued_pairs` pairs."""
+        self._max_queued_pairs = max_queued_pairs
         self.closed = False
         self._pid = os.getpid()
         self._begin_empty()
 
     def _begin_empty(self) -> None:
         self.changed = threading.Condition()
-        self._queue: PackQueue[TokenPair] = PackQueue(multiple=self._pack_multiple)
+        self._queue: PackQueue[TokenPair] = PackQueue()
         # How many pairs each call that is still tokenising will bring, and their sum.
         self._reserved: dict[Logits, int] = {}
         self._reserved_pairs = 0
-        # All that has been put and not resolved, wherever its pairs are.
+        # All that has been registered and not resolved, wherever its pairs are.
         self._jobs: dict[Logits, TokenJob] = {}
-        # What a certain taker is to do, whoever else is free.
-        self._own: dict[int, list[TokenJob]] = {}
 
     def __len__(self) -> int:
         """Return how many pairs wait, those still to be tokenised included."""
@@ -73,22 +65,21 @@ class Backlog:
         """Whether this process was forked off since, so that no thread serves the queue."""
         return self._pid != os.getpid()
 
-    def reserve(self, pairs: int, *, bounded: bool = True) -> Logits:
+    def reserve(self, future: Logits, pairs: int, *, bounded: bool = True) -> None:
         """Keep room for the pairs of a call, which come with `put`; returns at once.
 
         Args:
+            future: Of the logits. Cancelling it gives the room back, even if this was interrupted,
+                and its pairs are not scored.
             pairs: How many, at least 1.
             bounded: Whether `max_queued_pairs` applies.
-
-        Returns:
-            The future of the logits. Who cancels it gives the room back, and its pairs are not
-            scored.
 
         Raises:
             Overloaded: Too many pairs wait already.
             ClosedError: The engine has been closed.
         """
-        future: Logits = Future()
+        # First, so that a call that is interrupted from here on can give its room back.
+        future.add_done_callback(self._forget)
         with self.changed:
             self.check_open()
             waiting = len(self)
@@ -100,44 +91,32 @@ class Backlog:
                 )
             self._reserved[future] = pairs
             self._reserved_pairs += pairs
-        future.add_done_callback(self._forget)
-        return future
 
-    def put(self, job: TokenJob, *, place: int | None = None) -> None:
-        """Queue the pairs of a call whose future is one of `reserve`.
+    def register(self, job: TokenJob) -> bool:
+        """Turn the room kept for a call into a job that waits for its logits.
 
-        Args:
-            job: The call's.
-            place: The taker that is to have all of them as its next pack; `None` is any.
+        Returns:
+            Whether the call still waits; False if it has been cancelled meanwhile.
         """
         with self.changed:
             if job.future not in self._reserved:
-                return  # cancelled meanwhile
+                return False
             self._reserved_pairs -= self._reserved.pop(job.future)
             self._jobs[job.future] = job
             job.queued_at = time.monotonic()
-            if place is None:
-                self._queue.put(job)
-            else:
-                self._own.setdefault(place, []).append(job)
-            self.changed.notify_all()
+            return True
 
-    def take(self, max_tokens: Callable[[], int], *, place: int) -> TokenPack:
-        """Wait for pairs and return a pack of them; `[]` once this is closed.
-
-        Args:
-            max_tokens: Tells the budget when there is something to take.
-            place: Which taker this is.
-        """
+    def put(self, job: TokenJob) -> None:
+        """Queue the pairs of a call whose future has been reserved."""
         with self.changed:
-            while not self.closed:
-                if own := self._own.get(place):
-                    job = own.pop()
-                    return [(job, position) for position in range(len(job.pairs))]
-                if pack := self._queue.take(max_tokens()):
-                    return pack
-                self.changed.wait()
-            return []
+            if self.register(job):
+                self._queue.put(job)
+                self.changed.notify_all()
+
+    def take(self, max_tokens: int, *, multiple: int) -> TokenPack:
+        """Return a pack of what waits, `[]` if nothing does; arguments as of `PackQueue.take`."""
+        with self.changed:
+            return self._queue.take(max_tokens, multiple=multiple)
 
     def close(self) -> None:
         """Let nobody in, and fail all who wait with `ClosedError`."""
@@ -153,7 +132,6 @@ class Backlog:
         """Empty the queue; return the futures of all calls that were put and have no logits."""
         with self.changed:
             self._queue.clear()
-            self._own.clear()
             return list(self._jobs)
 
     def leave_to_parent(self) -> None:

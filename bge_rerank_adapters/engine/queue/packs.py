@@ -84,14 +84,8 @@ class PackQueue(Generic[PairT]):
     without a lock.
     """
 
-    def __init__(self, *, multiple: int = 1) -> None:
-        """Make an empty queue.
-
-        Args:
-            multiple: A pack that leaves pairs of a call behind has a multiple of so many pairs:
-                of much the same length, they share out evenly among as many streams.
-        """
-        self._multiple = multiple
+    def __init__(self) -> None:
+        """Make an empty queue."""
         self._arrivals = count()
         # Both hold every job that waits: in the order of arrival, and of size. An OrderedDict, for
         # the first key of a plain one is found only after all that were deleted before it.
@@ -119,19 +113,26 @@ class PackQueue(Generic[PairT]):
             self.pairs -= len(job.waiting)
             job.waiting.clear()
 
-    def take(self, max_tokens: int) -> Pack[PairT]:
+    def take(self, max_tokens: int, *, multiple: int = 1) -> Pack[PairT]:
         """Return the next pack: at least one pair, and no more than fit `max_tokens`.
 
-        A single pair longer than the budget makes a pack of its own. Pairs come longest first,
-        whatever job they are of: a model may share work between neighbours of equal length.
-        `[]` if nothing waits.
+        Pairs come longest first, whatever job they are of: a model may share work between
+        neighbours of equal length.
+
+        Args:
+            max_tokens: Token budget of the pack; a single longer pair makes a pack of its own.
+            multiple: A pack that leaves pairs of a job behind has a multiple of so many pairs: of
+                much the same length, they share out evenly among as many streams.
+
+        Returns:
+            The jobs and positions of its pairs; `[]` if nothing waits.
         """
         pack: Pack[PairT] = []
         room = max_tokens
         oldest_first = self._packs % _OLDEST_EVERY == _OLDEST_EVERY - 1
         while self._jobs:
             job = self._jobs[next(iter(self._jobs)) if oldest_first else self._sizes[0][1]]
-            taken = self._take_from(job, room, before=len(pack))
+            taken = self._take_from(job, room, before=len(pack), multiple=multiple)
             pack.extend((job, position) for position in taken)
             room -= sum(len(job.pairs[position]) for position in taken)
             if job.waiting:
@@ -146,13 +147,14 @@ class PackQueue(Generic[PairT]):
         self._sizes.clear()
         self.pairs = 0
 
-    def _take_from(self, job: Job[PairT], room: int, *, before: int) -> list[int]:
+    def _take_from(self, job: Job[PairT], room: int, *, before: int, multiple: int) -> list[int]:
         """Take the longest pairs of a job that fit the room; one at least for an empty pack.
 
         Args:
             job: The one in turn.
             room: Tokens that the pack may still take.
             before: How many pairs the pack has already.
+            multiple: As of `take`.
         """
         taken: list[int] = []
         while job.waiting:
@@ -161,8 +163,8 @@ class PackQueue(Generic[PairT]):
                 break
             taken.append(job.waiting.pop())
             room -= tokens
-        if job.waiting and before + len(taken) > self._multiple:
-            for _ in range(min(len(taken), (before + len(taken)) % self._multiple)):
+        if job.waiting and before + len(taken) > multiple:
+            for _ in range(min(len(taken), (before + len(taken)) % multiple)):
                 job.waiting.append(taken.pop())
         if taken:
             self._forget_size(job)

@@ -11,6 +11,7 @@ import torch
 
 from bge_rerank_adapters.engine.models.causal.config import parse_gemma
 from bge_rerank_adapters.engine.models.causal.model import CausalModel, CausalReader
+from bge_rerank_adapters.engine.models.devices import default_pack_tokens
 from bge_rerank_adapters.engine.models.weights import open_weights
 from bge_rerank_adapters.engine.text.tokenizer import TokenPair
 
@@ -23,7 +24,11 @@ class DecoderModel:
     Attributes:
         device: Where it runs.
         dtype: Of weights and activations.
+        streams: 1: it runs a pack as a whole.
+        pack_tokens: Token budget of a pack that suits the device.
     """
+
+    streams = 1
 
     def __init__(
         self,
@@ -49,6 +54,7 @@ class DecoderModel:
         """
         parsed = parse_gemma(config, folder=folder)
         self.device, self.dtype = device, dtype
+        self.pack_tokens = default_pack_tokens(device)
         with open_weights(folder) as weights:
             self._model = CausalModel(
                 parsed, weights, device=device, dtype=dtype, depth=parsed.layers

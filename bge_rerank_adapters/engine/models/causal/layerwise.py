@@ -13,6 +13,7 @@ import torch
 from bge_rerank_adapters.engine.models.causal.config import parse_minicpm
 from bge_rerank_adapters.engine.models.causal.cutoff import HeadLayers, read_entry
 from bge_rerank_adapters.engine.models.causal.model import CausalModel, CausalReader
+from bge_rerank_adapters.engine.models.devices import default_pack_tokens
 from bge_rerank_adapters.engine.models.weights import open_weights
 from bge_rerank_adapters.engine.text.tokenizer import TokenPair
 from bge_rerank_adapters.errors import UnsupportedCheckpointError
@@ -24,7 +25,11 @@ class LayerwiseModel:
     Attributes:
         device: Where it runs.
         dtype: Of weights and activations.
+        streams: 1: it runs a pack as a whole.
+        pack_tokens: Token budget of a pack that suits the device.
     """
+
+    streams = 1
 
     def __init__(
         self,
@@ -56,6 +61,7 @@ class LayerwiseModel:
         multiple = config.get("head_multi", True)
         place = f".{heads.layers.index(depth)}" if multiple else ""
         self.device, self.dtype = device, dtype
+        self.pack_tokens = default_pack_tokens(device)
         with open_weights(folder) as weights:
             self._model = CausalModel(parsed, weights, device=device, dtype=dtype, depth=depth)
             read = CausalReader(weights, parsed, device, dtype)

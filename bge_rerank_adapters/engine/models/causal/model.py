@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from bge_rerank_adapters.engine.models.causal.attention import CausalLayout, causal_attention_for
 from bge_rerank_adapters.engine.models.causal.config import CausalConfig
+from bge_rerank_adapters.engine.models.devices import default_pack_tokens
 from bge_rerank_adapters.engine.models.layers.activations import ACTIVATIONS
 from bge_rerank_adapters.engine.models.layers.linear import Linear, linear_maker
 from bge_rerank_adapters.engine.models.weights import Weights
@@ -74,7 +75,11 @@ class CausalModel:
         device: Where it runs.
         dtype: Of weights and activations; norms and logits are computed in float32 always.
         depth: How many layers are run.
+        streams: 1: it runs a pack as a whole.
+        pack_tokens: Token budget of a pack that suits the device.
     """
+
+    streams = 1
 
     def __init__(
         self,
@@ -98,6 +103,7 @@ class CausalModel:
             CheckpointError: Tensors are missing, damaged or of the wrong shape.
         """
         self.config, self.device, self.dtype, self.depth = config, device, dtype, depth
+        self.pack_tokens = default_pack_tokens(device)
         self._activation = ACTIVATIONS[config.activation]
         _check_last_layer(weights, config)
         read = CausalReader(weights, config, device, dtype)

@@ -24,7 +24,7 @@ from bge_rerank_adapters.engine.models.cpu.amx.bfloat16 import (
 )
 from bge_rerank_adapters.engine.models.cpu.amx.int8 import amx_int8_layer
 from bge_rerank_adapters.engine.models.cpu.onednn.int8_layers import int8_layer, run_sample
-from bge_rerank_adapters.engine.models.devices import int8_pays, resolve_dtype
+from bge_rerank_adapters.engine.models.devices import default_pack_tokens, int8_pays, resolve_dtype
 from bge_rerank_adapters.engine.models.encoder.config import parse_config
 from bge_rerank_adapters.engine.models.encoder.layers import (
     EncoderReader,
@@ -59,7 +59,11 @@ class EncoderModel:
             faster than 8-bit integers.
         layer_dtype: What the layers are in: int8, or a floating-point dtype.
         own_kernels: Whether these are of this package's own kernels, for processors with AMX.
+        streams: 1: it runs a pack as a whole.
+        pack_tokens: Token budget of a pack that suits the device.
     """
+
+    streams = 1
 
     def __init__(
         self,
@@ -85,6 +89,7 @@ class EncoderModel:
         """
         self.config = parse_config(config, folder=folder)
         self.device, self.dtype = device, dtype
+        self.pack_tokens = default_pack_tokens(device)
         compute = resolve_dtype("auto", device) if dtype == torch.int8 else dtype
         heads = self.config.heads
         width = self.config.hidden // heads
