@@ -185,9 +185,9 @@ class BGERerankFunction:
             # Where there is one it goes into the text here, in its format.
             query_instruction=None if query_instruction_for_rerank is None else "",
             passage_instruction=None if passage_instruction_for_rerank is None else "",
-            cutoff_layers=cutoff_layers,  # type: ignore[arg-type]
+            cutoff_layers=cutoff_layers,
             compress_ratio=compress_ratio,
-            compress_layers=compress_layers,  # type: ignore[arg-type]
+            compress_layers=compress_layers,
         )
         self._given, self._was_given = reranker, reranker is not None
         if self._was_given:

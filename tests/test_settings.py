@@ -1,15 +1,19 @@
 """Every check of the engine's settings, and what may leave them."""
 
 import copy
+import inspect
 import json
 import pickle
 from dataclasses import FrozenInstanceError
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
+from bge_rerank_adapters import Reranker
 from bge_rerank_adapters.errors import SettingsError
-from bge_rerank_adapters.settings import EngineSettings, setting_names
+from bge_rerank_adapters.settings import EngineOptions, EngineSettings, setting_names
+from bge_rerank_adapters.settings.table import rows
 
 SECRET = "hf_do-not-tell"  # noqa: S105
 
@@ -187,3 +191,29 @@ def test_what_is_carried_builds_equal_settings():
     assert EngineSettings(**json.loads(json.dumps(settings.to_dict()))) == rest
     assert copy.deepcopy(rest) == rest
     assert set(settings.to_dict()) == set(setting_names()) - {"token"}
+
+
+def test_type_checkers_inspect_and_documentation_see_the_rows():
+    """Each of these is what someone looks at instead of the table."""
+    table = rows(EngineSettings)
+    taken = get_type_hints(EngineOptions)
+    assert set(taken) == set(table) - {"model"}, "EngineOptions needs a line for each row"
+    kept = get_type_hints(EngineSettings)
+    wider = {"device", "cutoff_layers", "compress_layers"}
+    assert {name for name in taken if taken[name] != kept[name]} == wider
+    assert all(set(get_args(kept[name])) & set(get_args(taken[name])) for name in wider)
+    shown = inspect.signature(Reranker).parameters
+    assert {name: each.default for name, each in shown.items()} == {
+        name: each.default for name, each in table.items()
+    }
+    assert {name: each.annotation for name, each in shown.items()} == {"model": str, **taken}
+    for described in (Reranker.__init__, EngineSettings):
+        text = " ".join(described.__doc__.split())
+        assert [name for name in table if f" {name}: {table[name].sentence}" not in text] == []
+
+
+def test_an_option_that_is_not_known_is_refused_by_its_name():
+    with pytest.raises(TypeError, match=r"'max_lenght'; did you mean 'max_length'.*takes mod"):
+        Reranker("tiny", max_lenght=3)
+    with pytest.raises(TypeError, match=r"'colour'\. It takes model, device, .*max_queued_pairs"):
+        Reranker("tiny", colour="blue")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, Unpack
 
 from bge_rerank_adapters.calls.progress import ProgressBar
 from bge_rerank_adapters.calls.ranking import (
@@ -38,7 +38,8 @@ from bge_rerank_adapters.engine.queue.packs import Job
 from bge_rerank_adapters.engine.stats import EngineStats
 from bge_rerank_adapters.engine.text.tokenizer import TokenizedPairs
 from bge_rerank_adapters.errors import ScoringError
-from bge_rerank_adapters.settings import EngineSettings
+from bge_rerank_adapters.settings import EngineOptions, EngineSettings
+from bge_rerank_adapters.settings.options import check_options, shows_options
 
 # How many pairs of a long run of requests are tokenised and queued at a time, and how many such
 # pieces are under way: one is scored while the next is tokenised.
@@ -94,101 +95,22 @@ class Reranker:
 
     settings: EngineSettings
 
-    def __init__(
-        self,
-        model: str = EngineSettings.model,
-        *,
-        device: str | Sequence[str] = EngineSettings.device,
-        dtype: str = EngineSettings.dtype,
-        max_length: int = EngineSettings.max_length,
-        query_max_length: int | None = EngineSettings.query_max_length,
-        long_documents: str = EngineSettings.long_documents,
-        window_tokens: int | None = EngineSettings.window_tokens,
-        window_overlap_tokens: int | None = EngineSettings.window_overlap_tokens,
-        revision: str | None = EngineSettings.revision,
-        cache_dir: str | None = EngineSettings.cache_dir,
-        local_files_only: bool = EngineSettings.local_files_only,
-        token: str | None = EngineSettings.token,
-        backend: str = EngineSettings.backend,
-        family: str | None = EngineSettings.family,
-        prompt: str | None = EngineSettings.prompt,
-        query_instruction: str | None = EngineSettings.query_instruction,
-        passage_instruction: str | None = EngineSettings.passage_instruction,
-        cutoff_layers: int | Sequence[int] | None = EngineSettings.cutoff_layers,
-        compress_ratio: int | None = EngineSettings.compress_ratio,
-        compress_layers: int | Sequence[int] | None = EngineSettings.compress_layers,
-        pack_tokens: int | str = EngineSettings.pack_tokens,
-        max_queued_pairs: int = EngineSettings.max_queued_pairs,
-    ) -> None:
+    @shows_options(EngineOptions)
+    def __init__(self, model: str = EngineSettings.model, **options: Unpack[EngineOptions]) -> None:
         """Check the settings and load the weights.
 
         Args:
             model: A folder, a name on the hub, or `"tiny"` for the bundled checkpoint.
-            device: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`, `"xpu"`, ..., or several of
-                them for a copy of the model on each.
-            dtype: `"auto"`, `"float32"`, `"bfloat16"`, `"float16"` or, on a processor, `"int8"`.
-                `"auto"` is the fastest that a short timing finds this device to run natively,
-                and never int8. int8 is for layers of encoders, where it is faster than what
-                `"auto"` finds; where it is not, that runs instead.
-            max_length: Most tokens of a pair, special tokens included; clamped to the model's
-                positions.
-            query_max_length: Most tokens of the query; `None` is three quarters of `max_length`.
-            long_documents: What becomes of a document that is too long: `"truncate"` cuts off its
-                end, `"window"` scores overlapping windows of it and keeps the best.
-            window_tokens: Most document tokens of a window; `None` is all that fit.
-            window_overlap_tokens: Tokens that neighbouring windows share at least; `None` is a
-                quarter of a window.
-            revision: Branch, tag or commit on the hub.
-            cache_dir: Folder of the hub's cache.
-            local_files_only: Never ask the hub.
-            token: Secret for the hub.
-            backend: `"native"`, or `"flagembedding"` to run FlagEmbedding's own classes, from
-                the extra of that name.
-            family: `"encoder"`, `"decoder"`, `"layerwise"` or `"lightweight"`; `None` is found
-                from the checkpoint's config.
-            prompt: What a decoder is asked after the document; `None` is the family's own.
-            query_instruction: Put before each query; `None` is `"A: "` in the decoder families.
-            passage_instruction: Put before each document; `None` is `"B: "` in the decoder
-                families.
-            cutoff_layers: The layer whose logit is read, or a list of one, in the layerwise and
-                lightweight families; `None` is the last.
-            compress_ratio: How many of a document's tokens are made one in the lightweight
-                family: 1, 2, 4 or 8; `None` is 1.
-            compress_layers: Before which layers that is done; `None` is `[8]`.
-            pack_tokens: Token budget of one forward pass, or `"auto"`.
-            max_queued_pairs: Most pairs that may wait before calls raise `Overloaded`.
+            **options: The engine's settings by their names, as `EngineSettings` describes them.
 
         Raises:
+            TypeError: There is no setting of that name.
             SettingsError: A setting has a value that is not allowed.
             CheckpointError: The checkpoint cannot be found or used.
             DeviceError: The device is not there.
         """
-        self._load(
-            EngineSettings(
-                model=model,
-                device=tuple(device) if isinstance(device, list) else device,  # type: ignore[arg-type]
-                dtype=dtype,
-                max_length=max_length,
-                query_max_length=query_max_length,
-                long_documents=long_documents,
-                window_tokens=window_tokens,
-                window_overlap_tokens=window_overlap_tokens,
-                revision=revision,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                token=token,
-                backend=backend,
-                family=family,
-                prompt=prompt,
-                query_instruction=query_instruction,
-                passage_instruction=passage_instruction,
-                cutoff_layers=cutoff_layers,  # type: ignore[arg-type]
-                compress_ratio=compress_ratio,
-                compress_layers=compress_layers,  # type: ignore[arg-type]
-                pack_tokens=pack_tokens,
-                max_queued_pairs=max_queued_pairs,
-            )
-        )
+        check_options(Reranker, options)
+        self._load(EngineSettings(model=model, **options))
 
     @classmethod
     def from_settings(cls, settings: EngineSettings) -> Self:

@@ -1,15 +1,18 @@
-"""The settings of a scoring engine: every default and every check of them, in one place.
+"""The settings of a scoring engine: one table of every name, default, check and text.
+
+To add one, give `EngineSettings` a row and `FurtherOptions` its type, and use it where it matters;
+the tests name the places that are held against these two: the adapters' fields and the README.
 
 Nothing here imports torch, so an adapter can refuse a bad setting before anything is loaded.
 """
 
-import numbers
-import os
 import re
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from bge_rerank_adapters.errors import SettingsError
+from bge_rerank_adapters.settings import checks
 from bge_rerank_adapters.settings.checkpoints import DEFAULT_MODEL, known_family
 from bge_rerank_adapters.settings.families import (
     BACKENDS,
@@ -17,6 +20,15 @@ from bge_rerank_adapters.settings.families import (
     check_backend_settings,
     check_family_settings,
 )
+from bge_rerank_adapters.settings.parsing import (
+    AUTO_OR_COUNT,
+    COUNT,
+    COUNTS,
+    FLAG,
+    TEXTS,
+    WHOLE,
+)
+from bge_rerank_adapters.settings.table import Table, documented, rows, setting
 
 DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu", "npu", "hpu", "mtia")
 LONG_DOCUMENTS = ("truncate", "window")
@@ -27,138 +39,35 @@ _RATIOS = (1, 2, 4, 8)
 _DEVICE = re.compile(rf"auto|({'|'.join(DEVICE_TYPES)})(:\d+)?")
 
 
-@dataclass(frozen=True, kw_only=True)
-class EngineSettings:
-    """All that decides what an engine computes, and where; equal settings may share one engine.
+class FurtherOptions(TypedDict, total=False):
+    """Settings that drop-ins for other libraries take by the names that they have here."""
 
-    Attributes:
-        model: A checkpoint: a folder, a hub name, or `"tiny"` for the bundled one.
-        device: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`, `"xpu"`, ...; a tuple of them
-            runs one copy of the model on each.
-        dtype: `"auto"`, `"float32"`, `"bfloat16"`, `"float16"` or, on a processor, `"int8"`.
-        max_length: Most tokens of a pair, special tokens included; at most the model's positions.
-        query_max_length: Most tokens of the query; `None` is three quarters of `max_length`.
-        long_documents: `"truncate"`, or `"window"` for the best of overlapping windows.
-        window_tokens: Most document tokens of a window; `None` is all that fit beside the query.
-        window_overlap_tokens: Tokens that neighbouring windows share; `None` is a quarter.
-        revision: Branch, tag or commit of a checkpoint on the hub.
-        cache_dir: Folder of the hub's cache; `None` is the hub library's own.
-        local_files_only: Never ask the hub, use folders and the cache alone.
-        token: Secret for a private or gated checkpoint; in no repr or dump, though it counts
-            where settings are compared.
-        backend: `"native"`, or `"flagembedding"` to run FlagEmbedding's own classes.
-        family: `"encoder"`, `"decoder"`, `"layerwise"` or `"lightweight"`; `None` is found from the
-            checkpoint's config.
-        prompt: What a decoder is asked after the document; `None` is the family's own.
-        query_instruction: Put before each query; `None` is `"A: "` in the decoder families, and
-            nothing in the encoder family.
-        passage_instruction: Put before each document; `None` is `"B: "`, or nothing.
-        cutoff_layers: After how many layers the logit is read, in the layerwise and lightweight
-            families; `None` is the last.
-        compress_ratio: How many of a document's tokens are made one in the lightweight family: 1,
-            2, 4 or 8; `None` is 1, which leaves them as they are.
-        compress_layers: Before which layers, counted from 0, that is done; `None` is `(8,)`.
-        pack_tokens: Token budget of one forward pass; `"auto"` fits it to the device.
-        max_queued_pairs: Most pairs that may wait; past it a call raises `Overloaded`.
-    """
-
-    model: str = DEFAULT_MODEL
-    device: str | tuple[str, ...] = "auto"
-    dtype: str = "auto"
-    max_length: int = 512
-    query_max_length: int | None = None
-    long_documents: str = "truncate"
-    window_tokens: int | None = None
-    window_overlap_tokens: int | None = None
-    revision: str | None = None
-    cache_dir: str | None = None
-    local_files_only: bool = False
-    token: str | None = field(default=None, repr=False)
-    backend: str = "native"
-    family: str | None = None
-    prompt: str | None = None
-    query_instruction: str | None = None
-    passage_instruction: str | None = None
-    cutoff_layers: int | None = None
-    compress_ratio: int | None = None
-    compress_layers: tuple[int, ...] | None = None
-    pack_tokens: int | str = "auto"
-    max_queued_pairs: int = 100_000
-
-    def __post_init__(self) -> None:
-        """Check and normalise every setting."""
-        for name, check in _CHECKS.items():
-            object.__setattr__(self, name, check(name, getattr(self, name)))
-        if self.query_max_length is not None and self.query_max_length >= self.max_length:
-            raise SettingsError(
-                f"query_max_length ({self.query_max_length}) leaves no room for a document within "
-                f"max_length ({self.max_length}); make it smaller, or max_length larger."
-            )
-        family = self.family or known_family(self.model)
-        if family:
-            check_family_settings(family, vars(self))
-        check_backend_settings(vars(self))
-        self._check_windows()
-        if self.compress_layers is not None and self.compress_ratio is None:
-            raise SettingsError(
-                f"compress_layers={self.compress_layers!r} had no effect without compress_ratio; "
-                "set compress_ratio as well, or leave it out."
-            )
-
-    def _check_windows(self) -> None:
-        sizes = {"window_tokens", "window_overlap_tokens"}
-        given = sorted(name for name in sizes if getattr(self, name) is not None)
-        if given and self.long_documents != "window":
-            raise SettingsError(
-                f"{' and '.join(given)} had no effect with long_documents="
-                f'{self.long_documents!r}; set long_documents="window" as well, or leave it out.'
-            )
-        check_window_sizes(
-            self.window_tokens, self.window_overlap_tokens, max_length=self.max_length
-        )
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the settings without the token, which is a secret."""
-        return _unpickle_settings, (self.to_dict(),)
-
-    @property
-    def devices(self) -> tuple[str, ...]:
-        """The devices, one or more, as a tuple."""
-        return (self.device,) if isinstance(self.device, str) else self.device
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the settings as plain values for JSON, without the token."""
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "token"}
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in plain.items()
-        }
-
-    def without_token(self) -> "EngineSettings":
-        """Return the same settings with the secret left out."""
-        return replace(self, token=None)
+    long_documents: str
+    window_tokens: int | None
+    window_overlap_tokens: int | None
+    revision: str | None
+    cache_dir: str | None
+    local_files_only: bool
+    token: str | None
+    backend: str
+    prompt: str | None
+    cutoff_layers: int | Sequence[int] | None
+    compress_ratio: int | None
+    compress_layers: int | Sequence[int] | None
+    pack_tokens: int | str
+    max_queued_pairs: int
 
 
-def _unpickle_settings(plain: dict[str, Any]) -> EngineSettings:
-    return EngineSettings(**plain)
+class EngineOptions(FurtherOptions, total=False):
+    """All settings but the model, with the types that are taken."""
 
-
-def _text(name: str, value: object) -> str:
-    if isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    if not isinstance(value, str) or not value.strip():
-        raise SettingsError(f"{name} must be a non-empty str or a path, got {value!r}.")
-    return value
-
-
-def _optional_text(name: str, value: object) -> str | None:
-    return None if value is None else _text(name, value)
-
-
-def _secret(name: str, value: object) -> str | None:
-    if value is not None and not isinstance(value, str):
-        raise SettingsError(f"{name} must be a str or None, got a {type(value).__name__}.")
-    return value
+    device: str | Sequence[str]
+    dtype: str
+    max_length: int
+    query_max_length: int | None
+    family: str | None
+    query_instruction: str | None
+    passage_instruction: str | None
 
 
 def _device(name: str, value: object) -> str | tuple[str, ...]:
@@ -187,70 +96,7 @@ def _dtype(name: str, value: object) -> str:
     return text
 
 
-def _count(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-        raise SettingsError(f"{name} must be a whole number of at least 1, got {value!r}.")
-    return int(value)
-
-
-def _optional_count(name: str, value: object) -> int | None:
-    return None if value is None else _count(name, value)
-
-
-def _auto_or_count(name: str, value: object) -> int | str:
-    if isinstance(value, str) and value == "auto":
-        return value
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-        raise SettingsError(
-            f'{name} must be "auto" or a whole number of at least 1, got {value!r}.'
-        )
-    return int(value)
-
-
-def _optional_whole(name: str, value: object) -> int | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 0:
-        raise SettingsError(f"{name} must be a whole number of at least 0 or None, got {value!r}.")
-    return int(value)
-
-
-def _long_documents(name: str, value: object) -> str:
-    if not isinstance(value, str) or value not in LONG_DOCUMENTS:
-        raise SettingsError(f"{name} must be one of {', '.join(LONG_DOCUMENTS)}, got {value!r}.")
-    return value
-
-
-def _optional_line(name: str, value: object) -> str | None:
-    """Check what stands beside a text: unlike a name it may be empty."""
-    if not isinstance(value, str | None):
-        raise SettingsError(f"{name} must be a str or None, got {value!r}.")
-    return value
-
-
-def _backend(name: str, value: object) -> str:
-    if value not in BACKENDS:
-        raise SettingsError(
-            f"{name} must be one of {', '.join(map(repr, BACKENDS))}, got {value!r}."
-        )
-    return str(value)
-
-
-def _family(name: str, value: object) -> str | None:
-    return None if value is None else _one_of(name, value, FAMILIES)
-
-
-def _one_of(name: str, value: object, allowed: tuple[Any, ...]) -> Any:
-    # True and 2.0 are equal to numbers that are allowed.
-    is_kind = isinstance(value, type(allowed[0])) and not isinstance(value, bool)
-    if not is_kind or value not in allowed:
-        raise SettingsError(
-            f"{name} must be one of {', '.join(map(repr, allowed))}, or None, got {value!r}."
-        )
-    return value
-
-
-def _one_layer(name: str, value: object) -> int | None:
+def _one_layer(name: str, value: object) -> int:
     """Check a layer, which FlagEmbedding's users give as a list of one."""
     if isinstance(value, list | tuple):
         if len(value) != 1:
@@ -259,52 +105,198 @@ def _one_layer(name: str, value: object) -> int | None:
                 "scores of its own, so make an engine for each."
             )
         value = value[0]
-    return _optional_count(name, value)
+    return checks.count(name, value)  # type: ignore[no-any-return]
 
 
-def _ratio(name: str, value: object) -> int | None:
-    return None if value is None else _one_of(name, value, _RATIOS)
-
-
-def _layers(name: str, value: object) -> tuple[int, ...] | None:
-    if value is None:
-        return None
+def _layers(name: str, value: object) -> tuple[int, ...]:
     layers = tuple(value) if isinstance(value, list | tuple) else (value,)
     if not layers:
         raise SettingsError(f"{name} must name at least one layer, got {value!r}.")
-    return tuple(sorted({_count(name, layer) for layer in layers}))
+    return tuple(sorted({checks.count(name, layer) for layer in layers}))
 
 
-def _flag(name: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise SettingsError(f"{name} must be True or False, got {value!r}.")
-    return value
+@documented
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings(Table):
+    """All that decides what an engine computes, and where; equal settings may share one engine.
 
+    A token is in no repr, dump or pickle, though it counts where settings are compared.
+    """
 
-_CHECKS = {
-    "model": _text,
-    "device": _device,
-    "dtype": _dtype,
-    "max_length": _count,
-    "query_max_length": _optional_count,
-    "long_documents": _long_documents,
-    "window_tokens": _optional_count,
-    "window_overlap_tokens": _optional_whole,
-    "revision": _optional_text,
-    "cache_dir": _optional_text,
-    "local_files_only": _flag,
-    "token": _secret,
-    "backend": _backend,
-    "family": _family,
-    "prompt": _optional_line,
-    "query_instruction": _optional_line,
-    "passage_instruction": _optional_line,
-    "cutoff_layers": _one_layer,
-    "compress_ratio": _ratio,
-    "compress_layers": _layers,
-    "pack_tokens": _auto_or_count,
-    "max_queued_pairs": _count,
-}
+    model: str = setting(
+        DEFAULT_MODEL,
+        checks.text,
+        'A folder, a name on the hub, or `"tiny"` for the bundled checkpoint',
+    )
+    device: str | tuple[str, ...] = setting(
+        "auto",
+        _device,
+        '`"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`, `"xpu"`, ..., or a list for a copy of '
+        "the model on each",
+        format=TEXTS,
+    )
+    dtype: str = setting(
+        "auto",
+        _dtype,
+        '`"float32"`, `"bfloat16"`, `"float16"`, or on a CPU `"int8"`, which takes what `"auto"` '
+        'finds where 8-bit layers are slower; `"auto"` is the fastest of the others that this '
+        "device runs natively, by a short timing",
+    )
+    max_length: int = setting(
+        512,
+        checks.count,
+        "Most tokens of a pair, special tokens included; clamped to the model's positions",
+        format=COUNT,
+    )
+    query_max_length: int | None = setting(
+        None,
+        checks.optional(checks.count),
+        "Most tokens of the query; the document gets the rest",
+        none="three quarters of `max_length`",
+        format=COUNT,
+    )
+    long_documents: str = setting(
+        "truncate",
+        checks.one_of(*LONG_DOCUMENTS, shown=str),
+        'Of a document that is too long: `"truncate"` cuts off its end, `"window"` scores '
+        "overlapping windows and keeps the best",
+    )
+    window_tokens: int | None = setting(
+        None,
+        checks.optional(checks.count),
+        "Most document tokens of a window",
+        none="all that fit beside the query",
+        format=COUNT,
+    )
+    window_overlap_tokens: int | None = setting(
+        None,
+        checks.optional(checks.at_least(0)),
+        "Tokens that neighbouring windows share at least",
+        none="a quarter of a window",
+        format=WHOLE,
+    )
+    revision: str | None = setting(
+        None, checks.optional(checks.text), "Branch, tag or commit on the hub", none="the newest"
+    )
+    cache_dir: str | None = setting(
+        None,
+        checks.optional(checks.text),
+        "Folder of the hub's cache",
+        none="the hub library's own",
+    )
+    local_files_only: bool = setting(
+        False, checks.flag, "Never ask the hub: folders and the cache alone", format=FLAG
+    )
+    token: str | None = setting(
+        None, checks.secret, "Secret for private and gated checkpoints on the hub", secret=True
+    )
+    backend: str = setting(
+        "native",
+        checks.one_of(*BACKENDS),
+        '`"native"`, or `"flagembedding"` to run FlagEmbedding\'s own classes',
+    )
+    family: str | None = setting(
+        None,
+        checks.one_of(*FAMILIES, or_none=True),
+        '`"encoder"`, `"decoder"`, `"layerwise"` or `"lightweight"`',
+        none="found from the checkpoint's config",
+    )
+    prompt: str | None = setting(
+        None,
+        checks.any_text_or_none,
+        "What a decoder is asked after the document",
+        none="the family's own",
+    )
+    query_instruction: str | None = setting(
+        None,
+        checks.any_text_or_none,
+        "Put before each query",
+        none='`"A: "` in the decoder families, else nothing',
+    )
+    passage_instruction: str | None = setting(
+        None,
+        checks.any_text_or_none,
+        "Put before each document",
+        none='`"B: "` in the decoder families, else nothing',
+    )
+    cutoff_layers: int | None = setting(
+        None,
+        checks.optional(_one_layer),
+        "The layer whose logit is read, or a list of one (layerwise and lightweight families)",
+        none="the last",
+        format=COUNT,
+    )
+    compress_ratio: int | None = setting(
+        None,
+        checks.one_of(*_RATIOS, or_none=True),
+        "How many of a document's tokens are made one: 1, 2, 4 or 8 (lightweight family)",
+        none="1, which leaves them as they are",
+        format=COUNT,
+    )
+    compress_layers: tuple[int, ...] | None = setting(
+        None,
+        checks.optional(_layers),
+        "Before which layers, counted from 0, that is done (lightweight family)",
+        none="`[8]`",
+        format=COUNTS,
+    )
+    pack_tokens: int | str = setting(
+        "auto",
+        checks.auto_or_count,
+        'Token budget of one forward pass; `"auto"` fits it to the device',
+        format=AUTO_OR_COUNT,
+    )
+    max_queued_pairs: int = setting(
+        100_000,
+        checks.count,
+        "Most pairs that may wait; past it a call raises `Overloaded` at once",
+        format=COUNT,
+    )
+
+    if TYPE_CHECKING:
+        # What the checks normalise may be given too, such as a list for a tuple.
+        def __init__(self, *, model: str = DEFAULT_MODEL, **options: Unpack[EngineOptions]) -> None:
+            """Check every setting."""
+
+    def __post_init__(self) -> None:
+        """Check and normalise every setting, then those that belong together."""
+        super().__post_init__()
+        if self.query_max_length is not None and self.query_max_length >= self.max_length:
+            raise SettingsError(
+                f"query_max_length ({self.query_max_length}) leaves no room for a document within "
+                f"max_length ({self.max_length}); make it smaller, or max_length larger."
+            )
+        family = self.family or known_family(self.model)
+        if family:
+            check_family_settings(family, vars(self))
+        check_backend_settings(vars(self))
+        self._check_windows()
+        if self.compress_layers is not None and self.compress_ratio is None:
+            raise SettingsError(
+                f"compress_layers={self.compress_layers!r} had no effect without compress_ratio; "
+                "set compress_ratio as well, or leave it out."
+            )
+
+    def _check_windows(self) -> None:
+        sizes = {"window_tokens", "window_overlap_tokens"}
+        given = sorted(name for name in sizes if getattr(self, name) is not None)
+        if given and self.long_documents != "window":
+            raise SettingsError(
+                f"{' and '.join(given)} had no effect with long_documents="
+                f'{self.long_documents!r}; set long_documents="window" as well, or leave it out.'
+            )
+        check_window_sizes(
+            self.window_tokens, self.window_overlap_tokens, max_length=self.max_length
+        )
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The devices, one or more, as a tuple."""
+        return (self.device,) if isinstance(self.device, str) else self.device
+
+    def without_token(self) -> "EngineSettings":
+        """Return the same settings with the secret left out."""
+        return replace(self, token=None)
 
 
 def check_setting(name: str, value: object) -> Any:
@@ -313,7 +305,7 @@ def check_setting(name: str, value: object) -> Any:
     Raises:
         SettingsError: It is not allowed, whatever the other settings are.
     """
-    return _CHECKS[name](name, value)
+    return rows(EngineSettings)[name].check(name, value)
 
 
 def check_window_sizes(
@@ -335,4 +327,4 @@ def check_window_sizes(
 
 def setting_names() -> tuple[str, ...]:
     """Return the names of all engine settings, in order."""
-    return tuple(each.name for each in fields(EngineSettings))
+    return tuple(rows(EngineSettings))

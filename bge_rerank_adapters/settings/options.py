@@ -1,0 +1,79 @@
+"""Functions that take engine settings as `**options`: their signature and documentation."""
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from textwrap import indent
+from typing import Any, TypeVar, get_type_hints
+
+from bge_rerank_adapters.settings.engine import EngineSettings
+from bge_rerank_adapters.settings.table import Row, paragraphs, rows
+
+F = TypeVar("F", bound=Callable[..., Any])
+_LINE_LENGTH = 100
+_ENTRY = re.compile(r"^( *)\*\*options: .*$", re.MULTILINE)
+
+
+def shows_options(options: type) -> Callable[[F], F]:
+    """Return a decorator for functions that take some of the engine's settings as `**options`.
+
+    It lists them in the signature, which `inspect` and notebooks show, and in the docstring, in
+    place of the line that begins with `**options:`. Type checkers read the annotation
+    `**options: Unpack[...]` instead.
+
+    Args:
+        options: A `TypedDict` of settings and the types that are taken.
+    """
+    types = get_type_hints(options)
+    shown = [each for name, each in rows(EngineSettings).items() if name in types]
+
+    def decorate(function: F) -> F:
+        added = [
+            keyword(each.name, default=each.default, annotation=types[each.name]) for each in shown
+        ]
+        function.__signature__ = with_keywords(function, added, instead_of="options")  # type: ignore[attr-defined]
+        function.__doc__ = _with_entries(function.__doc__, shown)
+        return function
+
+    return decorate
+
+
+def keyword(name: str, *, default: Any, annotation: Any) -> inspect.Parameter:
+    """Return a parameter that is given by its name alone."""
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+    )
+
+
+def with_keywords(
+    function: Callable[..., Any], added: list[inspect.Parameter], *, instead_of: str
+) -> inspect.Signature:
+    """Return a function's signature with keyword parameters in place of one of its own."""
+    own = inspect.signature(function, eval_str=True)
+    kept = [each for name, each in own.parameters.items() if name != instead_of]
+    return own.replace(parameters=[*kept, *added])
+
+
+def _with_entries(documentation: str | None, shown: list[Row]) -> str | None:
+    def entries(found: re.Match[str]) -> str:
+        return indent(paragraphs(shown, width=_LINE_LENGTH - len(found[1])), found[1])
+
+    return documentation and _ENTRY.sub(entries, documentation)
+
+
+def check_options(function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Refuse options that a function does not list in its signature.
+
+    Raises:
+        TypeError: There is one; the message names those that are allowed.
+    """
+    allowed = list(inspect.signature(function).parameters)
+    for name in options:
+        if name not in allowed:
+            close = get_close_matches(name, allowed, n=1)
+            raise TypeError(
+                f"{function.__qualname__}() got an unexpected keyword argument {name!r}"
+                f"{f'; did you mean {close[0]!r}?' if close else '.'} "
+                f"It takes {', '.join(allowed)}."
+            )

@@ -1,0 +1,117 @@
+"""Tables of settings: a frozen dataclass in which each field is a row, with its default and check.
+
+A row also has the text that documentation and the command line show, and says how the setting is
+read from text. Each of these stands once: what shows or reads settings takes them from `rows`.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from textwrap import fill, indent
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+from bge_rerank_adapters.settings.checks import Check
+from bge_rerank_adapters.settings.parsing import TEXT, TextFormat
+
+T = TypeVar("T")
+_LINE_LENGTH = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What is known of one setting.
+
+    Attributes:
+        name: Its name, in every place.
+        default: Its value where none is given; `dataclasses.MISSING` where one has to be.
+        check: Returns a value as it is kept, or raises `SettingsError`.
+        text: What it is, in Markdown, without a full stop.
+        none: What the default `None` stands for; empty where that says itself.
+        format: How it is written as text.
+        secret: Whether it is left out of everything that is shown or carried.
+    """
+
+    name: str
+    default: Any
+    check: Check
+    text: str
+    none: str = ""
+    format: TextFormat = TEXT
+    secret: bool = False
+
+    @property
+    def sentence(self) -> str:
+        """Text and default of `None` as documentation has them."""
+        return f"{self.text}{f'; `None` is {self.none}' if self.none else ''}."
+
+
+def setting(default: T, check: Check, text: str, *, secret: bool = False, **more: Any) -> T:
+    """Return a dataclass field that is a row of a table; the parameters are those of `Row`.
+
+    By its type it is the default, so that type checkers take the field for one that has one.
+    """
+    about = row(check, text, secret=secret, **more)
+    return field(default=default, repr=not secret, metadata=about)
+
+
+def row(check: Check, text: str, **more: Any) -> Mapping[str, Any]:
+    """Return the metadata that make a dataclass field a row."""
+    return {"row": {"check": check, "text": text, **more}}
+
+
+def rows(table: type) -> Mapping[str, Row]:
+    """Return the rows of a table by their names, in order."""
+    found = {
+        each.name: Row(name=each.name, default=each.default, **each.metadata["row"])
+        for each in fields(table)
+        if "row" in each.metadata
+    }
+    return MappingProxyType(found)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Settings that are checked when they are made, and are carried without secrets."""
+
+    def __post_init__(self) -> None:
+        """Check and normalise each row."""
+        for name, each in rows(type(self)).items():
+            object.__setattr__(self, name, each.check(name, getattr(self, name)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as plain values for JSON, without secrets."""
+        names = (each.name for each in rows(type(self)).values() if not each.secret)
+        plain = {name: getattr(self, name) for name in names}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in plain.items()
+        }
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the settings without secrets."""
+        return _rebuilt, (type(self), self.to_dict())
+
+
+def _rebuilt(table: type[T], plain: dict[str, Any]) -> T:
+    return table(**plain)
+
+
+def documented(table: type[T]) -> type[T]:
+    """Add what the rows say to a table's docstring, which has no list of attributes."""
+    if table.__doc__:
+        attributes = indent(paragraphs(rows(table).values(), width=_LINE_LENGTH - 8), " " * 8)
+        table.__doc__ = f"{table.__doc__.rstrip()}\n\n    Attributes:\n{attributes}\n    "
+    return table
+
+
+def paragraphs(shown: Iterable[Row], *, width: int) -> str:
+    """Return a paragraph for each row, as a docstring lists parameters and attributes."""
+    return "\n".join(
+        fill(
+            f"{each.name}: {each.sentence}",
+            width,
+            subsequent_indent=" " * 4,
+            break_on_hyphens=False,
+        )
+        for each in shown
+    )
