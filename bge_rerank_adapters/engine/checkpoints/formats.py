@@ -1,6 +1,7 @@
 """What a checkpoint's files are, where the weights are not safetensors."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 # What becomes of files by how their names end.
 _PICKLE = (
@@ -22,6 +23,13 @@ _KINDS = (
 )
 # Files of training runs, which are pickles and no weights.
 _NO_WEIGHTS = ("training_args.bin", "optimizer.pt", "scheduler.pt", "optimizer.bin")
+
+
+def describe_folder(folder: Path) -> str | None:
+    """Return the same as `describe_weights` of a folder's files and those right below it."""
+    # No deeper: the folder may be any, with very many files below it.
+    inside = [*folder.glob("*"), *folder.glob("*/*")]
+    return describe_weights(path.relative_to(folder).as_posix() for path in inside)
 
 
 def describe_weights(names: Iterable[str]) -> str | None:

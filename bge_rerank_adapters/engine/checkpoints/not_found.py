@@ -75,7 +75,8 @@ def _diagnosis(settings: EngineSettings, cause: Exception) -> tuple[str, str]:
         return _refusal(settings, cause)
     full = next((each for each in chain if _is_of_the_disk(each)), None)
     if full is not None:
-        return f"could not be kept in the cache ({_brief(full)})", "give a cache_dir to write to"
+        problem = f"could not be kept in the cache ({_brief(full)})"
+        return problem, "give a cache_dir to write to, or set HF_HOME to such a folder"
     root = chain[-1] if isinstance(chain[-1], OSError) else cause
     return f"could not be had from the hub ({_what_failed(chain)}{_brief(root)})", _WAYS_OUT
 
@@ -112,7 +113,10 @@ def _chain(error: BaseException) -> list[BaseException]:
 
 
 def _is_of_the_disk(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno in _CANNOT_BE_WRITTEN
+    # Errors of the file system name a file, those of the network none.
+    return isinstance(error, OSError) and (
+        error.errno in _CANNOT_BE_WRITTEN or error.filename is not None
+    )
 
 
 def _what_failed(chain: list[BaseException]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from bge_rerank_adapters.engine.checkpoints.formats import describe_weights
+from bge_rerank_adapters.engine.checkpoints.formats import describe_folder
 from bge_rerank_adapters.engine.checkpoints.prefixes import leftover_hint, training_prefix
 from bge_rerank_adapters.engine.checkpoints.quantised import (
     check_config_plain,
@@ -31,9 +31,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     if not path.is_file():
+        found = describe_folder(folder)
         raise CheckpointError(
             f"{folder} has no config.json, so it is not a checkpoint's folder; give the folder "
             "that holds config.json, tokenizer.json and model.safetensors."
+            + (f" It {found}." if found else "")
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -162,9 +164,7 @@ def _weight_files(folder: Path) -> tuple[Path, list[Path]]:
         return folder / _SINGLE, [folder / _SINGLE]
     if (folder / _INDEX).is_file():
         return folder / _INDEX, _sharded_files(folder)
-    # No deeper: the folder may be any, with very many files below it.
-    inside = [*folder.glob("*"), *folder.glob("*/*")]
-    found = describe_weights(path.relative_to(folder).as_posix() for path in inside)
+    found = describe_folder(folder)
     if found is None:
         found = f"has no weights: neither {_SINGLE} nor {_INDEX} is there"
     raise CheckpointError(f"{folder} {found}.")
