@@ -38,12 +38,8 @@ except ImportError as error:
 
 from pydantic import ConfigDict, Field
 
-from bge_rerank_adapters.calls.ranking import (
-    RankedDocument,
-    check_documents,
-    check_query,
-    span_within,
-)
+from bge_rerank_adapters.calls.checks import check_query
+from bge_rerank_adapters.calls.ranking import RankedDocument, span_within
 from bge_rerank_adapters.calls.runner import map_in_turns
 from bge_rerank_adapters.engine.hosted.copies import copied
 from bge_rerank_adapters.engine.hosted.fields import AdapterSettings
@@ -139,9 +135,6 @@ class BGEDocumentCompressor(AdapterSettings, BaseDocumentCompressor):
 
         return RunnableLambda(rerank, arerank, name=f"{type(self).__name__}.as_runnable")
 
-    def _limits(self) -> dict[str, Any]:
-        return {"top_k": self.top_k, "score_threshold": self.score_threshold}
-
     def _text(self, document: Document) -> str:
         values = (document.metadata.get(name) for name in self.metadata_fields)
         lines = [str(value) for value in values if value is not None]
@@ -195,7 +188,12 @@ def _checked_documents(documents: object) -> list[Document]:
                 f"documents[{index}] must be a langchain_core Document, "
                 f"got {type(document).__name__}; make it one with Document(page_content=...)."
             )
-    check_documents([document.page_content for document in found])
+        # The metadata of such a document would hide it from the engine's own check.
+        if not isinstance(document.page_content, str):
+            raise InputTypeError(
+                f"documents[{index}].page_content must be a str, "
+                f"got {type(document.page_content).__name__}."
+            )
     return found
 
 

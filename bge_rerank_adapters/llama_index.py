@@ -34,7 +34,8 @@ except ImportError as error:
 
 from pydantic import PlainSerializer, model_validator
 
-from bge_rerank_adapters.calls.ranking import RankedDocument, check_query, span_within
+from bge_rerank_adapters.calls.checks import check_query
+from bge_rerank_adapters.calls.ranking import RankedDocument, span_within
 from bge_rerank_adapters.calls.runner import map_in_turns
 from bge_rerank_adapters.engine.hosted.copies import copied
 from bge_rerank_adapters.engine.hosted.fields import AdapterSettings
@@ -124,9 +125,6 @@ class BGENodePostprocessor(AdapterSettings, BaseNodePostprocessor):
                     lambda each: _with_score(found[each.index], each), ranked
                 )
         return best
-
-    def _limits(self) -> dict[str, Any]:
-        return {"top_k": self.top_k, "score_threshold": self.score_threshold}
 
     def _text(self, found: NodeWithScore) -> str:
         return _without_added_keys(found.node).get_content(self.metadata_mode)

@@ -16,13 +16,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-from bge_rerank_adapters.calls.ranking import (
-    RankedDocument,
-    Scorer,
-    check_documents,
-    check_query,
-    check_top_k,
-)
+from bge_rerank_adapters.calls.checks import check_documents, check_query
+from bge_rerank_adapters.calls.limits import Limits
+from bge_rerank_adapters.calls.ranking import RankedDocument, Scorer
 from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.settings import EngineSettings, setting_names
 
@@ -332,10 +328,10 @@ def _devices(value: str | int | Sequence[str | int] | None) -> str | tuple[str, 
     return _one_device(value)
 
 
-def _top_k(value: object) -> int | None:
+def _top_k(value: Any) -> int | None:
     # Of several numbers numpy does not say whether they are falsy; they are refused.
     one = getattr(value, "shape", ()) == ()
-    return None if one and not value else check_top_k(value)
+    return None if one and not value else Limits(value).top_k
 
 
 def _is_whole(value: object) -> bool:

@@ -402,7 +402,7 @@ async def test_a_call_that_is_given_up_while_it_tokenises_frees_its_place_at_onc
     assert engine.stats().queued_pairs == 0
     assert len(await engine.arerank(QUERY, DOCUMENTS, timeout_s=WAIT_S)) == 4
     gate.set()
-    for pool in (engine._door._short, engine._door._long):
+    for pool in (engine._runner._short, engine._runner._long):
         await asyncio.to_thread(pool.shutdown)
     assert len(engine.rerank(QUERY, DOCUMENTS)) == 4
     assert engine.stats().pairs == 8, "those that were given up are not scored"
@@ -680,7 +680,7 @@ def test_a_path_is_a_model_too(folder):
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[EngineSettings]:
     """Return the settings of every engine that is loaded from here on."""
     loaded: list[EngineSettings] = []
-    load = Reranker._load
+    load = Reranker._set_up
 
     def slow_load(self: Reranker, given_settings: EngineSettings) -> None:
         loaded.append(given_settings)
@@ -688,7 +688,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[EngineSettings]:
         time.sleep(0.2)
         load(self, given_settings)
 
-    monkeypatch.setattr(Reranker, "_load", slow_load)
+    monkeypatch.setattr(Reranker, "_set_up", slow_load)
     return loaded
 
 

@@ -124,7 +124,7 @@ def test_a_child_forked_while_all_locks_are_held_ends_cleanly_and_loads_its_own(
     entered, over = threading.Event(), threading.Event()
     def hold():
         with engine._core._backlog.changed, engine._core.tally._lock:
-            with engine._door._short._shutdown_lock, engine._door._long._shutdown_lock:
+            with engine._runner._short._shutdown_lock, engine._runner._long._shutdown_lock:
                 with streams._starting:
                     entered.set()
                     over.wait(60)

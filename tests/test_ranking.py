@@ -8,22 +8,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bge_rerank_adapters.calls.checks import check_documents, check_pairs, check_query
+from bge_rerank_adapters.calls.limits import Limits, check_top_k
 from bge_rerank_adapters.calls.ranking import (
+    PairScore,
     RankedDocument,
-    check_documents,
-    check_pairs,
-    check_query,
-    check_score_threshold,
-    check_top_k,
-    rank,
+    ScoredRequest,
     sigmoid,
 )
+from bge_rerank_adapters.calls.requests import Request
 from bge_rerank_adapters.errors import InputTypeError, SettingsError
 
 
 def ranked(logits, **limits):
     texts = [f"d{index}" for index in range(len(logits))]
-    return rank(texts, logits, truncated=[False] * len(logits), **limits)
+    scores = [PairScore(sigmoid(logit), logit) for logit in logits]
+    return ScoredRequest(Request("q", texts), scores).rank(Limits(**limits))
 
 
 def order(logits, **limits):
@@ -49,10 +49,18 @@ def test_small_scores_keep_their_digits():
 
 
 def test_highest_logit_comes_first_with_all_that_belongs_to_it():
-    assert rank(["a", "b"], [-1.0, 2.0], truncated=[True, False]) == [
-        RankedDocument(1, sigmoid(2.0), "b", 2.0, False),
-        RankedDocument(0, sigmoid(-1.0), "a", -1.0, True),
+    scores = [PairScore(0.25, -1.0, truncated=True), PairScore(0.75, 2.0, span=(0, 1))]
+    assert ScoredRequest(Request("q", ["a", "b"]), scores).rank(Limits()) == [
+        RankedDocument(1, 0.75, "b", 2.0, truncated=False, span=(0, 1)),
+        RankedDocument(0, 0.25, "a", -1.0, truncated=True),
     ]
+
+
+def test_without_logits_the_score_orders_and_equal_ones_keep_the_order_given():
+    scores = [PairScore(0.5, None), PairScore(0.9, None), PairScore(0.5, None)]
+    scored = ScoredRequest(Request("q", ["a", "b", "c"]), scores, order=[2, 0, 1])
+    assert [each.index for each in scored.rank(Limits())] == [1, 2, 0]
+    assert [each.index for each in scored.rank(Limits(top_k=2))] == [1, 2]
 
 
 def test_equal_logits_keep_input_order():
@@ -96,27 +104,29 @@ def test_ranked_documents_cannot_be_changed():
 
 
 def test_top_k_is_a_python_int_of_any_whole_number():
-    assert check_top_k(None) is None
-    number = check_top_k(np.int64(3))
+    assert Limits().top_k is None
+    number = Limits(np.int64(3)).top_k
     assert (number, type(number)) == (3, int)
 
 
 @pytest.mark.parametrize("value", [0, -1])
 def test_top_k_below_1_is_refused(value):
     with pytest.raises(SettingsError, match=f"top_k must be at least 1, got {value}; None returns"):
-        check_top_k(value)
+        Limits(value)
 
 
 @pytest.mark.parametrize("value", [True, False, 2.0, "3", [1]])
 def test_top_k_must_be_a_whole_number(value):
-    with pytest.raises(ValueError, match=r"^top_n must be a whole number or None, got"):
-        check_top_k(value, name="top_n")
+    with pytest.raises(ValueError, match=r"^top_k must be a whole number or None, got"):
+        Limits(value)
+    with pytest.raises(ValueError, match=r"^depth must be a whole number or None, got"):
+        check_top_k(value, name="depth")
 
 
 def test_threshold_is_a_python_float():
-    assert check_score_threshold(None) is None
+    assert Limits().score_threshold is None
     for value in (0, 1, 0.3, np.float32(0.25)):
-        checked = check_score_threshold(value)
+        checked = Limits(score_threshold=value).score_threshold
         assert (checked, type(checked)) == (value, float)
         json.dumps(checked)
 
@@ -126,13 +136,13 @@ def test_threshold_outside_0_to_1_is_refused(value):
     with pytest.raises(
         SettingsError, match=r"score_threshold must be from 0 to 1, .*not with the l"
     ):
-        check_score_threshold(value)
+        Limits(score_threshold=value)
 
 
 @pytest.mark.parametrize("value", [True, "0.3", [0.3]])
 def test_threshold_must_be_a_number(value):
     with pytest.raises(SettingsError, match="must be a number from 0 to 1 or None"):
-        check_score_threshold(value)
+        Limits(score_threshold=value)
 
 
 @pytest.mark.parametrize("value", [None, 3, b"text", ["text"]])

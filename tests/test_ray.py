@@ -27,6 +27,7 @@ from pyarrow import fs
 
 from bge_rerank_adapters import Reranker
 from bge_rerank_adapters.calls.items import Item, read_jsonl
+from bge_rerank_adapters.calls.limits import Limits
 from bge_rerank_adapters.errors import CheckpointNotFoundError, RerankError, SettingsError
 from bge_rerank_adapters.ray import explode, rerank_dataset, rerank_files, split_errors
 from bge_rerank_adapters.ray.cluster import chunk_ranker, connected, share
@@ -387,7 +388,7 @@ def test_a_killed_actor_of_the_command_does_its_chunk_again(cluster, reranker: R
         for start in range(0, 80, 10)
     ]
     found, killed = [], False
-    limits = {"top_k": None, "score_threshold": None}
+    limits = Limits()
     with chunk_ranker(TINY, limits=limits, write=Item.to_json, actors=2) as ranker:
         for chunk, lines in ranker.rank(iter(chunks)):
             assert len(lines) == len(chunk)
@@ -406,7 +407,7 @@ def test_a_model_that_is_not_there_is_told_as_it_is_in_one_process(cluster, tmp_
     with pytest.raises(RerankError, match=r"ended early: .*NotFoundError: model '\./missing'"):
         rerank_files(tmp_path / "in.jsonl", tmp_path / "out", settings=settings)
     assert not [*(tmp_path / "out").glob("part-*")]
-    limits = {"top_k": None, "score_threshold": None}
+    limits = Limits()
     with (
         pytest.raises(CheckpointNotFoundError, match=r"\./missing"),
         chunk_ranker(settings, limits=limits, write=Item.to_json, actors=1),

@@ -3,8 +3,10 @@
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
+from bge_rerank_adapters.calls.base import BaseReranker
+from bge_rerank_adapters.calls.limits import Limits
 from bge_rerank_adapters.calls.ranking import RankedDocument, Ranking
 from bge_rerank_adapters.calls.trec import parse_run, run_lines
 from bge_rerank_adapters.errors import InputTypeError, ScoringError, SettingsError
@@ -110,34 +112,35 @@ def read_jsonl(
 
 
 def rank_items(
-    engine: Any, items: Sequence[Item], *, limits: dict[str, Any]
+    engine: BaseReranker[Any], items: Sequence[Item], *, limits: Limits
 ) -> list[Ranking | Bad]:
     """Return the ranking of each item, in order, or why there is none.
 
     Args:
         engine: What scores.
         items: n items; may be none.
-        limits: `top_k` and `score_threshold` of each ranking.
+        limits: Of each ranking.
     """
+    requests = [(item.query, item.texts) for item in items]
     try:
-        return [*engine.rerank_many([(item.query, item.texts) for item in items], **limits)]
+        return [*engine.rerank_many(requests, **limits.to_dict())]
     except ScoringError:
         # One of them is to blame, and the others need not suffer for it.
         return [_rank_alone(engine, item, limits) for item in items]
 
 
-def _rank_alone(engine: Any, item: Item, limits: dict[str, Any]) -> Ranking | Bad:
+def _rank_alone(engine: BaseReranker[Any], item: Item, limits: Limits) -> Ranking | Bad:
     try:
-        return cast(Ranking, engine.rerank(item.query, item.texts, **limits))
+        return engine.rerank(item.query, item.texts, **limits.to_dict())
     except ScoringError as error:
         return Bad(item.line, str(error), item.source)
 
 
 def rank_and_write(
-    engine: Any,
+    engine: BaseReranker[Any],
     chunk: Sequence[Item | Bad],
     *,
-    limits: dict[str, Any],
+    limits: Limits,
     write: Callable[[Item, Iterable[RankedDocument]], bytes],
 ) -> list[bytes | Bad]:
     """Return what to write for each item of a chunk, in order, or why there is nothing to write."""

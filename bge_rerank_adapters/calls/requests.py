@@ -1,22 +1,48 @@
-"""Long runs of requests: checked as they are read, and put together into pieces for scoring."""
+"""What a call asks for: one checked request, or many that are read and scored in pieces."""
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Self
 
-from bge_rerank_adapters.calls.ranking import check_documents, check_ordered, check_query
+from bge_rerank_adapters.calls.checks import (
+    check_documents,
+    check_ordered,
+    check_pairs,
+    check_query,
+)
 from bge_rerank_adapters.errors import InputTypeError
 
-Request = tuple[str, list[str]]
 
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A query and its documents, checked; what is set for one call belongs here too.
 
-def check_request(query: object, documents: object) -> Request:
-    """Return a query and a new list of its documents.
-
-    Raises:
-        InputTypeError: The query or a document is not a `str`.
+    Attributes:
+        query: The question.
+        texts: The documents' texts.
     """
-    return check_query(query), check_documents(documents)
+
+    query: str
+    texts: list[str]
+
+    @classmethod
+    def checked(cls, query: object, documents: object) -> Self:
+        """Return a request for a query and its documents.
+
+        Raises:
+            InputTypeError: The query or a document is not a `str`.
+        """
+        return cls(check_query(query), check_documents(documents))
+
+    @classmethod
+    def checked_pairs(cls, pairs: object) -> list[Self]:
+        """Return a request of one document for each (query, document) pair.
+
+        Raises:
+            InputTypeError: The pairs are not a list, or one of them is not two `str`.
+        """
+        return [cls(query, [text]) for query, text in check_pairs(pairs)]
 
 
 class Requests:
@@ -57,7 +83,7 @@ class Requests:
                     raise InputTypeError(
                         f"must be a (query, documents) tuple, got {len(request)} items."
                     )
-                checked = check_request(request[0], request[1])
+                checked = Request.checked(request[0], request[1])
             yield checked
 
 
@@ -73,16 +99,12 @@ class Piece:
     first: int
     requests: list[Request]
 
-    def pairs(self) -> list[tuple[str, str]]:
-        """Return the pairs of all requests, in order."""
-        return [(query, text) for query, texts in self.requests for text in texts]
-
     def name(self, index: int) -> str:
-        """Return what an error calls the pair at an index of `pairs`."""
-        for number, (_, texts) in enumerate(self.requests, self.first):
-            if index < len(texts):
+        """Return what an error calls the pair at an index among those of all requests."""
+        for number, request in enumerate(self.requests, self.first):
+            if index < len(request.texts):
                 return f"requests[{number}], documents[{index}]"
-            index -= len(texts)
+            index -= len(request.texts)
         raise IndexError(index)
 
 
@@ -92,7 +114,7 @@ def pieces(requests: Iterable[Request], *, max_pairs: int) -> Iterator[Piece]:
     piece: list[Request] = []
     for request in requests:
         piece.append(request)
-        pairs += len(request[1])
+        pairs += len(request.texts)
         if pairs >= max_pairs:
             yield Piece(first, piece)
             first += len(piece)

@@ -1,4 +1,7 @@
-"""The two doors to one implementation: a call is run from a thread or from an event loop."""
+"""Runs a call from a thread or from an event loop.
+
+A call is written once, as a generator, and serves the synchronous and the asynchronous methods.
+"""
 
 import asyncio
 import numbers
@@ -16,9 +19,10 @@ from bge_rerank_adapters.errors import ClosedError, RerankTimeoutError, Settings
 S = TypeVar("S")
 T = TypeVar("T")
 # A call is a generator. It yields each future it waits for and is sent its result; it yields
-# `None` before work that takes its time. It neither blocks nor knows which door it is run from.
+# `None` before work that takes its time. It never blocks, and need not know what runs it.
 Call = Generator["Future[Any] | None", Any, T]
 Step = tuple[bool, Any]
+F = TypeVar("F", bound="Future[Any]")
 
 # Two threads tokenise as fast as the tokenizer, which has threads of its own, and more would only
 # stand in the event loop's way.
@@ -43,27 +47,8 @@ def advance(call: Call[T], result: Any = None) -> Step:
         return True, stop.value
 
 
-def run(call: Call[T], *, timeout_s: float | None = None) -> T:
-    """Run a call in this thread.
-
-    Raises:
-        SettingsError: `timeout_s` is no number above 0.
-        RerankTimeoutError: It ran out.
-    """
-    limit = _check_timeout(timeout_s)
-    deadline = None if limit is None else time.monotonic() + limit
-    try:
-        finished, value = advance(call)
-        while not finished:
-            result = None if value is None else _wait(value, deadline, timeout_s)
-            finished, value = advance(call, result)
-    finally:
-        call.close()
-    return value  # type: ignore[no-any-return]
-
-
-class Places:
-    """The futures whose pairs a call has in the queue, to be given up even while the call runs.
+class Reservations:
+    """The futures that a call has others work for, to be given up even while the call runs.
 
     A generator cannot be closed from outside while a thread is in it, tokenising for a second,
     say; its pairs would keep others out of a full queue for as long.
@@ -74,8 +59,15 @@ class Places:
         self._futures: set[Future[Any]] = set()
         self._given_up = False
 
-    def hold(self, future: Future[Any]) -> None:
-        """Remember a future until it is done; cancel it if the call has been given up already."""
+    def hold(self, future: F) -> F:
+        """Remember a future until it is done; cancel it if the call has been given up already.
+
+        A call that keeps room in a queue holds the future first, so that an interrupt at any later
+        moment gives the room back.
+
+        Returns:
+            The future.
+        """
         with self._lock:
             self._futures.add(future)
             given_up = self._given_up
@@ -83,6 +75,7 @@ class Places:
         future.add_done_callback(self._forget)
         if given_up:
             future.cancel()
+        return future
 
     def give_up(self) -> None:
         """Cancel all that are not done, and whatever the call comes to hold from now on."""
@@ -97,7 +90,33 @@ class Places:
             self._futures.discard(future)
 
 
-class AsyncDoor:
+MakeCall = Callable[[Reservations], Call[T]]
+"""Makes a call that holds its futures there; all that are not done when it ends are cancelled."""
+
+
+def run(make_call: MakeCall[T], *, timeout_s: float | None = None) -> T:
+    """Run a call in this thread.
+
+    Raises:
+        SettingsError: `timeout_s` is no number above 0.
+        RerankTimeoutError: It ran out.
+    """
+    limit = _check_timeout(timeout_s)
+    deadline = None if limit is None else time.monotonic() + limit
+    reservations = Reservations()
+    call = make_call(reservations)
+    try:
+        finished, value = advance(call)
+        while not finished:
+            result = None if value is None else _wait(value, deadline, timeout_s)
+            finished, value = advance(call, result)
+    finally:
+        reservations.give_up()
+        call.close()
+    return value  # type: ignore[no-any-return]
+
+
+class AsyncRunner:
     """Runs calls from event loops: the work of their steps in a few threads of its own.
 
     Short calls have threads that long ones do not get, so that they need not wait until ten
@@ -111,22 +130,25 @@ class AsyncDoor:
             for name in ("short", "long")
         )
 
-    async def run(self, call: Call[T], *, places: Places, timeout_s: float | None, long: bool) -> T:
+    async def run(self, make_call: MakeCall[T], *, timeout_s: float | None, long: bool) -> T:
         """Run a call without blocking the event loop, up to its first yield at once.
 
+        When the task is cancelled or out of time, what the call holds is given up at once.
+
         Args:
-            call: The call.
-            places: What it holds; given up at once when the task is cancelled or out of time.
+            make_call: Makes the call.
             timeout_s: Seconds it may take; `None` is for ever.
             long: Whether its work may take its time.
 
         Raises:
             SettingsError: `timeout_s` is no number above 0.
             RerankTimeoutError: It ran out.
-            ClosedError: The door was closed meanwhile.
+            ClosedError: The runner was closed meanwhile.
         """
         pool = self._long if long else self._short
         timer = asyncio.timeout(_check_timeout(timeout_s))
+        reservations = Reservations()
+        call = make_call(reservations)
         try:
             async with timer:
                 finished, value = advance(call)
@@ -138,7 +160,7 @@ class AsyncDoor:
                 raise  # not ours: of an iterator that the caller gave, say
             raise _timed_out(timeout_s) from error
         finally:
-            places.give_up()
+            reservations.give_up()
             _close_when_idle(call)
         return value  # type: ignore[no-any-return]
 

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from enum import StrEnum
 from itertools import islice
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import IO, Annotated
 
 import typer
 
 from bge_rerank_adapters.calls.items import Bad, Item, rank_and_write, read_jsonl, with_own_names
+from bge_rerank_adapters.calls.limits import Limits
 from bge_rerank_adapters.calls.progress import ProgressBar
-from bge_rerank_adapters.calls.ranking import RankedDocument, check_score_threshold, check_top_k
+from bge_rerank_adapters.calls.ranking import RankedDocument
 from bge_rerank_adapters.cli import options
 from bge_rerank_adapters.cli.journal import Journal, Mark
 from bge_rerank_adapters.cli.trec_input import RunReader
@@ -69,7 +70,7 @@ class _Task:
     """What to do with the items, and how to tell it."""
 
     settings: EngineSettings
-    limits: dict[str, Any]
+    limits: Limits
     on_error: OnError
     write: Callable[[Item, Iterable[RankedDocument]], bytes]
     quiet: bool
@@ -153,7 +154,7 @@ def rerank(
                 "format": str(kind),
                 "input": _named(source),
                 "collection": _named(collection),
-                **limits,
+                **limits.to_dict(),
             }
             journal = Journal(output, asked=asked, resume=resume)
             journal.refuse_inputs(_inputs(lines, run))
@@ -162,20 +163,13 @@ def rerank(
         raise typer.Exit(code=PUT_ASIDE)
 
 
-def _limits(top_k: int | None, score_threshold: float | None) -> dict[str, Any]:
-    """Return the limits of each ranking; a bad one is told as wrong usage."""
-    limits: dict[str, Any] = {}
-    checks: dict[str, tuple[Callable[[object], Any], object]] = {
-        "top_k": (check_top_k, top_k),
-        "score_threshold": (check_score_threshold, score_threshold),
-    }
-    for name, (check, value) in checks.items():
-        try:
-            limits[name] = check(value)
-        except SettingsError as error:
-            hint = f"--{name.replace('_', '-')}"
-            raise typer.BadParameter(str(error), param_hint=hint) from error
-    return limits
+def _limits(top_k: int | None, score_threshold: float | None) -> Limits:
+    """Return the limits of each ranking; a bad one is reported as wrong usage."""
+    try:
+        return Limits(top_k, score_threshold)
+    except SettingsError as error:
+        hint = "--top-k" if str(error).startswith("top_k") else "--score-threshold"
+        raise typer.BadParameter(str(error), param_hint=hint) from error
 
 
 def _named(path: Path | None) -> str | None:

@@ -7,22 +7,13 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Self, TypeVar, Unpack
+from typing import TypeVar, Unpack
 
-from bge_rerank_adapters.calls.progress import ProgressBar
-from bge_rerank_adapters.calls.ranking import (
-    Ranking,
-    Usage,
-    check_pairs,
-    check_score_threshold,
-    check_top_k,
-    rank,
-    sigmoid,
-)
-from bge_rerank_adapters.calls.requests import Piece, Request, Requests, check_request, pieces
-from bge_rerank_adapters.calls.runner import AsyncDoor, Call, Places, Step, advance, run
+from bge_rerank_adapters.calls.base import BaseReranker
+from bge_rerank_adapters.calls.ranking import PairScore, ScoredRequest, Usage, sigmoid
+from bge_rerank_adapters.calls.requests import Piece, Request, pieces
+from bge_rerank_adapters.calls.runner import AsyncRunner, Call, Reservations, Step, advance
 from bge_rerank_adapters.engine.checkpoints.hub import find_folder
 from bge_rerank_adapters.engine.models.cpu.streams import settle_threads
 from bge_rerank_adapters.engine.models.devices import resolve_device
@@ -49,31 +40,12 @@ _PIECES_UNDER_WAY = 2
 _LONG_CALL_CHARACTERS = 250_000
 
 T = TypeVar("T")
+_Scored = tuple[list[PairScore], Usage]
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class _Scored:
-    """The logits of pairs in the order they were given, which were cut, and what spoke for them."""
-
-    logits: list[float]
-    truncated: list[bool]
-    spans: list[tuple[int, int] | None]
-    usage: Usage
-
-    def rank(self, texts: Sequence[str], part: slice, limits: dict[str, Any]) -> Ranking:
-        """Return the ranking of the documents whose pairs are those of a part."""
-        return rank(
-            texts,
-            self.logits[part],
-            truncated=self.truncated[part],
-            spans=self.spans[part],
-            **limits,
-        )
-
-
-class Reranker:
+class Reranker(BaseReranker[EngineSettings]):
     """Scores how well documents answer a query with a BGE reranker, on this machine.
 
     Safe to use from many threads and event loops at once: all calls feed one queue, and pairs of
@@ -110,16 +82,9 @@ class Reranker:
             DeviceError: The device is not there.
         """
         check_options(Reranker, options)
-        self._load(EngineSettings(model=model, **options))
+        self._set_up(EngineSettings(model=model, **options))
 
-    @classmethod
-    def from_settings(cls, settings: EngineSettings) -> Self:
-        """Return a new engine with these settings, its weights loaded; errors as in `Reranker`."""
-        engine = cls.__new__(cls)
-        engine._load(settings)  # noqa: SLF001 - its own class
-        return engine
-
-    def _load(self, settings: EngineSettings) -> None:
+    def _set_up(self, settings: EngineSettings) -> None:
         begin = time.monotonic()
         devices = [resolve_device(name) for name in settings.devices]
         folder = find_folder(settings)
@@ -139,8 +104,8 @@ class Reranker:
             max_queued_pairs=settings.max_queued_pairs,
             pack_tokens=settings.pack_tokens if isinstance(settings.pack_tokens, int) else None,
         )
-        self._door = AsyncDoor()
-        self._finalizer = weakref.finalize(self, _let_go, self._core, self._door)
+        self._runner = AsyncRunner()
+        self._finalizer = weakref.finalize(self, _let_go, self._core, self._runner)
         # At exit the core's own hook waits for its threads, which this must not overtake.
         self._finalizer.atexit = False
         _log.info("Loaded %r in %.1f s", self, time.monotonic() - begin)
@@ -149,134 +114,6 @@ class Reranker:
     def closed(self) -> bool:
         """Whether it scores no more: `close` has been called, or it is of before a fork."""
         return self._core.closed
-
-    def rerank(
-        self,
-        query: str,
-        documents: Sequence[str],
-        *,
-        top_k: int | None = None,
-        score_threshold: float | None = None,
-        timeout_s: float | None = None,
-    ) -> Ranking:
-        """Return the documents ranked by how well they answer the query, best first.
-
-        Args:
-            query: The question; may be empty.
-            documents: n texts; may be empty or repeat themselves.
-            top_k: Most results to return; `None` is all.
-            score_threshold: Lowest score to keep, in [0, 1], inclusive; applied before `top_k`.
-            timeout_s: Seconds to wait at most; `None` is for ever.
-
-        Returns:
-            At most n `RankedDocument`, highest logit first, equal ones in input order; `[]` for no
-            documents.
-
-        Raises:
-            InputTypeError: The query or a document is not a `str`.
-            SettingsError: `top_k`, `score_threshold` or `timeout_s` is out of range.
-            Overloaded: Too many pairs wait already.
-            RerankTimeoutError: `timeout_s` ran out.
-            ScoringError: The model failed, or gave NaN for a pair.
-            ClosedError: The engine has been closed.
-        """
-        request = check_request(query, documents)
-        limits = _check_limits(top_k, score_threshold)
-        return run(self._rerank(request, limits, Places()), timeout_s=timeout_s)
-
-    async def arerank(
-        self,
-        query: str,
-        documents: Sequence[str],
-        *,
-        top_k: int | None = None,
-        score_threshold: float | None = None,
-        timeout_s: float | None = None,
-    ) -> Ranking:
-        """Return what `rerank` returns, without blocking the event loop.
-
-        A call that is cancelled or runs out of time takes its waiting pairs out of the queue.
-        """
-        request = check_request(query, documents)
-        limits = _check_limits(top_k, score_threshold)
-        long = sum(map(len, request[1])) > _LONG_CALL_CHARACTERS
-        places = Places()
-        call = self._rerank(request, limits, places)
-        return await self._door.run(call, places=places, timeout_s=timeout_s, long=long)
-
-    def logits(self, query: str, documents: Sequence[str]) -> list[float]:
-        """Return the documents' logits in input order: unbounded floats, `[]` for no documents.
-
-        Raises:
-            RerankError: As `rerank`.
-        """
-        query, texts = check_request(query, documents)
-        pairs = [(query, text) for text in texts]
-        return run(self._score(pairs, Places(), name=_document)).logits
-
-    def score(self, query: str, documents: Sequence[str]) -> list[float]:
-        """Return the documents' scores in input order: in [0, 1], `[]` for no documents.
-
-        Raises:
-            RerankError: As `rerank`.
-        """
-        return [sigmoid(logit) for logit in self.logits(query, documents)]
-
-    def score_pairs(self, pairs: Iterable[tuple[str, str]]) -> list[float]:
-        """Return the scores of (query, document) pairs in input order: in [0, 1], `[]` for none.
-
-        Raises:
-            RerankError: As `rerank`.
-        """
-        checked = check_pairs(pairs)
-        scored = run(self._score(checked, Places(), name=lambda index: f"pairs[{index}]"))
-        return [sigmoid(logit) for logit in scored.logits]
-
-    def rerank_many(
-        self,
-        requests: Iterable[tuple[str, Sequence[str]]],
-        *,
-        top_k: int | None = None,
-        score_threshold: float | None = None,
-        progress: bool = False,
-    ) -> list[Ranking]:
-        """Return the rankings of many (query, documents) requests, in their order.
-
-        It feeds the engine in pieces, so it is never refused for its size, and other calls are
-        served in between.
-
-        Args:
-            requests: Any number of (query, documents) tuples; an iterator is read as it goes.
-            top_k: Most results for each.
-            score_threshold: Lowest score to keep, in [0, 1], inclusive.
-            progress: Whether to show a bar on standard error.
-
-        Raises:
-            InputTypeError: A request is not a query and documents; the message names which.
-            RerankError: As `rerank`, but never `Overloaded`.
-        """
-        limits = _check_limits(top_k, score_threshold)
-        return run(self._rerank_many(Requests(requests), limits, Places(), progress=progress))
-
-    async def arerank_many(
-        self,
-        requests: Iterable[tuple[str, Sequence[str]]],
-        *,
-        top_k: int | None = None,
-        score_threshold: float | None = None,
-        progress: bool = False,
-        timeout_s: float | None = None,
-    ) -> list[Ranking]:
-        """Return what `rerank_many` returns, without blocking the event loop.
-
-        An iterator is read in another thread. All long calls of an engine share two of these, so
-        one that waits for its items, from a network, say, keeps others waiting too: gather the
-        items first, or call it with a few at a time.
-        """
-        limits = _check_limits(top_k, score_threshold)
-        places = Places()
-        call = self._rerank_many(Requests(requests), limits, places, progress=progress)
-        return await self._door.run(call, places=places, timeout_s=timeout_s, long=True)
 
     def warm_up(self) -> None:
         """Run the model once, so that the first query does not wait for kernels to be chosen.
@@ -313,82 +150,112 @@ class Reranker:
         first = not self.closed
         self._finalizer.detach()
         self._core.close()
-        self._door.close()
+        self._runner.close()
         if first:
             _log.info("Closed %r", self)
-
-    def __enter__(self) -> Self:
-        """Return the engine itself."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Close it."""
-        self.close()
 
     def __repr__(self) -> str:
         """Name the model, device and dtype in use."""
         state = ", closed" if self.closed else ""
         return f"Reranker({self.settings.model!r}, device={self.device}, dtype={self.dtype}{state})"
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the settings; unpickling loads the weights again. A token is left out."""
-        return type(self).from_settings, (self.settings,)
+    def _check_open(self) -> None:
+        self._core.check_open()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Return the engine itself: threads and weights are shared, not copied."""
-        return self
+    def _async_runner(self) -> AsyncRunner:
+        return self._runner
+
+    def _is_long(self, request: Request) -> bool:
+        return sum(map(len, request.texts)) > _LONG_CALL_CHARACTERS
 
     def _score(
+        self, request: Request, reservations: Reservations, *, bounded: bool = True
+    ) -> Call[ScoredRequest]:
+        scores, usage = yield from self._score_together(
+            [request], reservations, name=lambda index: f"documents[{index}]", bounded=bounded
+        )
+        return ScoredRequest(request, scores, usage=usage)
+
+    def _score_pairs(
+        self, requests: list[Request], reservations: Reservations
+    ) -> Call[list[PairScore]]:
+        scores, _ = yield from self._score_together(
+            requests, reservations, name=lambda index: f"pairs[{index}]"
+        )
+        return scores
+
+    def _score_many(
         self,
-        pairs: list[tuple[str, str]],
-        places: Places,
+        requests: Iterable[Request],
+        reservations: Reservations,
+        *,
+        finish: Callable[[ScoredRequest], None],
+    ) -> Call[None]:
+        # A quarter of the queue each, so that the two under way leave other callers half of it.
+        size = min(_PIECE_PAIRS, max(1, self.settings.max_queued_pairs // 4))
+        coming = pieces(requests, max_pairs=size)
+        under_way: deque[tuple[Piece, Call[_Scored], Step]] = deque()
+        while True:
+            for piece in islice(coming, _PIECES_UNDER_WAY - len(under_way)):
+                call = self._score_piece(piece, reservations)
+                under_way.append((piece, call, _begin(call)))
+            if not under_way:
+                return
+            piece, call, step = under_way.popleft()
+            scores, _ = yield from _finish(call, step)
+            for scored in _split(piece, scores):
+                finish(scored)
+
+    def _score_piece(self, piece: Piece, reservations: Reservations) -> Call[_Scored]:
+        return self._score_together(
+            piece.requests,
+            reservations,
+            name=piece.name,
+            counted=len(piece.requests),
+            bounded=False,
+        )
+
+    def _score_together(
+        self,
+        requests: Sequence[Request],
+        reservations: Reservations,
         *,
         name: Callable[[int], str],
-        requests: int = 1,
+        counted: int = 1,
         bounded: bool = True,
     ) -> Call[_Scored]:
-        """Tokenise, queue, wait, and put the logits back in the order of the pairs.
+        """Tokenise, queue, wait, and return the scores in the order of the pairs, and the usage.
 
         Args:
-            pairs: n pairs; may be empty.
-            places: What holds the call's place in the queue.
+            requests: n pairs in all; may be none.
+            reservations: Holds the room in the queue.
             name: What an error calls the pair at an index.
-            requests: How many requests they are of.
+            counted: As how many requests they count.
             bounded: Whether the call may be refused because too many pairs wait.
         """
-        self._core.check_open()
-        if not pairs:
-            self._core.tally.add_requests(requests)
-            return _Scored([], [], [], Usage(tokens=0))
+        pairs = sum(len(request.texts) for request in requests)
         future: Logits = Future()
-        # Whatever interrupts it from here on, Ctrl-C included, the call gives back its room.
-        try:
-            self._core.reserve(future, len(pairs), bounded=bounded)
-            self._core.tally.add_requests(requests)
-            places.hold(future)
-            yield None
-            begin = time.perf_counter()
-            tokenized = self._tokenize(pairs)
-            job = Job(tokenized.distinct, future, name)
-            queued = time.perf_counter()
-            self._core.submit(job)
-            logits = (yield future) or []
-            scored = time.perf_counter()
-        finally:
-            # Where the caller has gone, so must its waiting pairs; a no-op if all are scored.
-            future.cancel()
-        best = tokenized.best(logits)
-        return _Scored(
-            [logits[position] for position in best],
-            [tokenized.distinct[position].truncated for position in best],
-            [tokenized.distinct[position].span for position in best],
-            Usage(
-                tokens=sum(map(len, tokenized.distinct)),
-                tokenizing_s=queued - begin,
-                waiting_s=job.waited_s,
-                scoring_s=max(0.0, scored - queued - job.waited_s),
-            ),
+        if pairs:
+            self._core.reserve(reservations.hold(future), pairs, bounded=bounded)
+        self._core.tally.add_requests(counted)
+        if not pairs:
+            return [], Usage(tokens=0)
+        yield None
+        begin = time.perf_counter()
+        tokenized = self._tokenize(
+            [(request.query, text) for request in requests for text in request.texts]
         )
+        job = Job(tokenized.distinct, future, name)
+        queued = time.perf_counter()
+        self._core.submit(job)
+        logits = yield future
+        usage = Usage(
+            tokens=sum(map(len, tokenized.distinct)),
+            tokenizing_s=queued - begin,
+            waiting_s=job.waited_s,
+            scoring_s=max(0.0, time.perf_counter() - queued - job.waited_s),
+        )
+        return _pair_scores(tokenized, logits), usage
 
     def _tokenize(self, pairs: list[tuple[str, str]]) -> TokenizedPairs:
         begin = time.perf_counter()
@@ -403,46 +270,6 @@ class Reranker:
             ) from error
         finally:
             self._core.tally.add_tokenizing(time.perf_counter() - begin)
-
-    def _rerank(self, request: Request, limits: dict[str, Any], places: Places) -> Call[Ranking]:
-        query, texts = request
-        pairs = [(query, text) for text in texts]
-        scored = yield from self._score(pairs, places, name=_document)
-        ranking = scored.rank(texts, slice(None), limits)
-        ranking.usage = scored.usage
-        return ranking
-
-    def _rerank_many(
-        self, requests: Requests, limits: dict[str, Any], places: Places, *, progress: bool
-    ) -> Call[list[Ranking]]:
-        self._core.check_open()
-        yield None
-        rankings: list[Ranking] = []
-        under_way: deque[tuple[Piece, Call[_Scored], Step]] = deque()
-        # A quarter of the queue each, so that the two under way leave other callers half of it.
-        size = min(_PIECE_PAIRS, max(1, self.settings.max_queued_pairs // 4))
-        coming = pieces(requests, max_pairs=size)
-        with ProgressBar(requests, shown=progress) as bar:
-            try:
-                while True:
-                    for piece in islice(coming, _PIECES_UNDER_WAY - len(under_way)):
-                        call = self._score_piece(piece, places)
-                        under_way.append((piece, call, _begin(call)))
-                    if not under_way:
-                        return rankings
-                    piece, call, step = under_way[0]
-                    scored = yield from _finish(call, step)
-                    under_way.popleft()
-                    rankings.extend(_split(piece, scored, limits))
-                    bar.advance(len(piece.requests))
-            finally:
-                for _, call, _ in under_way:
-                    call.close()
-
-    def _score_piece(self, piece: Piece, places: Places) -> Call[_Scored]:
-        return self._score(
-            piece.pairs(), places, name=piece.name, requests=len(piece.requests), bounded=False
-        )
 
 
 def _in_fresh_thread(work: Callable[[], T]) -> T:
@@ -480,23 +307,20 @@ def _finish(call: Call[_Scored], step: Step) -> Call[_Scored]:
     return value  # type: ignore[no-any-return]
 
 
-def _split(piece: Piece, scored: _Scored, limits: dict[str, Any]) -> Iterator[Ranking]:
-    start = 0
-    for _, texts in piece.requests:
-        part = slice(start, start + len(texts))
-        yield scored.rank(texts, part, limits)
-        start = part.stop
+def _pair_scores(tokenized: TokenizedPairs, logits: Sequence[float]) -> list[PairScore]:
+    """Return the scores of the caller's pairs from the logits of all windows that differ."""
+    scores = []
+    for position in tokenized.winners(logits):
+        pair, logit = tokenized.distinct[position], logits[position]
+        scores.append(PairScore(sigmoid(logit), logit, pair.truncated, pair.span))
+    return scores
 
 
-def _document(index: int) -> str:
-    return f"documents[{index}]"
-
-
-def _check_limits(top_k: object, score_threshold: object) -> dict[str, Any]:
-    return {
-        "top_k": check_top_k(top_k),
-        "score_threshold": check_score_threshold(score_threshold),
-    }
+def _split(piece: Piece, scores: list[PairScore]) -> Iterator[ScoredRequest]:
+    end = 0
+    for request in piece.requests:
+        start, end = end, end + len(request.texts)
+        yield ScoredRequest(request, scores[start:end])
 
 
 def _dtype_names(models: Sequence[Model]) -> str:
@@ -505,7 +329,7 @@ def _dtype_names(models: Sequence[Model]) -> str:
     return ", ".join(names) if len(set(names)) > 1 else names[0]
 
 
-def _let_go(core: ScoringCore, door: AsyncDoor) -> None:
+def _let_go(core: ScoringCore, runner: AsyncRunner) -> None:
     """Signal the threads to end; waiting for them here could block a garbage collection."""
     core.stop()
-    door.close()
+    runner.close()

@@ -9,8 +9,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from bge_rerank_adapters.calls.limits import check_top_k
 from bge_rerank_adapters.calls.progress import ProgressBar
-from bge_rerank_adapters.calls.ranking import Scorer, check_top_k
+from bge_rerank_adapters.calls.ranking import Scorer
 from bge_rerank_adapters.calls.trec import Run, check_file_names, file_name, make_folder
 from bge_rerank_adapters.engine.checkpoints.hub import TINY_FOLDER
 from bge_rerank_adapters.errors import SettingsError

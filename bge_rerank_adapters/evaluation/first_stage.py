@@ -1,6 +1,6 @@
 """BM25 as a first stage."""
 
-from bge_rerank_adapters.calls.ranking import check_top_k
+from bge_rerank_adapters.calls.limits import check_top_k
 from bge_rerank_adapters.calls.trec import Run
 from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.evaluation.collection import Collection

@@ -11,6 +11,7 @@ from typing import Any
 import ray
 
 from bge_rerank_adapters.calls.items import Bad, Item, rank_and_write
+from bge_rerank_adapters.calls.limits import Limits
 from bge_rerank_adapters.calls.ranking import RankedDocument
 from bge_rerank_adapters.errors import RerankError, SettingsError
 from bge_rerank_adapters.ray.recipe import Recipe, Resources, make_recipe
@@ -68,13 +69,13 @@ def connected(address: str) -> Generator[None, None, None]:
 
 @contextmanager
 def chunk_ranker(
-    settings: EngineSettings, *, limits: dict[str, Any], write: Write, actors: int | None
+    settings: EngineSettings, *, limits: Limits, write: Write, actors: int | None
 ) -> Generator["ChunkRanker", None, None]:
     """Load engines in the cluster that this program is connected to; they end with the `with`.
 
     Args:
         settings: Of every engine.
-        limits: `top_k` and `score_threshold`.
+        limits: Of each ranking.
         write: Makes bytes of an item and its ranking.
         actors: How many engines; `None` is one for each GPU, or, where there are none, for each
             machine.
@@ -83,7 +84,7 @@ def chunk_ranker(
         RerankError: The model cannot be loaded, or the cluster has no room.
     """
     count, resources = share(_nodes(), actors)
-    recipe = make_recipe(None, settings, **limits, resources=resources)
+    recipe = make_recipe(None, settings, **limits.to_dict(), resources=resources)
     ranker = ChunkRanker(recipe, write, count=count, resources=resources)
     try:
         yield ranker

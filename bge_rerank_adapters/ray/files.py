@@ -124,7 +124,7 @@ def rerank_files(
     )
     asked = {
         **recipe.settings.to_dict(),
-        **recipe.limits,
+        **recipe.limits.to_dict(),
         "source": fingerprint(files),
         "corpus": texts.told() if texts else None,
         "output_format": job.output_format,

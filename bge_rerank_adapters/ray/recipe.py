@@ -5,7 +5,7 @@ import numbers
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from bge_rerank_adapters.calls.ranking import check_score_threshold, check_top_k
+from bge_rerank_adapters.calls.limits import Limits
 from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.settings import EngineSettings
 
@@ -29,12 +29,12 @@ class Recipe:
 
     Attributes:
         settings: Of the engine, without the token.
-        limits: `top_k` and `score_threshold`.
+        limits: Of each ranking.
         secret: The token for the hub, which pickled settings leave out.
     """
 
     settings: EngineSettings
-    limits: dict[str, Any]
+    limits: Limits
     secret: _Secret | None = None
 
     def load(self) -> "Reranker":
@@ -111,10 +111,7 @@ def make_recipe(
         raise SettingsError(
             f"settings must be EngineSettings or None, got {type(settings).__name__}."
         )
-    limits = {
-        "top_k": check_top_k(top_k),
-        "score_threshold": check_score_threshold(score_threshold),
-    }
+    limits = Limits(top_k, score_threshold)
     secret = _Secret(settings.token) if settings.token else None
     return Recipe(resources.fit(settings).without_token(), limits, secret)
 

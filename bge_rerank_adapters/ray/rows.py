@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bge_rerank_adapters.calls.items import Bad, Item, parse_item, rank_items
+from bge_rerank_adapters.calls.limits import Limits
 from bge_rerank_adapters.calls.ranking import Ranking
 from bge_rerank_adapters.errors import InputTypeError, SettingsError
 from bge_rerank_adapters.ray.corpus import IDS
@@ -53,7 +54,7 @@ def items_of(
 
 
 def rank_all(
-    engine: "Reranker", items: Iterable[Item | Bad], *, limits: dict[str, Any]
+    engine: "Reranker", items: Iterable[Item | Bad], *, limits: Limits
 ) -> list[Ranking | Bad]:
     """Return the ranking of each item, in order, or why there is none."""
     found = list(items)

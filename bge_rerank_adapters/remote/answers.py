@@ -1,4 +1,4 @@
-"""A server's answer to scores that can be trusted, and these to a ranking: pure Python."""
+"""Turns a server's answer into scores that can be trusted, in pure Python."""
 
 import json
 import math
@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bge_rerank_adapters.calls.ranking import RankedDocument, Ranking, sigmoid
+from bge_rerank_adapters.calls.ranking import PairScore, ScoredRequest, sigmoid
+from bge_rerank_adapters.calls.requests import Request
 from bge_rerank_adapters.errors import RemoteError
 
 # Of somebody else's text in an error: enough to understand it.
@@ -16,35 +17,24 @@ _ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """What a server told of one document.
+class RemoteScore:
+    """What a server answered about one document.
 
     Attributes:
         index: Its position among the documents that were asked about.
-        score: In [0, 1].
-        logit: `None` where the server tells scores alone.
-        truncated: Whether the server says that it was cut.
-        span: The characters of its best window, where the server tells them.
+        score: What is known of the pair; `truncated` and `span` where the server says so.
     """
 
     index: int
-    score: float
-    logit: float | None
-    truncated: bool = False
-    span: tuple[int, int] | None = None
+    score: PairScore
 
-    @property
-    def order(self) -> float:
-        """What rankings are ordered by."""
-        return self.score if self.logit is None else self.logit
-
-    def moved(self, places: int) -> "Told":
+    def moved(self, places: int) -> "RemoteScore":
         """Return the same of a document that stands so many places further on."""
         return replace(self, index=self.index + places)
 
 
-def read_answer(body: bytes, *, documents: int, scale: str, server: str) -> list[Told]:
-    """Return what a server told of n documents, in its order.
+def read_answer(body: bytes, *, documents: int, scale: str, server: str) -> list[RemoteScore]:
+    """Return what a server answered about n documents, in its order.
 
     Args:
         body: A list of `{"index", "score"}`, as text-embeddings-inference answers, or an object
@@ -59,11 +49,11 @@ def read_answer(body: bytes, *, documents: int, scale: str, server: str) -> list
             is not finite or not in [0, 1].
     """
     rows = _rows(body, server)
-    told = [_told(row, scale=scale, server=server) for row in rows]
-    if len({each.logit is None for each in told}) > 1:
+    scores = [_remote_score(row, scale=scale, server=server) for row in rows]
+    if len({each.score.logit is None for each in scores}) > 1:
         raise RemoteError(f"{server} answered with logits for some documents alone.")
-    _check_indexes([each.index for each in told], documents, server)
-    return told
+    _check_indexes([each.index for each in scores], documents, server)
+    return scores
 
 
 def _rows(body: bytes, server: str) -> list[Any]:
@@ -85,7 +75,7 @@ def _rows(body: bytes, server: str) -> list[Any]:
     return rows
 
 
-def _told(row: object, *, scale: str, server: str) -> Told:
+def _remote_score(row: object, *, scale: str, server: str) -> RemoteScore:
     if not isinstance(row, dict):
         raise _wrong(server, row, "is no object with an index and a score")
     index = row.get("index")
@@ -105,12 +95,14 @@ def _told(row: object, *, scale: str, server: str) -> Told:
             row,
             'has a score outside [0, 1]; if the server tells logits, say scale="logit"',
         )
-    return Told(
+    return RemoteScore(
         index,
-        min(max(score, 0.0), 1.0),
-        logit,
-        row.get("truncated") is True,
-        _span(row.get("span")),
+        PairScore(
+            min(max(score, 0.0), 1.0),
+            logit,
+            truncated=row.get("truncated") is True,
+            span=_span(row.get("span")),
+        ),
     )
 
 
@@ -163,56 +155,36 @@ def shortened(text: str | bytes) -> str:
 
 
 class Question:
-    """A query and its documents, of which identical ones are asked about once.
+    """A request, of whose documents identical ones are asked about once.
 
     Attributes:
-        query: The query.
-        texts: The n documents.
-        distinct: Those of them that differ, in the order of their first places.
+        request: The query and its n documents.
+        distinct: Those documents that differ, in the order of their first places.
     """
 
-    def __init__(self, query: str, texts: list[str]) -> None:
-        self.query, self.texts = query, texts
+    def __init__(self, request: Request) -> None:
+        self.request = request
         places: dict[str, list[int]] = {}
-        for index, text in enumerate(texts):
+        for index, text in enumerate(request.texts):
             places.setdefault(text, []).append(index)
         self.distinct = list(places)
         self._places = list(places.values())
-        self._told: list[Told] = []
+        self._answered: list[RemoteScore] = []
 
     def parts(self, max_documents: int) -> Iterator[tuple[int, list[str]]]:
         """Yield where each part of the distinct documents begins, and the part."""
         for start in range(0, len(self.distinct), max_documents):
             yield start, self.distinct[start : start + max_documents]
 
-    def take(self, start: int, told: Sequence[Told]) -> None:
-        """Keep what was told of the part that begins there, in the server's order."""
-        self._told += [each.moved(start) for each in told]
+    def take(self, start: int, answered: Sequence[RemoteScore]) -> None:
+        """Keep what the server answered about the part that begins there, in its order."""
+        self._answered += [each.moved(start) for each in answered]
 
-    def in_order(self) -> list[Told]:
-        """Return what was told of each of the n documents, in input order."""
-        told: list[Told | None] = [None] * len(self.texts)
-        for each in self._told:
-            for index in self._places[each.index]:
-                told[index] = each
-        return [each for each in told if each is not None]
-
-    def rank(self, *, top_k: int | None, score_threshold: float | None) -> Ranking:
-        """Return the documents best first.
-
-        Highest logit first, or score where there are no logits; what is equal keeps the server's
-        order, and parts of a call their own.
-        """
-        ranked = Ranking()
-        for each in sorted(self._told, key=lambda told: -told.order):
-            if score_threshold is not None and each.score < score_threshold:
-                break
-            for index in self._places[each.index]:
-                if len(ranked) == top_k:
-                    return ranked
-                ranked.append(
-                    RankedDocument(
-                        index, each.score, self.texts[index], each.logit, each.truncated, each.span
-                    )
-                )
-        return ranked
+    def scored(self) -> ScoredRequest:
+        """Return the scores of the n documents; equal ones keep the server's order."""
+        scores = {
+            index: each.score for each in self._answered for index in self._places[each.index]
+        }
+        return ScoredRequest(
+            self.request, [scores[index] for index in range(len(scores))], order=list(scores)
+        )

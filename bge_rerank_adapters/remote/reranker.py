@@ -4,27 +4,21 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from typing import Any, NamedTuple, Self, TypeVar
+from dataclasses import replace
+from typing import NamedTuple
 
-from bge_rerank_adapters.calls.progress import ProgressBar
-from bge_rerank_adapters.calls.ranking import (
-    Ranking,
-    check_pairs,
-    check_score_threshold,
-    check_top_k,
-)
-from bge_rerank_adapters.calls.requests import Request, Requests, check_request
-from bge_rerank_adapters.calls.runner import Call, Places, run
+from bge_rerank_adapters.calls.base import BaseReranker
+from bge_rerank_adapters.calls.ranking import PairScore, ScoredRequest
+from bge_rerank_adapters.calls.requests import Request
+from bge_rerank_adapters.calls.runner import AsyncRunner, Call, Reservations
 from bge_rerank_adapters.errors import RemoteError
-from bge_rerank_adapters.remote.answers import Question, Told
-from bge_rerank_adapters.remote.line import Line
+from bge_rerank_adapters.remote.answers import Question, RemoteScore
+from bge_rerank_adapters.remote.connections import Connections, Plan
+from bge_rerank_adapters.remote.process_state import ProcessState
 from bge_rerank_adapters.remote.settings import RemoteSettings
 from bge_rerank_adapters.remote.stats import RemoteStats
-from bge_rerank_adapters.remote.wire import Plan, Wire
-
-T = TypeVar("T")
 
 _lock = threading.Lock()
 
@@ -40,7 +34,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class _Part(NamedTuple):
-    """Documents of a question that go in one request, and where they begin."""
+    """Documents of a question that go in one HTTP request, and where they begin."""
 
     question: Question
     start: int
@@ -48,7 +42,10 @@ class _Part(NamedTuple):
     last: bool
 
 
-class RemoteReranker:
+_UnderWay = deque[tuple[_Part, Future[list[RemoteScore]] | None]]
+
+
+class RemoteReranker(BaseReranker[RemoteSettings]):
     """Scores how well documents answer a query by asking a server, with `Reranker`'s interface.
 
     Safe to use from many threads and event loops at once: all requests share one pool of
@@ -120,7 +117,7 @@ class RemoteReranker:
         Raises:
             SettingsError: A setting has a value that is not allowed.
         """
-        self._begin(
+        self._set_up(
             RemoteSettings(
                 url=url,
                 api=api,
@@ -134,160 +131,20 @@ class RemoteReranker:
             )
         )
 
-    @classmethod
-    def from_settings(cls, settings: RemoteSettings) -> Self:
-        """Return a new remote reranker with these settings."""
-        reranker = cls.__new__(cls)
-        reranker._begin(settings)  # noqa: SLF001 - its own class
-        return reranker
-
-    def _begin(self, settings: RemoteSettings) -> None:
+    def _set_up(self, settings: RemoteSettings) -> None:
         self.settings = settings
-        self._hold(Line(settings))
+        self._hold(ProcessState(settings))
 
-    def _hold(self, line: Line) -> None:
-        self._line = line
-        self._finalizer = weakref.finalize(self, line.let_go)
+    def _hold(self, state: ProcessState) -> None:
+        self._state = state
+        self._finalizer = weakref.finalize(self, state.let_go)
         # At exit its thread is a daemon's, and the system closes the connections.
         self._finalizer.atexit = False
 
     @property
     def closed(self) -> bool:
         """Whether `close` has been called."""
-        return self._line.closed
-
-    def rerank(
-        self,
-        query: str,
-        documents: Sequence[str],
-        *,
-        top_k: int | None = None,
-        score_threshold: float | None = None,
-        timeout_s: float | None = None,
-    ) -> Ranking:
-        """Return the documents ranked by how well they answer the query, best first.
-
-        Args:
-            query: The question; may be empty.
-            documents: n texts; may be empty or repeat themselves.
-            top_k: Most results to return; `None` is all.
-            score_threshold: Lowest score to keep, in [0, 1], inclusive; applied before `top_k`.
-            timeout_s: Seconds that the whole call may take at most; `None` is as long as its
-                requests may.
-
-        Returns:
-            At most n `RankedDocument`; `[]` for no documents, for which nothing is sent.
-
-        Raises:
-            InputTypeError: The query or a document is not a `str`.
-            SettingsError: `top_k`, `score_threshold` or `timeout_s` is out of range.
-            Overloaded: The server answered 429 to the end.
-            RerankTimeoutError: `timeout_s`, here or of the constructor, ran out.
-            RemoteError: The server cannot be reached, refused, or answered wrongly.
-            ClosedError: The remote reranker has been closed.
-        """
-        request = check_request(query, documents)
-        limits = _check_limits(top_k, score_threshold)
-        return run(self._rerank(request, limits, Places()), timeout_s=timeout_s)
-
-    async def arerank(
-        self,
-        query: str,
-        documents: Sequence[str],
-        *,
-        top_k: int | None = None,
-        score_threshold: float | None = None,
-        timeout_s: float | None = None,
-    ) -> Ranking:
-        """Return what `rerank` returns, without blocking the event loop.
-
-        A call that is cancelled or runs out of time cancels its requests.
-        """
-        request = check_request(query, documents)
-        limits = _check_limits(top_k, score_threshold)
-        places = Places()
-        call = self._rerank(request, limits, places)
-        door = self._line_here().door
-        return await door.run(call, places=places, timeout_s=timeout_s, long=False)
-
-    def logits(self, query: str, documents: Sequence[str]) -> list[float]:
-        """Return the documents' logits in input order: unbounded floats, `[]` for no documents.
-
-        Raises:
-            RemoteError: The server tells scores alone; otherwise as `rerank`.
-        """
-        query, texts = check_request(query, documents)
-        told = run(self._told(query, texts, Places()))
-        logits = [each.logit for each in told if each.logit is not None]
-        if len(logits) < len(texts):
-            raise RemoteError(
-                f"{self.settings.url} tells scores alone, no logits; use score(), or give "
-                'scale="logit" where the server can be asked for them.'
-            )
-        return logits
-
-    def score(self, query: str, documents: Sequence[str]) -> list[float]:
-        """Return the documents' scores in input order: in [0, 1], `[]` for no documents.
-
-        Raises:
-            RerankError: As `rerank`.
-        """
-        query, texts = check_request(query, documents)
-        return [each.score for each in run(self._told(query, texts, Places()))]
-
-    def score_pairs(self, pairs: Iterable[tuple[str, str]]) -> list[float]:
-        """Return the scores of (query, document) pairs in input order: in [0, 1], `[]` for none.
-
-        Pairs of one query go in one request.
-
-        Raises:
-            RerankError: As `rerank`.
-        """
-        return run(self._score_pairs(check_pairs(pairs), Places()))
-
-    def rerank_many(
-        self,
-        requests: Iterable[tuple[str, Sequence[str]]],
-        *,
-        top_k: int | None = None,
-        score_threshold: float | None = None,
-        progress: bool = False,
-    ) -> list[Ranking]:
-        """Return the rankings of many (query, documents) requests, in their order.
-
-        Several are under way at once, and other calls are served in between.
-
-        Args:
-            requests: Any number of (query, documents) tuples; an iterator is read as it goes.
-            top_k: Most results for each.
-            score_threshold: Lowest score to keep, in [0, 1], inclusive.
-            progress: Whether to show a bar on standard error; needs rich.
-
-        Raises:
-            InputTypeError: A request is not a query and documents; the message names which.
-            RerankError: As `rerank`.
-        """
-        limits = _check_limits(top_k, score_threshold)
-        return run(self._rerank_many(Requests(requests), limits, Places(), progress=progress))
-
-    async def arerank_many(
-        self,
-        requests: Iterable[tuple[str, Sequence[str]]],
-        *,
-        top_k: int | None = None,
-        score_threshold: float | None = None,
-        progress: bool = False,
-        timeout_s: float | None = None,
-    ) -> list[Ranking]:
-        """Return what `rerank_many` returns, without blocking the event loop.
-
-        An iterator is read in another thread, two of which serve all long calls.
-        """
-        limits = _check_limits(top_k, score_threshold)
-        places = Places()
-        call = self._rerank_many(Requests(requests), limits, places, progress=progress)
-        door = self._line_here().door
-        return await door.run(call, places=places, timeout_s=timeout_s, long=True)
+        return self._state.closed
 
     def warm_up(self) -> None:
         """Ask the server for one score, which finds out what it speaks and opens a connection.
@@ -299,123 +156,113 @@ class RemoteReranker:
 
     def stats(self) -> RemoteStats:
         """Return what has been done so far; cheap, and good to ask at any time."""
-        return self._line_here().tally.read()
+        return self._state_here().tally.read()
 
     def close(self) -> None:
         """Close the connections; calls under way and later ones raise `ClosedError`.
 
         May be repeated.
         """
-        self._line_here().close()
-
-    def __enter__(self) -> Self:
-        """Return the reranker itself."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Close it."""
-        self.close()
+        self._state_here().close()
 
     def __repr__(self) -> str:
         """Name the server."""
         state = ", closed" if self.closed else ""
         return f"RemoteReranker({self.settings.url!r}, api={self.settings.api!r}{state})"
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the settings, without the key and without connections."""
-        return type(self).from_settings, (self.settings,)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Return the reranker itself: connections are shared, not copied."""
-        return self
-
-    def _line_here(self) -> Line:
-        """Return the line of this process, which after a fork is another one."""
-        if not self._line.here:
+    def _state_here(self) -> ProcessState:
+        """Return the state of this process, which after a fork is another one."""
+        if not self._state.here:
             with _lock:
-                if not self._line.here:
+                if not self._state.here:
                     self._finalizer.detach()
-                    self._hold(Line(self.settings, parents=self._line))
-        return self._line
+                    self._hold(ProcessState(self.settings, parents=self._state))
+        return self._state
 
-    def _rerank(self, request: Request, limits: dict[str, Any], places: Places) -> Call[Ranking]:
-        question = Question(*request)
-        yield from self._ask([question], places)
-        return question.rank(**limits)
+    def _check_open(self) -> None:
+        self._state_here().check_open()
 
-    def _told(self, query: str, texts: list[str], places: Places) -> Call[list[Told]]:
-        question = Question(query, texts)
-        yield from self._ask([question], places)
-        return question.in_order()
+    def _async_runner(self) -> AsyncRunner:
+        return self._state_here().runner
 
-    def _score_pairs(self, pairs: list[tuple[str, str]], places: Places) -> Call[list[float]]:
+    def _no_logits(self) -> RemoteError:
+        return RemoteError(
+            f"{self.settings.url} gives scores alone, no logits; use score(), or give "
+            'scale="logit" where the server can be asked for them.'
+        )
+
+    def _score(
+        self,
+        request: Request,
+        reservations: Reservations,
+        *,
+        bounded: bool = True,  # noqa: ARG002 - nothing waits here but for the server
+    ) -> Call[ScoredRequest]:
+        question = Question(request)
+        yield from self._ask([question], reservations)
+        return question.scored()
+
+    def _score_pairs(
+        self, requests: list[Request], reservations: Reservations
+    ) -> Call[list[PairScore]]:
+        """Ask about the pairs of one query in one request."""
         indexes: dict[str, list[int]] = {}
-        for index, (query, _) in enumerate(pairs):
-            indexes.setdefault(query, []).append(index)
+        for index, request in enumerate(requests):
+            indexes.setdefault(request.query, []).append(index)
         questions = [
-            Question(query, [pairs[index][1] for index in found])
-            for query, found in indexes.items()
+            Question(replace(requests[found[0]], texts=[requests[i].texts[0] for i in found]))
+            for found in indexes.values()
         ]
-        yield from self._ask(questions, places)
-        scores = [0.0] * len(pairs)
+        yield from self._ask(questions, reservations)
+        scores: dict[int, PairScore] = {}
         for question, found in zip(questions, indexes.values(), strict=True):
-            for index, told in zip(found, question.in_order(), strict=True):
-                scores[index] = told.score
-        return scores
+            scores.update(zip(found, question.scored().scores, strict=True))
+        return [scores[index] for index in range(len(requests))]
 
-    def _rerank_many(
-        self, requests: Requests, limits: dict[str, Any], places: Places, *, progress: bool
-    ) -> Call[list[Ranking]]:
-        self._line_here().check_open()
-        yield None
-        rankings: list[Ranking] = []
-        with ProgressBar(requests, shown=progress) as bar:
-
-            def finish(question: Question) -> None:
-                rankings.append(question.rank(**limits))
-                bar.advance(1)
-
-            yield from self._ask((Question(*each) for each in requests), places, finish=finish)
-        return rankings
+    def _score_many(
+        self,
+        requests: Iterable[Request],
+        reservations: Reservations,
+        *,
+        finish: Callable[[ScoredRequest], None],
+    ) -> Call[None]:
+        return self._ask(
+            map(Question, requests),
+            reservations,
+            finish=lambda question: finish(question.scored()),
+        )
 
     def _ask(
         self,
         questions: Iterable[Question],
-        places: Places,
+        reservations: Reservations,
         *,
         finish: Callable[[Question], None] = lambda _: None,
     ) -> Call[None]:
         """Ask all questions, several requests at a time.
 
         Args:
-            questions: Read as it goes; each takes what is told of it.
-            places: What holds the requests under way.
-            finish: Called with each question, in order, when all of it has been told.
+            questions: Read as it goes; each takes what the server answers.
+            reservations: Holds the requests under way.
+            finish: Called with each question, in order, when all of it has been answered.
         """
-        line = self._line_here()
-        line.check_open()
-        if not line.connected:
+        state = self._state_here()
+        if not state.connected:
             yield None
-        wire = line.wire()
+        connections = state.connections()
         plan: Plan | None = None
         at_once = max(1, self.settings.max_connections // 2)
-        under_way: deque[tuple[_Part, Future[list[Told]] | None]] = deque()
-        try:
-            for question in questions:
-                line.tally.add(requests=1)
-                if plan is None and question.distinct:
-                    plan = wire.known_plan() or (yield _held(wire.plan(), places))
-                for part in _parts(question, plan):
-                    if len(under_way) == at_once:
-                        yield from _collect(under_way, finish)
-                    under_way.append((part, _send(part, wire, places)))
-            while under_way:
-                yield from _collect(under_way, finish)
-        finally:
-            # Where the caller has gone, so must its requests; a no-op for those that are done.
-            for _, future in under_way:
-                if future is not None:
-                    future.cancel()
+        under_way: _UnderWay = deque()
+        for question in questions:
+            state.tally.add(requests=1)
+            if plan is None and question.distinct:
+                plan = connections.known_plan() or (yield reservations.hold(connections.plan()))
+            for part in _parts(question, plan):
+                if len(under_way) == at_once:
+                    yield from _collect(under_way, finish)
+                under_way.append((part, _send(part, connections, reservations)))
+        while under_way:
+            yield from _collect(under_way, finish)
 
 
 def _parts(question: Question, plan: Plan | None) -> Iterator[_Part]:
@@ -427,30 +274,18 @@ def _parts(question: Question, plan: Plan | None) -> Iterator[_Part]:
         yield _Part(question, start, texts, last)
 
 
-def _send(part: _Part, wire: Wire, places: Places) -> "Future[list[Told]] | None":
-    return _held(wire.ask(part.question.query, part.texts), places) if part.texts else None
+def _send(
+    part: _Part, connections: Connections, reservations: Reservations
+) -> "Future[list[RemoteScore]] | None":
+    if not part.texts:
+        return None
+    return reservations.hold(connections.ask(part.question.request.query, part.texts))
 
 
-def _held(future: "Future[T]", places: Places) -> "Future[T]":
-    places.hold(future)
-    return future
-
-
-def _collect(
-    under_way: "deque[tuple[_Part, Future[list[Told]] | None]]",
-    finish: Callable[[Question], None],
-) -> Call[None]:
-    """Wait for the oldest request, and give its question what was told."""
-    part, future = under_way[0]
+def _collect(under_way: "_UnderWay", finish: Callable[[Question], None]) -> Call[None]:
+    """Wait for the oldest request, and give its question what the server answered."""
+    part, future = under_way.popleft()
     if future is not None:
         part.question.take(part.start, (yield future))
-    under_way.popleft()
     if part.last:
         finish(part.question)
-
-
-def _check_limits(top_k: object, score_threshold: object) -> dict[str, Any]:
-    return {
-        "top_k": check_top_k(top_k),
-        "score_threshold": check_score_threshold(score_threshold),
-    }

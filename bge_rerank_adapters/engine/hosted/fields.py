@@ -19,7 +19,8 @@ from pydantic import (
     model_validator,
 )
 
-from bge_rerank_adapters.calls.ranking import Scorer, check_score_threshold, check_top_k
+from bge_rerank_adapters.calls.limits import Limits
+from bge_rerank_adapters.calls.ranking import Scorer
 from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.settings import EngineSettings, check_setting, setting_names
 
@@ -136,15 +137,11 @@ class AdapterSettings(BaseModel):
             return [str(each) for each in value]
         return str(value)
 
-    @field_validator("top_k", mode="before")
+    @field_validator("top_k", "score_threshold", mode="before")
     @classmethod
-    def _top_k(cls, value: Any) -> int | None:
-        return check_top_k(value)
-
-    @field_validator("score_threshold", mode="before")
-    @classmethod
-    def _score_threshold(cls, value: Any) -> float | None:
-        return check_score_threshold(value)
+    def _checked_limit(cls, value: Any, info: ValidationInfo) -> Any:
+        name = str(info.field_name)
+        return getattr(Limits(**{name: value}), name)
 
     @field_validator("reranker")
     @classmethod
@@ -242,6 +239,10 @@ class AdapterSettings(BaseModel):
         An engine that was given as `reranker=` stays open: it is its owner's to close.
         """
         self._loaded = None
+
+    def _limits(self) -> dict[str, Any]:
+        """Return `top_k` and `score_threshold` as the scorer takes them."""
+        return {"top_k": self.top_k, "score_threshold": self.score_threshold}
 
     def model_copy(
         self,

@@ -89,8 +89,10 @@ class Backlog:
                     f"max_queued_pairs={self._max_queued_pairs}; try again later, send fewer "
                     "pairs at a time, or raise the limit."
                 )
-            self._reserved[future] = pairs
-            self._reserved_pairs += pairs
+            # One that another thread has given up meanwhile would be forgotten by nobody.
+            if not future.done():
+                self._reserved[future] = pairs
+                self._reserved_pairs += pairs
 
     def register(self, job: TokenJob) -> bool:
         """Turn the room kept for a call into a job that waits for its logits.

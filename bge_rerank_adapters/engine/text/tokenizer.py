@@ -58,7 +58,7 @@ class TokenizedPairs:
     positions: list[int]
     windows: list[range] | None = None
 
-    def best(self, logits: Sequence[float]) -> list[int]:
+    def winners(self, logits: Sequence[float]) -> list[int]:
         """Return for each of the caller's n pairs the position of what speaks for it.
 
         That is its window with the highest logit, the first of equals.

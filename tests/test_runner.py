@@ -9,14 +9,14 @@ from concurrent.futures import Future
 import pytest
 
 from bge_rerank_adapters import ClosedError, RerankTimeoutError, SettingsError
-from bge_rerank_adapters.calls.runner import AsyncDoor, Call, Places, map_in_turns, run
+from bge_rerank_adapters.calls.runner import AsyncRunner, Call, map_in_turns, run
 
 WAIT_S = 60
 
 
 @pytest.fixture
-def door() -> Iterator[AsyncDoor]:
-    made = AsyncDoor()
+def runner() -> Iterator[AsyncRunner]:
+    made = AsyncRunner()
     yield made
     made.close()
 
@@ -35,12 +35,12 @@ def waiting_for(future: Future[list[float]], seen: list[str]) -> Call[list[float
         seen.append("closed")
 
 
-async def test_only_the_first_part_runs_on_the_loop(door):
+async def test_only_the_first_part_runs_on_the_loop(runner):
     future, seen = Future(), []
     asyncio.get_running_loop().call_later(0.01, future.set_result, [1.0])
-    assert await door.run(
-        waiting_for(future, seen), places=Places(), timeout_s=None, long=False
-    ) == [1.0]
+    assert await runner.run(lambda _: waiting_for(future, seen), timeout_s=None, long=False) == [
+        1.0
+    ]
     assert seen[0] == threading.current_thread().name
     assert all(name.startswith("bge-rerank-short") for name in seen[1:3])
     assert seen[3:] == ["closed"]
@@ -49,11 +49,11 @@ async def test_only_the_first_part_runs_on_the_loop(door):
 def test_all_parts_run_in_the_callers_thread():
     future, seen = Future(), []
     future.set_result([1.0])
-    assert run(waiting_for(future, seen)) == [1.0]
+    assert run(lambda _: waiting_for(future, seen)) == [1.0]
     assert seen == [threading.current_thread().name] * 3 + ["closed"]
 
 
-async def test_long_calls_do_not_hold_up_short_ones(door):
+async def test_long_calls_do_not_hold_up_short_ones(runner):
     gate = threading.Event()
 
     def long_call() -> Call[str]:
@@ -66,16 +66,16 @@ async def test_long_calls_do_not_hold_up_short_ones(door):
         return "short"
 
     long = [
-        asyncio.create_task(door.run(long_call(), places=Places(), timeout_s=None, long=True))
+        asyncio.create_task(runner.run(lambda _: long_call(), timeout_s=None, long=True))
         for _ in range(20)
     ]
     await asyncio.sleep(0.01)
-    assert await door.run(short_call(), places=Places(), timeout_s=WAIT_S, long=False) == "short"
+    assert await runner.run(lambda _: short_call(), timeout_s=WAIT_S, long=False) == "short"
     gate.set()
     assert await asyncio.gather(*long) == ["long"] * 20
 
 
-async def test_a_call_that_was_cancelled_while_it_works_is_closed_after_that(door):
+async def test_a_call_that_was_cancelled_while_it_works_is_closed_after_that(runner):
     entered, gate, closed = threading.Event(), threading.Event(), threading.Event()
 
     def working() -> Call[None]:
@@ -87,7 +87,7 @@ async def test_a_call_that_was_cancelled_while_it_works_is_closed_after_that(doo
         finally:
             closed.set()
 
-    task = asyncio.create_task(door.run(working(), places=Places(), timeout_s=None, long=False))
+    task = asyncio.create_task(runner.run(lambda _: working(), timeout_s=None, long=False))
     await asyncio.to_thread(entered.wait, WAIT_S)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -100,18 +100,18 @@ async def test_a_call_that_was_cancelled_while_it_works_is_closed_after_that(doo
 def test_a_future_that_comes_too_late_is_a_timeout_and_cancelled():
     future = Future()
     with pytest.raises(RerankTimeoutError, match=r"timeout_s=0\.01"):
-        run(waiting_for(future, []), timeout_s=0.01)
+        run(lambda _: waiting_for(future, []), timeout_s=0.01)
     assert future.cancelled()
 
 
-async def test_the_same_by_the_async_door(door):
+async def test_the_same_on_an_event_loop(runner):
     future = Future()
     with pytest.raises(RerankTimeoutError, match=r"timeout_s=0\.01"):
-        await door.run(waiting_for(future, []), places=Places(), timeout_s=0.01, long=False)
+        await runner.run(lambda _: waiting_for(future, []), timeout_s=0.01, long=False)
     assert future.cancelled()
 
 
-async def test_a_timeout_error_of_the_callers_own_stays_what_it_is(door):
+async def test_a_timeout_error_of_the_callers_own_stays_what_it_is(runner):
     """Of an iterator of requests, for instance, that reads from a network."""
 
     def failing() -> Call[None]:
@@ -120,39 +120,37 @@ async def test_a_timeout_error_of_the_callers_own_stays_what_it_is(door):
 
     for timeout_s in (None, WAIT_S):
         with pytest.raises(TimeoutError, match="the caller's own") as info:
-            run(failing(), timeout_s=timeout_s)
+            run(lambda _: failing(), timeout_s=timeout_s)
         assert type(info.value) is TimeoutError
         with pytest.raises(TimeoutError, match="the caller's own") as info:
-            await door.run(failing(), places=Places(), timeout_s=timeout_s, long=False)
+            await runner.run(lambda _: failing(), timeout_s=timeout_s, long=False)
         assert type(info.value) is TimeoutError
 
 
 @pytest.mark.parametrize("timeout_s", [math.inf, 1e300, 10**400])
-async def test_an_endless_time_limit_is_one(door, timeout_s):
+async def test_an_endless_time_limit_is_one(runner, timeout_s):
     future = Future()
     asyncio.get_running_loop().call_later(0.01, future.set_result, [1.0])
-    assert await door.run(
-        waiting_for(future, []), places=Places(), timeout_s=timeout_s, long=False
-    ) == [1.0]
-    assert run(waiting_for(future, []), timeout_s=timeout_s) == [1.0]
+    assert await runner.run(lambda _: waiting_for(future, []), timeout_s=timeout_s, long=False) == [
+        1.0
+    ]
+    assert run(lambda _: waiting_for(future, []), timeout_s=timeout_s) == [1.0]
 
 
 @pytest.mark.parametrize("timeout_s", [0, -1, math.nan, "2", True])
-async def test_a_time_limit_that_is_none_is_refused_before_anything_runs(door, timeout_s):
+async def test_a_time_limit_that_is_none_is_refused_before_anything_runs(runner, timeout_s):
     seen = []
     with pytest.raises(SettingsError):
-        run(waiting_for(Future(), seen), timeout_s=timeout_s)
+        run(lambda _: waiting_for(Future(), seen), timeout_s=timeout_s)
     with pytest.raises(SettingsError):
-        await door.run(
-            waiting_for(Future(), seen), places=Places(), timeout_s=timeout_s, long=False
-        )
+        await runner.run(lambda _: waiting_for(Future(), seen), timeout_s=timeout_s, long=False)
     assert seen == []
 
 
-async def test_a_closed_door_says_so(door):
-    door.close()
+async def test_a_closed_runner_says_so(runner):
+    runner.close()
     with pytest.raises(ClosedError, match="closed"):
-        await door.run(waiting_for(Future(), []), places=Places(), timeout_s=None, long=False)
+        await runner.run(lambda _: waiting_for(Future(), []), timeout_s=None, long=False)
 
 
 async def test_mapping_in_turns_gives_all_values_in_order_and_others_their_turns():

@@ -1,34 +1,34 @@
-"""What a remote reranker has in one process: connections, threads and counts."""
+"""What a remote reranker keeps for one process: connections, threads and counts."""
 
 import os
 import threading
 
-from bge_rerank_adapters.calls.runner import AsyncDoor
+from bge_rerank_adapters.calls.runner import AsyncRunner
 from bge_rerank_adapters.errors import ClosedError
+from bge_rerank_adapters.remote.connections import Connections
 from bge_rerank_adapters.remote.settings import RemoteSettings
 from bge_rerank_adapters.remote.stats import Tally
-from bge_rerank_adapters.remote.wire import Wire
 
 
-class Line:
-    """The connections of a remote reranker, opened on first use.
+class ProcessState:
+    """The connections of a remote reranker in one process, opened on first use.
 
-    Threads do not come along into a forked process, connections must not, and a lock may be held
-    there for ever; a child has a line of its own, and lets its parent's be.
+    After a fork the threads are gone, the connections are the parent's, and a lock may be held for
+    ever. So the child makes a state of its own, and leaves its parent's alone.
 
     Attributes:
-        door: Runs calls from event loops.
+        runner: Runs calls from event loops.
         tally: Counts what is done.
     """
 
-    def __init__(self, settings: RemoteSettings, *, parents: "Line | None" = None) -> None:
-        self.door, self.tally = AsyncDoor(), Tally()
+    def __init__(self, settings: RemoteSettings, *, parents: "ProcessState | None" = None) -> None:
+        self.runner, self.tally = AsyncRunner(), Tally()
         self._settings = settings
         # Kept, for freeing it would close the parent's loop and connections.
         self._parents = parents
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._wire: Wire | None = None
+        self._connections: Connections | None = None
         self.closed: bool = parents is not None and parents.closed
 
     @property
@@ -38,15 +38,15 @@ class Line:
 
     @property
     def connected(self) -> bool:
-        """Whether `wire` returns at once."""
-        return self._wire is not None
+        """Whether `connections` returns at once."""
+        return self._connections is not None
 
     def check_open(self) -> None:
         """Raise `ClosedError` if it has been closed."""
         if self.closed:
             raise ClosedError("The remote reranker has been closed; make another one.")
 
-    def wire(self) -> Wire:
+    def connections(self) -> Connections:
         """Return the connections; the first time takes a hundredth of a second or more.
 
         Raises:
@@ -54,21 +54,21 @@ class Line:
         """
         with self._lock:
             self.check_open()
-            if self._wire is None:
-                self._wire = Wire(self._settings, self.tally)
-            return self._wire
+            if self._connections is None:
+                self._connections = Connections(self._settings, self.tally)
+            return self._connections
 
     def close(self) -> None:
         """End requests under way with `ClosedError`; may be repeated."""
         with self._lock:
             self.closed = True
-        self.door.close()
-        if self._wire is not None:
-            self._wire.close()
+        self.runner.close()
+        if self._connections is not None:
+            self._connections.close()
 
     def let_go(self) -> None:
         """Let the threads end, without waiting for them; safe in a garbage collection."""
         if self.here:
-            self.door.close()
-            if self._wire is not None:
-                self._wire.let_go()
+            self.runner.close()
+            if self._connections is not None:
+                self._connections.let_go()

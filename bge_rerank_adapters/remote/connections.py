@@ -1,4 +1,4 @@
-"""What goes over the network: requests, retries and the errors that answers are turned into.
+"""The connections to a server, and how it is asked over them.
 
 All of a reranker's requests run on one event loop in a thread of its own. A call from any thread
 or event loop hands its request over and gets a future, so there is one pool of connections and one
@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import httpx
 
 from bge_rerank_adapters.errors import ClosedError, RerankTimeoutError, SettingsError
-from bge_rerank_adapters.remote.answers import Told, read_answer
+from bge_rerank_adapters.remote.answers import RemoteScore, read_answer
 from bge_rerank_adapters.remote.apis import (
     APIS,
     AUTO,
@@ -66,7 +66,7 @@ class Plan:
     max_documents: int
 
 
-class Wire:
+class Connections:
     """The connections of one reranker in one process, on an event loop of their own."""
 
     def __init__(self, settings: RemoteSettings, tally: Tally) -> None:
@@ -100,8 +100,8 @@ class Wire:
         """Return how the server is asked, if that is known."""
         return self._plan
 
-    def ask(self, query: str, texts: list[str]) -> "Future[list[Told]]":
-        """Return a future of what the server tells of n texts, in its order."""
+    def ask(self, query: str, texts: list[str]) -> "Future[list[RemoteScore]]":
+        """Return a future of what the server answers about n texts, in its order."""
         return self._submit(
             lambda: self._timed(lambda deadline: self._asked(query, texts, deadline))
         )
@@ -178,24 +178,24 @@ class Wire:
     async def _find_plan(self, deadline: float | None) -> Plan:
         settings = self._settings
         api = APIS.get(settings.api) or api_of_address(settings.url)
-        told = None
+        info = None
         limit_wanted = settings.max_documents_per_request is None
         if api is None or (api.tells_limit and limit_wanted):
-            told = await self._info(deadline)
+            info = await self._info(deadline)
         if api is None:
-            api = api_of_info(told)
+            api = api_of_info(info)
         if api is COMMON and settings.scale == "logit":
             raise SettingsError(
                 f'scale="logit" needs api=, for {settings.url} may be of any kind, and would not '
                 'be asked for logits; give api="vllm" or "infinity", or "jina" or "cohere" where '
-                "logits are what it tells anyway."
+                "logits are what it answers anyway."
             )
-        limit = settings.max_documents_per_request or limit_of_info(told, api)
+        limit = settings.max_documents_per_request or limit_of_info(info, api)
         scale = api.scale if settings.scale == AUTO else settings.scale
         return Plan(api, addresses(settings.url, api), scale, limit)
 
     async def _info(self, deadline: float | None) -> object:
-        """Return what the server tells of itself, or `None` where it does not."""
+        """Return what the server's `/info` says, or `None` where there is none."""
         url = info_address(self._settings.url)
         answer = await self._exchange.get(url, deadline=deadline, longest=_ANSWER_BYTES)
         if answer.status in {401, 403}:
@@ -205,15 +205,17 @@ class Wire:
         except (ValueError, RecursionError):
             return None
 
-    async def _asked(self, query: str, texts: list[str], deadline: float | None) -> list[Told]:
+    async def _asked(
+        self, query: str, texts: list[str], deadline: float | None
+    ) -> list[RemoteScore]:
         plan = await self._planned(deadline)
-        told = await self._ask(plan, query, texts, deadline)
+        scores = await self._ask(plan, query, texts, deadline)
         self._tally.add(pairs=len(texts))
-        return told
+        return scores
 
     async def _ask(
         self, plan: Plan, query: str, texts: list[str], deadline: float | None
-    ) -> list[Told]:
+    ) -> list[RemoteScore]:
         body = _encoded(
             plan.api.request(query, texts, model=self._settings.model, scale=plan.scale)
         )
@@ -241,7 +243,7 @@ class Wire:
         return answer, " or ".join(urls)
 
     async def _timed(self, work: Callable[[float | None], Coroutine[Any, Any, T]]) -> T:
-        """Return what `work` returns, given when it must be done; count it, and its errors."""
+        """Return what `work` returns, which is given its deadline; count it, and its errors."""
         limit = self._settings.timeout_s
         begin = time.monotonic()
         self._tally.add(under_way=1)
@@ -280,7 +282,7 @@ def _encoded(body: dict[str, Any]) -> bytes:
     try:
         return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     except UnicodeEncodeError:
-        # A lone surrogate, which is no text but has an escape; what becomes of it the server says.
+        # A lone surrogate, which is no text but has an escape; the server decides what it means.
         return json.dumps(body, separators=(",", ":")).encode("ascii")
 
 

@@ -1,0 +1,289 @@
+"""The methods that every reranker has, whether it scores here or asks a server."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Generic, Self, TypeVar
+
+from bge_rerank_adapters.calls.limits import Limits
+from bge_rerank_adapters.calls.progress import ProgressBar
+from bge_rerank_adapters.calls.ranking import PairScore, Ranking, ScoredRequest
+from bge_rerank_adapters.calls.requests import Request, Requests
+from bge_rerank_adapters.calls.runner import AsyncRunner, Call, MakeCall, Reservations, run
+from bge_rerank_adapters.errors import RerankError, ScoringError
+
+SettingsT = TypeVar("SettingsT")
+T = TypeVar("T")
+
+
+class BaseReranker(ABC, Generic[SettingsT]):
+    """Checks what is asked for, has it scored from a thread or an event loop, and ranks it.
+
+    A subclass says how pairs are scored (`_score`, `_score_pairs`, `_score_many`, as calls of
+    `calls.runner`), and how it is made, warmed up and closed.
+
+    Attributes:
+        settings: The settings it was made with.
+    """
+
+    settings: SettingsT
+
+    @classmethod
+    def from_settings(cls, settings: SettingsT) -> Self:
+        """Return a new one with these settings; errors as of the constructor."""
+        reranker = cls.__new__(cls)
+        reranker._set_up(settings)  # noqa: SLF001 - its own class
+        return reranker
+
+    def rerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        top_k: int | None = None,
+        score_threshold: float | None = None,
+        timeout_s: float | None = None,
+    ) -> Ranking:
+        """Return the documents ranked by how well they answer the query, best first.
+
+        Args:
+            query: The question; may be empty.
+            documents: n texts; may be empty or repeat themselves.
+            top_k: Most results to return; `None` is all.
+            score_threshold: Lowest score to keep, in [0, 1], inclusive; applied before `top_k`.
+            timeout_s: Seconds that the call may take at most; `None` is for ever.
+
+        Returns:
+            At most n `RankedDocument`, highest logit first, equal ones in input order; `[]` for no
+            documents. From a server that tells no logits: highest score first, equal ones in the
+            server's order.
+
+        Raises:
+            InputTypeError: The query or a document is not a `str`.
+            SettingsError: `top_k`, `score_threshold` or `timeout_s` is out of range.
+            Overloaded: Too many pairs wait already, here or on the server.
+            RerankTimeoutError: `timeout_s` ran out.
+            ScoringError: The model failed, or gave NaN for a pair. As `RemoteError`: the server
+                cannot be reached, refused, or answered wrongly.
+            ClosedError: The reranker has been closed.
+        """
+        request, limits = Request.checked(query, documents), Limits(top_k, score_threshold)
+        return self._run(
+            lambda reservations: self._rerank(request, limits, reservations), timeout_s=timeout_s
+        )
+
+    async def arerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        top_k: int | None = None,
+        score_threshold: float | None = None,
+        timeout_s: float | None = None,
+    ) -> Ranking:
+        """Return what `rerank` returns, without blocking the event loop.
+
+        A call that is cancelled or runs out of time takes its waiting pairs out of the queue, or
+        cancels its requests to the server.
+        """
+        request, limits = Request.checked(query, documents), Limits(top_k, score_threshold)
+        return await self._arun(
+            lambda reservations: self._rerank(request, limits, reservations),
+            timeout_s=timeout_s,
+            long=self._is_long(request),
+        )
+
+    def logits(self, query: str, documents: Sequence[str]) -> list[float]:
+        """Return the documents' logits in input order: unbounded floats, `[]` for no documents.
+
+        Raises:
+            RemoteError: The server tells scores alone.
+            RerankError: As `rerank`.
+        """
+        scores = self._scores(query, documents)
+        logits = [each.logit for each in scores if each.logit is not None]
+        if len(logits) < len(scores):
+            raise self._no_logits()
+        return logits
+
+    def score(self, query: str, documents: Sequence[str]) -> list[float]:
+        """Return the documents' scores in input order: in [0, 1], `[]` for no documents.
+
+        Raises:
+            RerankError: As `rerank`.
+        """
+        return [each.score for each in self._scores(query, documents)]
+
+    def score_pairs(self, pairs: Iterable[tuple[str, str]]) -> list[float]:
+        """Return the scores of (query, document) pairs in input order: in [0, 1], `[]` for none.
+
+        Raises:
+            InputTypeError: A pair is not two `str`; the message names which.
+            RerankError: As `rerank`.
+        """
+        requests = Request.checked_pairs(pairs)
+        scores = self._run(lambda reservations: self._score_pairs(requests, reservations))
+        return [each.score for each in scores]
+
+    def rerank_many(
+        self,
+        requests: Iterable[tuple[str, Sequence[str]]],
+        *,
+        top_k: int | None = None,
+        score_threshold: float | None = None,
+        progress: bool = False,
+    ) -> list[Ranking]:
+        """Return the rankings of many (query, documents) requests, in their order.
+
+        A few are under way at a time, and other calls are served in between.
+
+        Args:
+            requests: Any number of (query, documents) tuples; an iterator is read as it goes.
+            top_k: Most results for each.
+            score_threshold: Lowest score to keep, in [0, 1], inclusive.
+            progress: Whether to show a bar on standard error; needs rich.
+
+        Raises:
+            InputTypeError: A request is not a query and documents; the message names which.
+            RerankError: As `rerank`, but `Overloaded` by a server alone.
+        """
+        checked, limits = Requests(requests), Limits(top_k, score_threshold)
+        return self._run(
+            lambda reservations: self._rerank_many(checked, limits, reservations, progress=progress)
+        )
+
+    async def arerank_many(
+        self,
+        requests: Iterable[tuple[str, Sequence[str]]],
+        *,
+        top_k: int | None = None,
+        score_threshold: float | None = None,
+        progress: bool = False,
+        timeout_s: float | None = None,
+    ) -> list[Ranking]:
+        """Return what `rerank_many` returns, without blocking the event loop.
+
+        An iterator is read in another thread. All long calls of a reranker share two of these, so
+        one that waits for its items, from a network, say, keeps others waiting too: gather the
+        items first, or call it with a few at a time.
+        """
+        checked, limits = Requests(requests), Limits(top_k, score_threshold)
+        return await self._arun(
+            lambda reservations: self._rerank_many(
+                checked, limits, reservations, progress=progress
+            ),
+            timeout_s=timeout_s,
+            long=True,
+        )
+
+    @property
+    @abstractmethod
+    def closed(self) -> bool:
+        """Whether it scores no more."""
+
+    @abstractmethod
+    def warm_up(self) -> None:
+        """Score something once, so that the first query need not wait for what comes first."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of what it holds; calls under way and later ones raise `ClosedError`."""
+
+    def __enter__(self) -> Self:
+        """Return the reranker itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the settings, without secrets; unpickling makes another one of them."""
+        return type(self).from_settings, (self.settings,)
+
+    def __copy__(self) -> Self:
+        """Return the reranker itself: threads, weights and connections are shared, not copied."""
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return the reranker itself, as `__copy__`."""
+        return self
+
+    @abstractmethod
+    def _set_up(self, settings: SettingsT) -> None:
+        """Keep the settings, and make ready to be asked."""
+
+    @abstractmethod
+    def _check_open(self) -> None:
+        """Raise unless it can score."""
+
+    @abstractmethod
+    def _async_runner(self) -> AsyncRunner:
+        """Return what runs calls from event loops."""
+
+    @abstractmethod
+    def _score(
+        self, request: Request, reservations: Reservations, *, bounded: bool = True
+    ) -> Call[ScoredRequest]:
+        """Score the documents of one request.
+
+        Args:
+            request: n documents; may be none.
+            reservations: Holds what is waited for.
+            bounded: Whether the call may be refused because too many pairs wait here.
+        """
+
+    @abstractmethod
+    def _score_pairs(
+        self, requests: list[Request], reservations: Reservations
+    ) -> Call[list[PairScore]]:
+        """Score the only document of each request together, and return the scores in order."""
+
+    @abstractmethod
+    def _score_many(
+        self,
+        requests: Iterable[Request],
+        reservations: Reservations,
+        *,
+        finish: Callable[[ScoredRequest], None],
+    ) -> Call[None]:
+        """Score requests, which are read as it goes; `finish` is called with each, in order."""
+
+    def _is_long(self, request: Request) -> bool:  # noqa: ARG002 - of use to subclasses
+        """Return whether a request takes long to prepare, so that short ones should overtake it."""
+        return False
+
+    def _no_logits(self) -> RerankError:
+        """Return the error for logits that were asked for where only scores are known."""
+        return ScoringError(f"{self!r} gives scores alone, no logits; use score().")
+
+    def _run(self, make_call: MakeCall[T], *, timeout_s: float | None = None) -> T:
+        self._check_open()
+        return run(make_call, timeout_s=timeout_s)
+
+    async def _arun(self, make_call: MakeCall[T], *, timeout_s: float | None, long: bool) -> T:
+        self._check_open()
+        return await self._async_runner().run(make_call, timeout_s=timeout_s, long=long)
+
+    def _scores(self, query: str, documents: Sequence[str]) -> list[PairScore]:
+        request = Request.checked(query, documents)
+        return self._run(lambda reservations: self._score(request, reservations)).scores
+
+    def _rerank(
+        self, request: Request, limits: Limits, reservations: Reservations
+    ) -> Call[Ranking]:
+        scored = yield from self._score(request, reservations)
+        return scored.rank(limits)
+
+    def _rerank_many(
+        self, requests: Requests, limits: Limits, reservations: Reservations, *, progress: bool
+    ) -> Call[list[Ranking]]:
+        yield None
+        rankings: list[Ranking] = []
+        with ProgressBar(requests, shown=progress) as bar:
+
+            def finish(scored: ScoredRequest) -> None:
+                rankings.append(scored.rank(limits))
+                bar.advance(1)
+
+            yield from self._score_many(requests, reservations, finish=finish)
+        return rankings
