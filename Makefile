@@ -1,6 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
-KERNELS := hatch_build.py $(wildcard bge_rerank_adapters/engine/models/cpu/kernels/*.[ch])
+KERNELS := hatch_build.py $(shell $(PYTHON) bge_rerank_adapters/engine/models/cpu/kernels/build.py --list)
 
 .PHONY: demo notebooks test test-oldest lint clean
 
@@ -23,7 +23,7 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(filter %.c %.h,$(KERNELS))
+	$(BIN)/clang-format --dry-run --Werror $(filter %.c %.h,$(KERNELS)) tests/kernels/*.h
 
 test: lint
 	$(BIN)/python -m pytest

@@ -1,24 +1,20 @@
-"""Builds the kernels for processors with AMX beside their sources, where there is a C compiler.
+"""Builds the kernels for some processors beside their sources, where there is a C compiler.
 
 They need no Python headers and no library. Whatever keeps them from being built leaves a package
 that works without them, more slowly on such processors. A wheel for PyPI is to be built on an old
 glibc and given its tag by `auditwheel repair`.
 """
 
-import os
-import shlex
+import importlib.util
 import subprocess
 import sysconfig
-import tempfile
-import zlib
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 _FOLDER = Path("bge_rerank_adapters/engine/models/cpu/kernels")
-_LIBRARY = _FOLDER / "libamx.so"
-_FLAGS = "-O3 -std=gnu11 -fno-math-errno -fPIC -shared -fvisibility=hidden -pthread"
 
 
 class KernelHook(BuildHookInterface):
@@ -28,11 +24,11 @@ class KernelHook(BuildHookInterface):
         """Compile before the files of a wheel are gathered."""
         if sysconfig.get_platform() != "linux-x86_64":
             return
-        root = Path(self.root)
+        kernels = _load(Path(self.root) / _FOLDER / "build.py")
         # What an earlier build has left would be another version's.
-        (root / _LIBRARY).unlink(missing_ok=True)
+        kernels.LIBRARY.unlink(missing_ok=True)
         try:
-            _compile(root / _FOLDER, root / _LIBRARY)
+            kernels.build()
         except (OSError, ValueError, subprocess.CalledProcessError) as error:
             said = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
             self.app.display_warning(
@@ -40,25 +36,16 @@ class KernelHook(BuildHookInterface):
                 f"slower; a C compiler such as GCC 11 or Clang 14 builds them.\n{said}"
             )
             return
-        build_data["artifacts"].append(f"/{_LIBRARY.as_posix()}")
+        build_data["artifacts"].append(f"/{(_FOLDER / kernels.LIBRARY.name).as_posix()}")
         build_data["pure_python"] = False
         build_data["tag"] = "py3-none-linux_x86_64"
 
 
-def _compile(folder: Path, library: Path) -> None:
-    sources = sorted(folder.glob("*.c"))
-    checksum = 0
-    for path in sorted(folder.glob("*.[ch]")):
-        checksum = zlib.crc32(path.read_bytes(), checksum)
-    with tempfile.TemporaryDirectory(dir=folder) as made:
-        command = [
-            *shlex.split(os.environ.get("CC", "cc")),
-            *_FLAGS.split(),
-            f"-DBGE_AMX_SOURCES={checksum}u",
-            *("-o", f"{made}/{library.name}"),
-            *map(str, sources),
-        ]
-        subprocess.run(  # noqa: S603 - the compiler that who builds has named
-            command, check=True, capture_output=True, encoding="utf-8", errors="replace"
-        )
-        Path(made, library.name).replace(library)
+def _load(path: Path) -> ModuleType:
+    """Return a module of the package, without the package, whose requirements are not there yet."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no Python module")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -13,12 +13,13 @@ from bge_rerank_adapters import Reranker
 from bge_rerank_adapters.engine.models.cpu import streams
 from bge_rerank_adapters.engine.models.cpu.amx import bfloat16 as amx
 from bge_rerank_adapters.engine.models.cpu.amx.bfloat16 import (
+    AmxAfterAttention,
     AmxLinear,
-    AmxRest,
     amx_attention,
     amx_runs,
 )
-from bge_rerank_adapters.engine.models.cpu.amx.int8 import AmxInt8Linear, AmxInt8Rest
+from bge_rerank_adapters.engine.models.cpu.amx.int8 import AmxInt8AfterAttention, AmxInt8Linear
+from bge_rerank_adapters.engine.models.cpu.kernels import build, library
 from bge_rerank_adapters.engine.models.cpu.onednn.int8 import smoothing
 from bge_rerank_adapters.engine.models.encoder import model as encoder
 from bge_rerank_adapters.engine.models.encoder.config import parse_config
@@ -26,14 +27,26 @@ from bge_rerank_adapters.engine.models.encoder.layers import Norm
 from bge_rerank_adapters.engine.models.layers.attention import Layout
 from bge_rerank_adapters.engine.models.weights import read_config
 from tests.checkpoints import build_xlm_roberta, read_queries, read_sentences
+from tests.kernels.emulation import TILES, built
 
 CPU = torch.device("cpu")
 QUERY = next(iter(read_queries().values()))
 SENTENCES = list(read_sentences().values())
 
-needs_amx = pytest.mark.skipif(
-    amx.amx_lack() is not None, reason="this processor has no AMX, or the kernels were not built"
-)
+
+@pytest.fixture(scope="module", params=["amx", "emulated"], autouse=True)
+def kernels(request, tmp_path_factory):
+    """The installed library where there is AMX, and one that runs on any CPU with AVX512."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "emulated":
+            patch.setattr(build, "LIBRARY", built(tmp_path_factory.mktemp("library"), *TILES))
+            patch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+        library.forget()
+        found = library.lack(library.AMX)
+        if found is not None:
+            pytest.skip(f"kernels for AMX are not used: {found}")
+        yield
+    library.forget()
 
 
 def random(*shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
@@ -44,7 +57,6 @@ def random(*shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
 # Layers
 
 
-@needs_amx
 @pytest.mark.parametrize("rows", [1, 31, 33, 600, 1050])
 @pytest.mark.parametrize(("inputs", "outputs", "width"), [(64, 96, 32), (320, 192, 64)])
 def test_a_linear_layer_gives_its_outputs_slice_by_slice(rows, inputs, outputs, width):
@@ -57,7 +69,6 @@ def test_a_linear_layer_gives_its_outputs_slice_by_slice(rows, inputs, outputs, 
     torch.testing.assert_close(rowwise.float(), expected, rtol=2**-8, atol=1e-4)
 
 
-@needs_amx
 @pytest.mark.parametrize("lengths", [[1], [32], [7, 33, 64, 65, 15, 16, 31], [300, 17], [1100]])
 @pytest.mark.parametrize(("heads", "width"), [(1, 32), (3, 64), (2, 96)])
 @pytest.mark.parametrize("first_only", [False, True])
@@ -84,7 +95,6 @@ def test_pairs_attend_to_themselves(lengths, heads, width, first_only):
     assert (found.float() - exact).abs().max() < 0.02
 
 
-@needs_amx
 @pytest.mark.parametrize("size", [100.0, 1e5, 1e15])
 def test_very_unequal_scores_are_weighed_without_overflow(size):
     query = torch.full((1, 40, 32), size).bfloat16()
@@ -110,7 +120,7 @@ def in_float32(parts):
     return tuple(tuple(each.float() for each in pair) for pair in parts)
 
 
-def rest_in_float32(linears, norms, states, attended):
+def after_attention_in_float32(linears, norms, states, attended):
     output, up, down = in_float32(linears)
     first, second = (Norm(norm.weight.float(), norm.bias.float(), norm.epsilon) for norm in norms)
     middle = first(functional.linear(attended.float(), *output) + states.float())
@@ -118,20 +128,18 @@ def rest_in_float32(linears, norms, states, attended):
     return second(functional.linear(inner, *down) + middle)
 
 
-@needs_amx
 @pytest.mark.parametrize("rows", [1, 32, 45, 400, 1000])
 @pytest.mark.parametrize(("hidden", "intermediate"), [(32, 32), (96, 1120), (128, 2048)])
-def test_the_rest_of_a_layer_is_as_in_float32(rows, hidden, intermediate):
+def test_what_comes_after_attention_is_as_in_float32(rows, hidden, intermediate):
     linears, norms = layer_of(hidden, intermediate)
     states, attended = random(rows, hidden), random(rows, hidden, seed=1)
-    found = AmxRest(linears, norms)(states, attended)
-    expected = rest_in_float32(linears, norms, states, attended)
+    found = AmxAfterAttention(linears, norms)(states, attended)
+    expected = after_attention_in_float32(linears, norms, states, attended)
     error = (found.float() - expected).norm() / expected.norm()
     assert error < 0.006
     assert (found.float() - expected).abs().max() < 0.1
 
 
-@needs_amx
 @pytest.mark.parametrize("scale", [0.01, 1.0, 5.0, 40.0])
 def test_gelu_is_exact_to_bfloat16(scale):
     # The first norm gives numbers of all sizes, which the identity lets through to GELU and after.
@@ -141,21 +149,20 @@ def test_gelu_is_exact_to_bfloat16(scale):
     linears = [(identity, nothing)] * 3
     norms = [Norm(each, nothing, 1e-5) for each in (spread, torch.ones(hidden).bfloat16())]
     states = random(64, hidden)
-    found = AmxRest(linears, norms)(states, torch.zeros_like(states))
-    expected = rest_in_float32(linears, norms, states, torch.zeros_like(states))
+    found = AmxAfterAttention(linears, norms)(states, torch.zeros_like(states))
+    expected = after_attention_in_float32(linears, norms, states, torch.zeros_like(states))
     assert (found.float() - expected).abs().max() < 0.03
 
 
-@needs_amx
 def test_all_threads_together_give_the_same():
     linears, norms = layer_of(96, 160)
-    rest, linear = AmxRest(linears, norms), AmxLinear(*linears[1], slice_width=32)
+    layer, linear = AmxAfterAttention(linears, norms), AmxLinear(*linears[1], slice_width=32)
     states, attended = random(333, 96), random(333, 96, seed=1)
     queries = [random(3, 333, 32, seed=seed) for seed in range(3)]
     layout = Layout([300, 33], CPU)
 
     def compute():
-        return rest(states, attended), linear(states), amx_attention(*queries, layout, 3)
+        return layer(states, attended), linear(states), amx_attention(*queries, layout, 3)
 
     alone = compute()
     tasks = streams._Tasks()
@@ -166,41 +173,33 @@ def test_all_threads_together_give_the_same():
     assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
 
 
-@needs_amx
 def test_threads_do_not_share_room():
     linears, norms = layer_of(64, 128)
-    rest = AmxRest(linears, norms)
+    layer = AmxAfterAttention(linears, norms)
     inputs = [(random(rows, 64, seed=rows), random(rows, 64, seed=-rows)) for rows in range(1, 60)]
-    alone = [rest(*each) for each in inputs]
+    alone = [layer(*each) for each in inputs]
     with ThreadPoolExecutor(8) as pool:
         for _ in range(5):
-            found = pool.map(lambda each: rest(*each), inputs)
+            found = pool.map(lambda each: layer(*each), inputs)
             assert all(torch.equal(one, other) for one, other in zip(alone, found, strict=True))
 
 
-@needs_amx
 def test_no_rows_give_none():
     linears, norms = layer_of(64, 128)
     empty = torch.empty(0, 64).bfloat16()
     assert AmxLinear(*linears[0], slice_width=32)(empty).shape == (2, 0, 32)
-    assert AmxRest(linears, norms)(empty, empty).shape == (0, 64)
+    assert AmxAfterAttention(linears, norms)(empty, empty).shape == (0, 64)
 
 
-@needs_amx
 @pytest.mark.parametrize("shape", [(48, 64), (64, 48)])
 def test_a_weight_that_fills_no_tiles_is_refused(shape):
     with pytest.raises(ValueError, match=r"fills no tiles"):
         AmxLinear(random(*shape), random(shape[0]), slice_width=16)
 
 
-@needs_amx
 def test_short_memory_is_an_error_that_the_engine_knows(monkeypatch):
-    class Short:
-        def bge_amx_linear(self, *_):
-            return -1
-
     linear = AmxLinear(random(32, 32), random(32), slice_width=32)
-    monkeypatch.setattr(amx, "kernels", Short)
+    monkeypatch.setattr(amx, "kernel", lambda *_: lambda *_: -1)
     with pytest.raises(MemoryError, match="not enough memory"):
         linear(random(4, 32))
 
@@ -218,7 +217,6 @@ def in_codes(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> 
     return functional.linear((codes * row_step + low).double(), rounded.double(), bias.double())
 
 
-@needs_amx
 @pytest.mark.parametrize("rows", [1, 31, 600])
 @pytest.mark.parametrize(("inputs", "outputs", "width"), [(64, 96, 32), (832, 192, 64)])
 @pytest.mark.parametrize("divided", [False, True])
@@ -236,7 +234,6 @@ def test_an_8_bit_layer_rounds_each_row_to_255_steps(rows, inputs, outputs, widt
     assert (difference.norm(dim=1) / expected.norm(dim=1)).max() < 0.004
 
 
-@needs_amx
 def test_a_row_of_equal_numbers_is_exact():
     weight, bias = random(64, 64).float(), random(64).float()
     layer = AmxInt8Linear(weight, bias, divisor=None, slice_width=64)
@@ -246,18 +243,17 @@ def test_a_row_of_equal_numbers_is_exact():
     torch.testing.assert_close(layer(states)[0].float(), expected, rtol=2**-7, atol=1e-3)
 
 
-@needs_amx
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_in_8_bits_what_is_not_finite_stays_so_in_its_row_alone(value):
     linears, norms = layer_of(128, 192)
-    rest = AmxInt8Rest(in_float32(linears), (None, None), norms)
+    layer = AmxInt8AfterAttention(in_float32(linears), (None, None), norms)
     linear = AmxInt8Linear(*in_float32(linears)[1], divisor=None, slice_width=64)
     states, attended = random(40, 128), random(40, 128, seed=1)
     # Large, but finite.
     attended[3] = 1e37
-    sound = rest(states, attended), linear(attended)
+    sound = layer(states, attended), linear(attended)
     attended[7, 5] = value
-    for before, after in zip(sound, (rest(states, attended), linear(attended)), strict=True):
+    for before, after in zip(sound, (layer(states, attended), linear(attended)), strict=True):
         rows = after.reshape(-1, 40, after.shape[-1])
         assert rows[:, 3].isfinite().all()
         assert not rows[:, 7].isfinite().any()
@@ -265,18 +261,16 @@ def test_in_8_bits_what_is_not_finite_stays_so_in_its_row_alone(value):
         assert torch.equal(rows[:, kept], before.reshape(rows.shape)[:, kept])
 
 
-@needs_amx
 @pytest.mark.parametrize("rows", [1, 45, 400, 1000])
 @pytest.mark.parametrize(("hidden", "intermediate"), [(64, 64), (128, 1088), (192, 2048)])
-def test_the_rest_of_a_layer_in_8_bits_is_within_hundredths(rows, hidden, intermediate):
+def test_what_comes_after_attention_in_8_bits_is_within_hundredths(rows, hidden, intermediate):
     linears, norms = layer_of(hidden, intermediate)
     states, attended = random(rows, hidden), random(rows, hidden, seed=1)
-    found = AmxInt8Rest(in_float32(linears), (None, None), norms)(states, attended)
-    expected = rest_in_float32(linears, norms, states, attended)
+    found = AmxInt8AfterAttention(in_float32(linears), (None, None), norms)(states, attended)
+    expected = after_attention_in_float32(linears, norms, states, attended)
     assert (found.float() - expected).norm() / expected.norm() < 0.015
 
 
-@needs_amx
 def test_the_outliers_of_large_models_leave_steps_for_others():
     """One channel fifty times as large as others, in all rows; and a token in all channels."""
     linears, norms = layer_of(128, 256)
@@ -284,11 +278,11 @@ def test_the_outliers_of_large_models_leave_steps_for_others():
     attended[:, 17] *= 50
     linears[0][0][:, 17] /= 50
     attended[9] *= 200
-    expected = rest_in_float32(linears, norms, states, attended)
+    expected = after_attention_in_float32(linears, norms, states, attended)
 
     def error(divisor):
-        rest = AmxInt8Rest(in_float32(linears), (divisor, None), norms)
-        return float((rest(states, attended).float() - expected).norm() / expected.norm())
+        layer = AmxInt8AfterAttention(in_float32(linears), (divisor, None), norms)
+        return float((layer(states, attended).float() - expected).norm() / expected.norm())
 
     divided = error(smoothing(attended))
     assert divided < 0.03
@@ -310,7 +304,6 @@ def model(request):
         yield found
 
 
-@needs_amx
 @pytest.mark.parametrize(("dtype", "mean", "most"), [("bfloat16", 0.01, 0.06), ("int8", 0.04, 0.2)])
 def test_a_model_scores_as_in_float32(reranker, dtype, mean, most):
     with Reranker("tiny", dtype=dtype, device="cpu") as engine:
@@ -324,7 +317,6 @@ def test_a_model_scores_as_in_float32(reranker, dtype, mean, most):
     assert off.max() < most
 
 
-@needs_amx
 def test_a_pair_scores_the_same_whatever_stands_beside_it(model):
     together = model.logits(model.pairs)
     # The head, in float32, is torch's.
@@ -333,7 +325,6 @@ def test_a_pair_scores_the_same_whatever_stands_beside_it(model):
     assert model.logits(model.pairs[::-1]) == pytest.approx(together[::-1], abs=1e-5)
 
 
-@needs_amx
 def test_a_pair_that_is_not_finite_spoils_no_other(model):
     sound = model.logits(model.pairs)
     bad = 3
@@ -344,7 +335,6 @@ def test_a_pair_that_is_not_finite_spoils_no_other(model):
     assert [*found[:bad], *found[bad + 1 :]] == [*sound[:bad], *sound[bad + 1 :]]
 
 
-@needs_amx
 def test_where_tiles_of_8_bits_are_not_filled_int8_runs_in_bfloat16(monkeypatch):
     runs = encoder.amx_runs
     monkeypatch.setattr(encoder, "amx_runs", lambda *sizes, int8=False: runs(*sizes) and not int8)
@@ -355,7 +345,6 @@ def test_where_tiles_of_8_bits_are_not_filled_int8_runs_in_bfloat16(monkeypatch)
         assert len(engine.logits(QUERY, SENTENCES[:3])) == 3
 
 
-@needs_amx
 def test_kernels_are_for_sizes_that_fill_tiles(tmp_path):
     sizes = parse_config(read_config(build_xlm_roberta(tmp_path)), folder=tmp_path)
     assert not amx_runs(sizes, CPU, torch.bfloat16), "heads of 16 fill no tile"
@@ -378,58 +367,11 @@ def test_kernels_are_for_sizes_that_fill_tiles(tmp_path):
     assert not runs(device=torch.device("cuda"))
 
 
-# Where they do not run
-
-
-@pytest.fixture
-def fresh():
-    amx._found.cache_clear()
-    yield
-    amx._found.cache_clear()
-
-
-@pytest.mark.usefixtures("fresh")
-@pytest.mark.parametrize("limit", ["AVX2", "avx512_core_bf16"])
-def test_who_limits_onednn_limits_the_kernels(monkeypatch, limit):
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
-    assert "ONEDNN_MAX_CPU_ISA" in amx.amx_lack()
-
-
-@needs_amx
-@pytest.mark.usefixtures("fresh")
-@pytest.mark.parametrize("limit", ["", "DEFAULT", "avx512_core_amx", "AVX10_1_512_AMX"])
-def test_a_limit_that_allows_amx_allows_the_kernels(monkeypatch, limit):
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
-    assert amx.amx_lack() is None
-
-
-@pytest.mark.usefixtures("fresh")
-def test_without_the_library_other_layers_run(monkeypatch, tmp_path):
-    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
-    monkeypatch.setattr(amx, "_LIBRARY", tmp_path / "absent.so")
-    assert "not built" in amx.amx_lack()
-    with Reranker("tiny", dtype="bfloat16", device="cpu") as engine:
-        model = engine._core.workers[0].model
-        assert not getattr(model, "_model", model).own_kernels
-        assert len(engine.logits(QUERY, SENTENCES[:3])) == 3
-    with pytest.raises(RuntimeError, match="ask amx_runs"):
-        AmxLinear(random(32, 32), random(32), slice_width=32)
-
-
-@needs_amx
-@pytest.mark.usefixtures("fresh")
-def test_a_library_of_other_sources_is_left_alone(monkeypatch, caplog):
-    monkeypatch.setattr(amx, "_checksum", lambda: 1)
-    assert "other sources" in amx.amx_lack()
-    assert "install the package again" in caplog.text
-
-
-@needs_amx
 def test_ended_threads_leave_no_memory():
-    rest = AmxRest(*layer_of(512, 1024))
+    layer = AmxAfterAttention(*layer_of(512, 1024))
     states, before = random(400, 512), 0
     for round_ in range(40):
-        thread = threading.Thread(target=rest, args=(states, states))
+        thread = threading.Thread(target=layer, args=(states, states))
         thread.start()
         thread.join()
         if round_ == 5:

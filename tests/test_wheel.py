@@ -23,7 +23,7 @@ sys.meta_path.insert(0, Absent())
 """
 
 
-KERNELS = "bge_rerank_adapters/engine/models/cpu/kernels/libamx.so"
+KERNELS = "bge_rerank_adapters/engine/models/cpu/kernels/libkernels.so"
 
 
 @pytest.fixture(scope="module")

@@ -77,20 +77,21 @@ def _int8_here(device: Any, dtype: Any) -> str:
 
 
 def _amx_here(device: Any, dtype: Any) -> str:
-    from bge_rerank_adapters.engine.models.cpu.amx.bfloat16 import amx_lack
+    from bge_rerank_adapters.engine.models.cpu.kernels.library import InstructionSet, lack
 
-    lack = amx_lack()
-    if lack is not None:
-        return f"not used, as {lack}"
+    found = lack(InstructionSet.AMX)
+    if found is not None:
+        return f"not used, as {found}"
     if _own_kernels(device, dtype):
         return "used for encoders"
     return "ready for encoders in bfloat16 on the processor"
 
 
 def _own_kernels(device: Any, dtype: Any) -> bool:
-    from bge_rerank_adapters.engine.models.cpu.amx.bfloat16 import amx_lack
+    from bge_rerank_adapters.engine.models.cpu.kernels.library import InstructionSet, lack
 
-    return device.type == "cpu" and str(dtype) == "torch.bfloat16" and amx_lack() is None
+    in_bfloat16 = device.type == "cpu" and str(dtype) == "torch.bfloat16"
+    return in_bfloat16 and lack(InstructionSet.AMX) is None
 
 
 def _versions() -> Table:

@@ -62,7 +62,7 @@ class Layer:
         """Return the query for the pairs' first tokens, and key and value for all."""
         return self.projections[0](first), *self.projections[1](states).chunk(2, dim=-1)
 
-    def rest(self, states: Tensor, attended: Tensor) -> Tensor:
+    def after_attention(self, states: Tensor, attended: Tensor) -> Tensor:
         """Return the output for states and what their attention gave, both (rows, hidden)."""
         states = self.attention_norm(self.attention_output(attended, states))
         return self.output_norm(self.feed_forward(states))

@@ -134,12 +134,12 @@ class EncoderModel:
         states = self._embed(pairs)
         for layer in self._layers[:-1]:
             query, key, value = layer.project(states)
-            states = layer.rest(states, attend(query, key, value, layout, heads))
+            states = layer.after_attention(states, attend(query, key, value, layout, heads))
         last = self._layers[-1]
         # The head reads the first token of each pair, so no other is computed further.
         first = states[layout.first]
         query, key, value = last.project_last(states, first)
-        states = last.rest(first, attend(query, key, value, layout, heads))
+        states = last.after_attention(first, attend(query, key, value, layout, heads))
         logits: list[float] = self._head(states[:count].float()).squeeze(-1).tolist()
         return logits
 

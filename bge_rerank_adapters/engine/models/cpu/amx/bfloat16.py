@@ -1,32 +1,24 @@
 """An encoder's layers on a processor with AMX, by this package's own kernels.
 
 oneDNN leaves two thirds of such a processor's matrix units unused with the sizes that a reranker
-has (benchmarks/NOTES.md); `kernels/amx.h` says how they are kept busier. Where the library was not
-built, or the processor or the sizes are of other kinds, the layers of `encoder_layers` and
-`int8_layers` run.
+has (benchmarks/NOTES.md); `kernels/tiles.h` says how they are kept busier. Where the library was
+not built, or the processor or the sizes are of other kinds, the layers of `encoder.layers` and
+`onednn.int8_layers` run.
 """
 
 import ctypes
-import logging
-import os
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from bge_rerank_adapters.engine.models.cpu.kernels.library import AMX, kernel, lack, pack
 from bge_rerank_adapters.engine.models.cpu.streams import in_parts
 from bge_rerank_adapters.engine.models.encoder.config import EncoderConfig
 from bge_rerank_adapters.engine.models.encoder.layers import EncoderReader, Norm, Parts, stacked
 from bge_rerank_adapters.engine.models.layers.attention import Layout
 
-_log = logging.getLogger(__name__)
-_SOURCES = Path(__file__).parents[1] / "kernels"
-_LIBRARY = _SOURCES / "libamx.so"
 # Bytes that a tile has side by side.
 _TILE_BYTES = 64
 # Weights take as long to be read as so many rows to be multiplied with them.
@@ -39,7 +31,7 @@ class NormVectors(ctypes.Structure):
     _fields_ = (("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p))
 
 
-class _Rest(ctypes.Structure):
+class _Layer(ctypes.Structure):
     _fields_ = (
         ("hidden", ctypes.c_int64),
         ("intermediate", ctypes.c_int64),
@@ -53,70 +45,6 @@ class _Rest(ctypes.Structure):
         ("output_norm", NormVectors),
         ("epsilon", ctypes.c_float),
     )
-
-
-class _Found(NamedTuple):
-    """The kernels, or why there are none to be used."""
-
-    kernels: ctypes.CDLL | None
-    lack: str = ""
-
-
-@cache
-def _found() -> _Found:
-    if _is_limited():
-        return _Found(None, "ONEDNN_MAX_CPU_ISA leaves AMX out")
-    try:
-        library = ctypes.CDLL(str(_LIBRARY))
-    except OSError:
-        return _Found(None, "they were not built for this system")
-    library.bge_amx_sources.restype = ctypes.c_uint32
-    if library.bge_amx_sources() != _checksum():
-        _log.warning("%s is not of the sources beside it: install the package again", _LIBRARY)
-        return _Found(None, "they were built from other sources; install the package again")
-    if not library.bge_amx_supported():
-        return _Found(None, "this processor, or its system, has no AMX")
-    size, pointer = ctypes.c_int64, ctypes.c_void_p
-    library.bge_amx_pack.argtypes = (pointer, size, size, pointer)
-    library.bge_amx_pack.restype = None
-    linear = (pointer, size, size, size, size, size)
-    library.bge_amx_linear.argtypes = (*linear, pointer, pointer, pointer, size)
-    library.bge_amx_int8_linear.argtypes = (pointer, *linear, pointer, size)
-    library.bge_amx_attention.argtypes = (
-        *(pointer, pointer, pointer, pointer),
-        *(size, size, size, size, size, ctypes.c_int32, pointer),
-    )
-    for rest in (library.bge_amx_rest, library.bge_amx_int8_rest):
-        rest.argtypes = (pointer, pointer, pointer, size, pointer)
-    return _Found(library)
-
-
-def _checksum() -> int:
-    """Return that of the sources, which `hatch_build.py` gives the library."""
-    checksum = 0
-    for path in sorted(_SOURCES.glob("*.[ch]")):
-        checksum = zlib.crc32(path.read_bytes(), checksum)
-    return checksum
-
-
-def amx_lack() -> str | None:
-    """Return why the kernels are not used on this machine, or `None` if they are."""
-    found = _found()
-    return None if found.kernels else found.lack
-
-
-def _is_limited() -> bool:
-    """Return whether who started this process limits oneDNN to processors without AMX."""
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
-    return bool(limit) and limit not in ("DEFAULT", "ALL") and "AMX" not in limit
-
-
-def kernels() -> ctypes.CDLL:
-    """Return the kernels, on a machine that `amx_runs` says to have them."""
-    found = _found().kernels
-    if found is None:
-        raise RuntimeError("The kernels for AMX do not run here; ask amx_runs() first.")
-    return found
 
 
 def amx_runs(
@@ -138,7 +66,7 @@ def amx_runs(
         and dtype == torch.bfloat16
         and config.activation == "gelu"
         and all(size % each == 0 for size, each in steps)
-        and amx_lack() is None
+        and lack(AMX) is None
     )
 
 
@@ -150,7 +78,7 @@ def amx_layer(read: EncoderReader, index: int) -> "AmxLayer":
     projections = parts.projections if read.is_last(index) else (stacked(query, key_value),)
     return AmxLayer(
         projections=tuple(AmxLinear(*each, slice_width=width) for each in projections),
-        rest=AmxRest(
+        after_attention=AmxAfterAttention(
             (parts.attention_output, parts.up, parts.down),
             (parts.attention_norm, parts.output_norm),
         ),
@@ -177,7 +105,7 @@ def amx_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, hea
 
     def make(begin: int, end: int) -> None:
         check(
-            kernels().bge_amx_attention(
+            kernel(AMX, "attention")(
                 *(query.data_ptr(), key.data_ptr(), value.data_ptr(), layout.bounds.data_ptr()),
                 *(pairs, heads, begin, end, width, single, out.data_ptr()),
             )
@@ -194,11 +122,11 @@ class AmxLayer:
     Attributes:
         projections: As in `encoder_layers.Layer`; their outputs lie head by head, shape
             (outputs / width of a head, rows, width of a head).
-        rest: All that comes after attention, from states and what was attended.
+        after_attention: All that comes after attention, from states and what was attended.
     """
 
     projections: tuple[Callable[[Tensor], Tensor], ...]
-    rest: Callable[[Tensor, Tensor], Tensor]
+    after_attention: Callable[[Tensor, Tensor], Tensor]
 
     def project(self, states: Tensor) -> tuple[Tensor, ...]:
         """Return query, key and value for states of shape (rows, hidden), head by head."""
@@ -231,7 +159,7 @@ class AmxLinear:
         """
 
         def make(begin: int, end: int, out: Tensor) -> int:
-            status: int = kernels().bge_amx_linear(
+            status: int = kernel(AMX, "linear")(
                 *(states.data_ptr(), len(states), begin, end, self._inputs, self._outputs),
                 *(self._weight.data_ptr(), self._bias.data_ptr(), out.data_ptr(), self._slice),
             )
@@ -240,7 +168,7 @@ class AmxLinear:
         return by_slices(states, self._outputs, self._slice, make)
 
 
-class AmxRest:
+class AmxAfterAttention:
     """What comes after attention in a layer: its output, the feed-forward block and both norms."""
 
     def __init__(self, linears: tuple[Parts, Parts, Parts], norms: tuple[Norm, Norm]) -> None:
@@ -256,7 +184,7 @@ class AmxRest:
         # The kernel has addresses alone.
         self._kept = weights, biases, vectors
         intermediate, hidden = linears[1][0].shape
-        self._layer = _Rest(
+        self._layer = _Layer(
             *(hidden, intermediate),
             *(each.data_ptr() for each in (*weights, *biases)),
             *(*structures, norms[0].epsilon),
@@ -267,7 +195,7 @@ class AmxRest:
 
         All have shape (rows, hidden) and are contiguous.
         """
-        return by_rows(kernels().bge_amx_rest, self._layer, states, attended)
+        return by_rows(kernel(AMX, "after_attention"), self._layer, states, attended)
 
 
 def packed(weight: Tensor) -> Tensor:
@@ -278,7 +206,7 @@ def packed(weight: Tensor) -> Tensor:
     if outputs % 32 or inputs * weight.element_size() % _TILE_BYTES:
         raise ValueError(f"A weight of {outputs} outputs and {inputs} inputs fills no tiles.")
     pieces = inputs * weight.element_size() // 2
-    kernels().bge_amx_pack(weight.data_ptr(), outputs, pieces, out.data_ptr())
+    pack(AMX)(weight.data_ptr(), outputs, pieces, out.data_ptr())
     return out
 
 
@@ -308,7 +236,7 @@ def by_slices(
 def by_rows(
     kernel: Callable[..., int], layer: ctypes.Structure, states: Tensor, attended: Tensor
 ) -> Tensor:
-    """Return what a kernel for the rest of a layer gives, all of shape (rows, hidden)."""
+    """Return what a kernel for what comes after attention gives, of shape (rows, hidden)."""
     out = torch.empty_like(states)
     row = states.shape[1] * states.element_size()
 

@@ -14,10 +14,10 @@ from bge_rerank_adapters.engine.models.cpu.amx.bfloat16 import (
     NormVectors,
     by_rows,
     by_slices,
-    kernels,
     norm_vectors,
     packed,
 )
+from bge_rerank_adapters.engine.models.cpu.kernels.library import AMX, kernel
 from bge_rerank_adapters.engine.models.cpu.onednn.int8 import smoothing
 from bge_rerank_adapters.engine.models.cpu.onednn.int8_layers import LayerSample
 from bge_rerank_adapters.engine.models.encoder.layers import LayerParts, Norm, Parts, stacked
@@ -36,7 +36,7 @@ class _Linear(ctypes.Structure):
     )
 
 
-class _Rest(ctypes.Structure):
+class _Layer(ctypes.Structure):
     _fields_ = (
         ("hidden", ctypes.c_int64),
         ("intermediate", ctypes.c_int64),
@@ -71,7 +71,7 @@ def amx_int8_layer(parts: LayerParts, sample: LayerSample, *, heads: int, last: 
             AmxInt8Linear(*each, divisor=divisor, slice_width=width)
             for each, divisor in projections
         ),
-        rest=AmxInt8Rest(
+        after_attention=AmxInt8AfterAttention(
             (parts.attention_output, parts.up, parts.down),
             (None, None) if last else (attended, smoothing(sample.middle)),
             (parts.attention_norm, parts.output_norm),
@@ -136,7 +136,7 @@ class AmxInt8Linear:
         layer = ctypes.addressof(self._weight.structure)
 
         def make(begin: int, end: int, out: Tensor) -> int:
-            status: int = kernels().bge_amx_int8_linear(
+            status: int = kernel(AMX, "int8_linear")(
                 *(layer, states.data_ptr(), len(states), begin, end, self._inputs, self._outputs),
                 *(out.data_ptr(), self._slice),
             )
@@ -145,7 +145,7 @@ class AmxInt8Linear:
         return by_slices(states, self._outputs, self._slice, make)
 
 
-class AmxInt8Rest:
+class AmxInt8AfterAttention:
     """What comes after attention in a layer: its output, the feed-forward block and both norms."""
 
     def __init__(
@@ -170,7 +170,7 @@ class AmxInt8Rest:
         # The kernel has addresses alone.
         self._vectors, structures = norm_vectors(norms)
         intermediate, hidden = up[0].shape
-        self._layer = _Rest(
+        self._layer = _Layer(
             *(hidden, intermediate, min(_CHUNK, intermediate)),
             *(each.structure for each in self._weights),
             *(*structures, norms[0].epsilon),
@@ -181,4 +181,4 @@ class AmxInt8Rest:
 
         All have shape (rows, hidden), are in bfloat16 and contiguous.
         """
-        return by_rows(kernels().bge_amx_int8_rest, self._layer, states, attended)
+        return by_rows(kernel(AMX, "int8_after_attention"), self._layer, states, attended)

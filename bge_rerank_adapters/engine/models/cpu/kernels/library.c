@@ -1,76 +1,48 @@
-/* Whether the kernels run here, the memory of their threads, and how weights are laid out. */
+/* What the library is of, which of its kernels run here, and how weights are laid out. */
+
+#define TARGET AVX512
 
 #include <cpuid.h>
-#include <pthread.h>
-#include <stdlib.h>
-#include <sys/mman.h>
+#include <errno.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "amx.h"
+#include "avx512.h"
 
-/* A checksum of these files, by which amx.py tells an older library. */
-EXPORT uint32_t bge_amx_sources(void) { return BGE_AMX_SOURCES; }
+/* A checksum of the sources, by which the loader tells an older library. */
+EXPORT uint32_t bge_sources(void) { return BGE_SOURCES; }
 
-/* 1 if this processor has what the functions use and the system lets this process use it. */
-EXPORT int bge_amx_supported(void) {
+/* What keeps kernels from running; otherwise the system's error, which is above 0. */
+enum { NOTHING = 0, PROCESSOR = -1 };
+
+static int has_avx512(void) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("fma");
+}
+
+static int has_amx(void) {
     unsigned a, b, c, d;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & 1u << 24) || !(d & 1u << 22) ||
-        !(d & 1u << 25))
-        return 0;
-    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & 1u << 5)) return 0;
-    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
-        !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
-        return 0;
+    const unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24, amx_int8 = 1u << 25;
+    const unsigned all = amx_bf16 | amx_tile | amx_int8, avx512_bf16 = 1u << 5;
+    return has_avx512() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & all) == all &&
+           __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & avx512_bf16);
+}
+
+/* Why the kernels for AMX do not run here. The system is asked for the permission to use tiles,
+ * which it refuses with ENOSPC where the alternate signal stack of any thread is too small to keep
+ * them (Linux, arch/x86/kernel/fpu/xstate.c). */
+EXPORT int bge_amx_lack(void) {
+#ifdef BGE_TILES_EMULATED
+    return has_avx512() && __builtin_cpu_supports("avx512bf16") ? NOTHING : PROCESSOR;
+#endif
+    if (!has_amx()) return PROCESSOR;
     const long request_permission = 0x1023, tile_data = 18;
-    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
-}
-
-/* ---- memory of a thread, which is kept from call to call, since new pages are slow ---- */
-
-struct room {
-    char *at;
-    size_t size;
-};
-
-enum { LARGE_PAGE = 1 << 21 /* bytes */ };
-
-static int has_room_key;
-static pthread_key_t room_key;
-static pthread_once_t room_once = PTHREAD_ONCE_INIT;
-
-static void leave_room(void *room) {
-    free(((struct room *)room)->at);
-    free(room);
-}
-
-static void make_room_key(void) { has_room_key = !pthread_key_create(&room_key, leave_room); }
-
-char *take_room(size_t size) {
-    pthread_once(&room_once, make_room_key);
-    if (!has_room_key) return NULL;
-    struct room *room = pthread_getspecific(room_key);
-    if (!room) {
-        if (!(room = calloc(1, sizeof *room))) return NULL;
-        if (pthread_setspecific(room_key, room)) {
-            free(room);
-            return NULL;
-        }
-    }
-    if (room->size < size) {
-        free(room->at);
-        room->size = 0;
-        size = (size + LARGE_PAGE - 1) / LARGE_PAGE * LARGE_PAGE;
-        if (!(room->at = aligned_alloc(LARGE_PAGE, size))) return NULL;
-        /* Small pages cost a twentieth of the time; weights gain nothing from large ones. */
-        madvise(room->at, size, MADV_HUGEPAGE);
-        room->size = size;
-    }
-    return room->at;
+    return syscall(SYS_arch_prctl, request_permission, tile_data) ? errno : NOTHING;
 }
 
 /* Lays out a weight of shape (outputs, inputs) as a right operand of as many pieces of 2 bytes, of
  * which each output has `inputs`. */
-EXPORT void bge_amx_pack(const bf16 *weight, int64_t outputs, int64_t inputs, bf16 *packed) {
+EXPORT KERNEL void bge_pack(const bf16 *weight, int64_t outputs, int64_t inputs, bf16 *packed) {
     to_right(weight, inputs, outputs, inputs / 32, packed);
 }

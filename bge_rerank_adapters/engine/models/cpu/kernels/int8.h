@@ -1,4 +1,12 @@
-/* Layers in 8 bits.
+/* Layers in 8 bits, for every instruction set that multiplies them.
+ *
+ * A source that includes this has defined:
+ *
+ * - multiply_int8(), which multiplies `blocks` times 32 rows of states, `width` tiles side by side,
+ *   with the first `depth` pairs of tiles of a panel. Sums of two blocks lie `apart`, and `next` is
+ *   the panel that comes after this one;
+ * - INT8_LINEAR and INT8_AFTER_ATTENTION, the names of what is exported;
+ * - BEGIN() and END(), around all products of a call.
  *
  * Weights have a step per output. States have one per row, that is per token, and the last products
  * of a layer one per row and chunk: a state is about code * step + least, with 255 steps from the
@@ -8,7 +16,7 @@
 
 #include <float.h>
 
-#include "amx.h"
+#include "avx512.h"
 
 struct int8_linear {
     const bf16 *packed;
@@ -22,20 +30,6 @@ struct int8_linear {
 struct steps {
     float step, least;
 };
-
-KERNEL static void multiply_int8(const bf16 *states, long width, long blocks, const bf16 *panel,
-                                 long depth, int32_t *sums, long apart, const bf16 *next) {
-    multiply_panel(INTEGERS, states, width, blocks, panel, depth, sums, apart, 0, next);
-}
-
-INLINE void load_row(const bf16 *from, long count, float *row) {
-    for (long j = 0; j < count; j += 32) {
-        __m512 low, high;
-        load(from + j, &low, &high);
-        _mm512_store_ps(row + j, low);
-        _mm512_store_ps(row + j + 16, high);
-    }
-}
 
 /* Makes codes of a row times a factor for each number, 64 by 64 into tiles. Where a number is not
  * finite, the step is not, and so is nothing that is read with it. */
@@ -94,14 +88,14 @@ INLINE void encode_rows(const bf16 *states, long stride, long rows, long count, 
                         float *row, bf16 *tiles, struct steps *steps) {
     for (long r = 0; r < rows; r++) {
         load_row(states + r * stride, count, row);
-        steps[r] = encode(row, factor, count, tiles + r / 16 * (count / 64) * TILE + r % 16 * 32);
+        steps[r] = encode(row, factor, count, left_row(tiles, count / 64, r));
     }
 }
 
 /* As bge_amx_linear. */
-EXPORT KERNEL int bge_amx_int8_linear(const struct int8_linear *layer, const bf16 *states,
-                                      int64_t rows, int64_t begin, int64_t end, int64_t inputs,
-                                      int64_t outputs, bf16 *out, int64_t slice) {
+EXPORT KERNEL int INT8_LINEAR(const struct int8_linear *layer, const bf16 *states, int64_t rows,
+                              int64_t begin, int64_t end, int64_t inputs, int64_t outputs,
+                              bf16 *out, int64_t slice) {
     const long width = inputs / 64, part = part_of(end - begin, PROJECTED_ROWS);
     char *at = take_room(part * (inputs + 32 * sizeof(int32_t) + sizeof(struct steps)) +
                          inputs * sizeof(float));
@@ -110,7 +104,7 @@ EXPORT KERNEL int bge_amx_int8_linear(const struct int8_linear *layer, const bf1
     int32_t *sums = cut(&at, part * 32, sizeof(int32_t));
     float *row = cut(&at, inputs, sizeof(float));
     struct steps *steps = cut(&at, part, sizeof(struct steps));
-    begin_tiles();
+    BEGIN();
     for (long start = begin; start < end; start += part) {
         const long count = end - start < part ? end - start : part;
         encode_rows(states + start * inputs, inputs, count, inputs, layer->factor, row, left,
@@ -128,12 +122,13 @@ EXPORT KERNEL int bge_amx_int8_linear(const struct int8_linear *layer, const bf1
                              which.bias[1]));
         }
     }
-    end_tiles();
+    END();
     return 0;
 }
 
-/* What comes after attention. The feed-forward block's inner numbers are made `chunk` at a time. */
-struct int8_rest {
+/* What comes after attention in a layer. The feed-forward block's inner numbers are made `chunk` at
+ * a time. */
+struct int8_layer {
     int64_t hidden, intermediate, chunk;
     struct int8_linear output, up, down;
     struct norm attention_norm, output_norm;
@@ -152,8 +147,8 @@ struct work {
 };
 
 /* From the codes of what was attended to what the feed-forward block is given, and its codes. */
-KERNEL static void after_attention(const struct int8_rest *layer, const struct work *work,
-                                   const bf16 *states) {
+KERNEL static void attention_output(const struct int8_layer *layer, const struct work *work,
+                                    const bf16 *states) {
     const struct int8_linear *linear = &layer->output;
     const long hidden = layer->hidden, width = hidden / 64, panels = hidden / 32;
     int32_t *sums = (int32_t *)work->total;
@@ -163,7 +158,7 @@ KERNEL static void after_attention(const struct int8_rest *layer, const struct w
                       panels * BLOCK, n + 1 < panels ? panel + width * 2 * TILE : layer->up.packed);
     }
     for (long r = 0; r < work->count; r++) {
-        const int32_t *from = sums + r / 32 * panels * BLOCK + r % 32 * 32;
+        const int32_t *from = sums + sums_row(panels, r);
         load_row(states + r * hidden, hidden, work->row);
         for (long j = 0; j < hidden; j += 16) {
             const __m512 more =
@@ -175,14 +170,14 @@ KERNEL static void after_attention(const struct int8_rest *layer, const struct w
         }
         norm_row(work->row, hidden, &layer->attention_norm, layer->epsilon);
         store_row(work->row, hidden, work->middle + r * hidden, 32);
-        work->steps[r] = encode(work->row, layer->up.factor, hidden,
-                                work->left + r / 16 * width * TILE + r % 16 * 32);
+        work->steps[r] =
+            encode(work->row, layer->up.factor, hidden, left_row(work->left, width, r));
     }
 }
 
 /* The block's inner numbers from one to another, and their codes. */
-KERNEL static void go_up(const struct int8_rest *layer, const struct work *work, long from, long to,
-                         const bf16 *next) {
+KERNEL static void go_up(const struct int8_layer *layer, const struct work *work, long from,
+                         long to, const bf16 *next) {
     const long width = layer->hidden / 64;
     for (long n = from; n < to; n += 32) {
         const bf16 *panel = layer->up.packed + n / 32 * width * 2 * TILE;
@@ -203,7 +198,7 @@ KERNEL static void go_up(const struct int8_rest *layer, const struct work *work,
 }
 
 /* What these inner numbers come to, added to what the ones before do. */
-KERNEL static void go_down(const struct int8_rest *layer, const struct work *work, long from,
+KERNEL static void go_down(const struct int8_layer *layer, const struct work *work, long from,
                            long to, const bf16 *next) {
     const long panels = layer->hidden / 32, inner_width = (to - from) / 64;
     const long panel_size = layer->intermediate / 64 * 2 * TILE;
@@ -214,7 +209,7 @@ KERNEL static void go_down(const struct int8_rest *layer, const struct work *wor
         const float *chunk_sums = layer->down.sums + from / layer->chunk * layer->hidden;
         const struct outputs outputs = outputs_of(&layer->down, chunk_sums, n * 32);
         for (long r = 0; r < work->count; r++) {
-            float *total = work->total + (r / 32 * panels + n) * BLOCK + r % 32 * 32;
+            float *total = work->total + n * BLOCK + sums_row(panels, r);
             for (int i = 0; i < 2; i++) {
                 const __m512 before = from ? _mm512_load_ps(total + 16 * i) : outputs.bias[i];
                 const __m512 after = decode(work->sums + r * 32 + 16 * i, work->inner_steps[r],
@@ -225,50 +220,64 @@ KERNEL static void go_down(const struct int8_rest *layer, const struct work *wor
     }
 }
 
-/* As bge_amx_rest. */
-EXPORT KERNEL int bge_amx_int8_rest(const struct int8_rest *layer, const bf16 *states,
-                                    const bf16 *attended, int64_t rows, bf16 *out) {
-    const long hidden = layer->hidden, inner = layer->intermediate, chunk = layer->chunk;
-    const long part = part_of(rows, LAYER_ROWS), longest = hidden > chunk ? hidden : chunk;
-    struct work work;
+/* Takes the memory for parts of so many rows. Returns 0, or -1 where it is short. */
+static int take_work(const struct int8_layer *layer, long part, struct work *work) {
+    const long hidden = layer->hidden, chunk = layer->chunk;
+    const long longest = hidden > chunk ? hidden : chunk;
     /* A little longer than a chunk, so that rows do not fall on the same place of the cache. */
-    work.stride = chunk + 32;
-    char *at = take_room(part * (hidden + chunk + (hidden + work.stride) * sizeof(bf16) +
+    work->stride = chunk + 32;
+    char *at = take_room(part * (hidden + chunk + (hidden + work->stride) * sizeof(bf16) +
                                  (hidden + 32) * sizeof(float) + 2 * sizeof(struct steps)) +
                          longest * sizeof(float));
     if (!at) return -1;
-    work.left = cut(&at, part * hidden, 1);
-    work.inner_left = cut(&at, part * chunk, 1);
-    work.steps = cut(&at, part, sizeof(struct steps));
-    work.inner_steps = cut(&at, part, sizeof(struct steps));
-    work.middle = cut(&at, part * hidden, sizeof(bf16));
-    work.inner = cut(&at, part * work.stride, sizeof(bf16));
-    work.total = cut(&at, part * hidden, sizeof(float));
-    work.row = cut(&at, longest, sizeof(float));
-    work.sums = cut(&at, part * 32, sizeof(int32_t));
-    begin_tiles();
+    work->left = cut(&at, part * hidden, 1);
+    work->inner_left = cut(&at, part * chunk, 1);
+    work->steps = cut(&at, part, sizeof(struct steps));
+    work->inner_steps = cut(&at, part, sizeof(struct steps));
+    work->middle = cut(&at, part * hidden, sizeof(bf16));
+    work->inner = cut(&at, part * work->stride, sizeof(bf16));
+    work->total = cut(&at, part * hidden, sizeof(float));
+    work->row = cut(&at, longest, sizeof(float));
+    work->sums = cut(&at, part * 32, sizeof(int32_t));
+    return 0;
+}
+
+/* The layer's output, from the sums of all inner numbers. */
+KERNEL static void finish(const struct int8_layer *layer, const struct work *work, bf16 *out) {
+    const long hidden = layer->hidden;
+    for (long r = 0; r < work->count; r++) {
+        const float *from = work->total + sums_row(hidden / 32, r);
+        load_row(work->middle + r * hidden, hidden, work->row);
+        for (long j = 0; j < hidden; j += 16) {
+            const __m512 more = _mm512_load_ps(from + j / 32 * BLOCK + j % 32);
+            _mm512_store_ps(work->row + j, _mm512_add_ps(_mm512_load_ps(work->row + j), more));
+        }
+        norm_row(work->row, hidden, &layer->output_norm, layer->epsilon);
+        store_row(work->row, hidden, out + r * hidden, 32);
+    }
+}
+
+/* As bge_amx_after_attention. */
+EXPORT KERNEL int INT8_AFTER_ATTENTION(const struct int8_layer *layer, const bf16 *states,
+                                       const bf16 *attended, int64_t rows, bf16 *out) {
+    const long hidden = layer->hidden, inner = layer->intermediate, chunk = layer->chunk;
+    const long part = part_of(rows, LAYER_ROWS);
+    struct work work;
+    if (take_work(layer, part, &work)) return -1;
+    BEGIN();
     for (long start = 0; start < rows; start += part) {
         work.count = rows - start < part ? rows - start : part;
         work.blocks = (work.count + 31) / 32;
         encode_rows(attended + start * hidden, hidden, work.count, hidden, layer->output.factor,
                     work.row, work.left, work.steps);
-        after_attention(layer, &work, states + start * hidden);
+        attention_output(layer, &work, states + start * hidden);
         for (long from = 0; from < inner; from += chunk) {
             const long to = from + chunk < inner ? from + chunk : inner;
             go_up(layer, &work, from, to, layer->down.packed + from / 64 * 2 * TILE);
             go_down(layer, &work, from, to, layer->up.packed + to / 32 * (hidden / 64) * 2 * TILE);
         }
-        for (long r = 0; r < work.count; r++) {
-            const float *from = work.total + r / 32 * (hidden / 32) * BLOCK + r % 32 * 32;
-            load_row(work.middle + r * hidden, hidden, work.row);
-            for (long j = 0; j < hidden; j += 16) {
-                const __m512 more = _mm512_load_ps(from + j / 32 * BLOCK + j % 32);
-                _mm512_store_ps(work.row + j, _mm512_add_ps(_mm512_load_ps(work.row + j), more));
-            }
-            norm_row(work.row, hidden, &layer->output_norm, layer->epsilon);
-            store_row(work.row, hidden, out + (start + r) * hidden, 32);
-        }
+        finish(layer, &work, out + start * hidden);
     }
-    end_tiles();
+    END();
     return 0;
 }

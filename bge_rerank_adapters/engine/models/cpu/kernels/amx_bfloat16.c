@@ -1,6 +1,9 @@
-/* Layers in bfloat16. */
+/* Layers in bfloat16 by AMX. */
 
-#include "amx.h"
+#define TARGET AMX
+#define HAS_AVX512_BF16
+
+#include "tiles.h"
 
 enum { INNER = 1024 /* a feed-forward block's inner numbers that are made at a time */ };
 
@@ -39,7 +42,7 @@ EXPORT KERNEL int bge_amx_linear(const bf16 *states, int64_t rows, int64_t begin
 }
 
 /* What comes after attention: packed weights, and vectors in float32. */
-struct rest {
+struct layer {
     int64_t hidden, intermediate;
     const bf16 *output, *up, *down;
     const float *output_bias, *up_bias, *down_bias;
@@ -56,7 +59,7 @@ struct work {
 
 /* Adds up one row's sums, a bias and a residual, and norms them. Numbers lie 32 by 32: of sums they
  * are a block apart, of residual and output as many as told. */
-INLINE void add_and_norm(const struct rest *layer, const struct norm *norm, const float *sums,
+INLINE void add_and_norm(const struct layer *layer, const struct norm *norm, const float *sums,
                          const float *bias, const bf16 *residual, long apart, float *row, bf16 *out,
                          long out_apart) {
     for (long j = 0; j < layer->hidden / 32; j++) {
@@ -73,8 +76,8 @@ INLINE void add_and_norm(const struct rest *layer, const struct norm *norm, cons
 }
 
 /* From what was attended to what the feed-forward block is given, both as left operand. */
-KERNEL static void after_attention(const struct rest *layer, const struct work *work,
-                                   const bf16 *states) {
+KERNEL static void attention_output(const struct layer *layer, const struct work *work,
+                                    const bf16 *states) {
     const long width = layer->hidden / 32;
     for (long n = 0; n < width; n++) {
         const bf16 *panel = layer->output + n * width * 2 * TILE;
@@ -82,14 +85,13 @@ KERNEL static void after_attention(const struct rest *layer, const struct work *
                       width * BLOCK, 0, n + 1 < width ? panel + width * 2 * TILE : layer->up);
     }
     for (long r = 0; r < work->count; r++)
-        add_and_norm(layer, &layer->attention_norm,
-                     work->sums + r / 32 * width * BLOCK + r % 32 * 32, layer->output_bias,
-                     states + r * layer->hidden, 32, work->row,
-                     work->left + r / 16 * width * TILE + r % 16 * 32, TILE);
+        add_and_norm(layer, &layer->attention_norm, work->sums + sums_row(width, r),
+                     layer->output_bias, states + r * layer->hidden, 32, work->row,
+                     left_row(work->left, width, r), TILE);
 }
 
-/* The block's inner numbers from one to another, as left operand. */
-KERNEL static void go_up(const struct rest *layer, const struct work *work, long from, long to,
+/* The feed-forward block's inner numbers from one to another, as left operand. */
+KERNEL static void go_up(const struct layer *layer, const struct work *work, long from, long to,
                          const bf16 *next) {
     const long width = layer->hidden / 32, inner_width = (to - from) / 32;
     for (long n = from; n < to; n += 32) {
@@ -100,14 +102,14 @@ KERNEL static void go_up(const struct rest *layer, const struct work *work, long
         const __m512 low = _mm512_loadu_ps(bias), high = _mm512_loadu_ps(bias + 16);
         bf16 *out = work->inner + (n - from) / 32 * TILE;
         for (long r = 0; r < work->blocks * 32; r++)
-            store(out + r / 16 * inner_width * TILE + r % 16 * 32,
+            store(left_row(out, inner_width, r),
                   gelu(_mm512_add_ps(_mm512_load_ps(work->few + r * 32), low)),
                   gelu(_mm512_add_ps(_mm512_load_ps(work->few + r * 32 + 16), high)));
     }
 }
 
 /* The sums of these inner numbers, added to those of the ones before. */
-KERNEL static void go_down(const struct rest *layer, const struct work *work, long from, long to,
+KERNEL static void go_down(const struct layer *layer, const struct work *work, long from, long to,
                            const bf16 *next) {
     const long width = layer->hidden / 32, inner_width = (to - from) / 32;
     const long panel_size = layer->intermediate / 32 * 2 * TILE;
@@ -119,10 +121,10 @@ KERNEL static void go_down(const struct rest *layer, const struct work *work, lo
     }
 }
 
-/* One layer's rest for states and what their attention gave, all of shape (rows, hidden).
+/* What comes after attention for states and what their attention gave, all of shape (rows, hidden).
  * Returns 0, or -1 where memory is short. */
-EXPORT KERNEL int bge_amx_rest(const struct rest *layer, const bf16 *states, const bf16 *attended,
-                               int64_t rows, bf16 *out) {
+EXPORT KERNEL int bge_amx_after_attention(const struct layer *layer, const bf16 *states,
+                                          const bf16 *attended, int64_t rows, bf16 *out) {
     const long hidden = layer->hidden, width = hidden / 32, part = part_of(rows, LAYER_ROWS);
     const long inner = layer->intermediate, most = inner < INNER ? inner : INNER;
     char *at = take_room(sizeof(bf16) * part * (hidden + most) +
@@ -139,16 +141,15 @@ EXPORT KERNEL int bge_amx_rest(const struct rest *layer, const bf16 *states, con
         work.count = rows - start < part ? rows - start : part;
         work.blocks = (work.count + 31) / 32;
         to_left(attended + start * hidden, hidden, work.count, width, work.left);
-        after_attention(layer, &work, states + start * hidden);
+        attention_output(layer, &work, states + start * hidden);
         for (long from = 0; from < inner; from += most) {
             const long to = from + most < inner ? from + most : inner;
             go_up(layer, &work, from, to, layer->down + from / 32 * 2 * TILE);
             go_down(layer, &work, from, to, layer->up + to / 32 * width * 2 * TILE);
         }
         for (long r = 0; r < work.count; r++)
-            add_and_norm(layer, &layer->output_norm,
-                         work.sums + r / 32 * width * BLOCK + r % 32 * 32, layer->down_bias,
-                         work.left + r / 16 * width * TILE + r % 16 * 32, TILE, work.row,
+            add_and_norm(layer, &layer->output_norm, work.sums + sums_row(width, r),
+                         layer->down_bias, left_row(work.left, width, r), TILE, work.row,
                          out + (start + r) * hidden, 32);
     }
     end_tiles();

@@ -1,0 +1,18 @@
+/* Layers in 8 bits by AMX. */
+
+#define TARGET AMX
+#define HAS_AVX512_BF16
+
+#include "tiles.h"
+
+KERNEL static void multiply_int8(const bf16 *states, long width, long blocks, const bf16 *panel,
+                                 long depth, int32_t *sums, long apart, const bf16 *next) {
+    multiply_panel(INTEGERS, states, width, blocks, panel, depth, sums, apart, 0, next);
+}
+
+#define INT8_LINEAR bge_amx_int8_linear
+#define INT8_AFTER_ATTENTION bge_amx_int8_after_attention
+#define BEGIN begin_tiles
+#define END end_tiles
+
+#include "int8.h"
