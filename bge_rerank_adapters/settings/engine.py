@@ -121,6 +121,9 @@ class EngineSettings(Table):
     """All that decides what an engine computes, and where; equal settings may share one engine.
 
     A token is in no repr, dump or pickle, though it counts where settings are compared.
+
+    Attributes:
+        **rows: Each as the text of its row says.
     """
 
     model: str = setting(

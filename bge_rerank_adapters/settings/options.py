@@ -1,18 +1,14 @@
 """Functions that take engine settings as `**options`: their signature and documentation."""
 
 import inspect
-import re
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
-from textwrap import indent
 from typing import Any, TypeVar, get_type_hints
 
 from bge_rerank_adapters.settings.engine import EngineSettings
-from bge_rerank_adapters.settings.table import Row, paragraphs, rows
+from bge_rerank_adapters.settings.table import rows, with_entries
 
 F = TypeVar("F", bound=Callable[..., Any])
-_LINE_LENGTH = 100
-_ENTRY = re.compile(r"^( *)\*\*options: .*$", re.MULTILINE)
 
 
 def shows_options(options: type) -> Callable[[F], F]:
@@ -33,7 +29,7 @@ def shows_options(options: type) -> Callable[[F], F]:
             keyword(each.name, default=each.default, annotation=types[each.name]) for each in shown
         ]
         function.__signature__ = with_keywords(function, added, instead_of="options")  # type: ignore[attr-defined]
-        function.__doc__ = _with_entries(function.__doc__, shown)
+        function.__doc__ = with_entries(function.__doc__, shown)
         return function
 
     return decorate
@@ -53,13 +49,6 @@ def with_keywords(
     own = inspect.signature(function, eval_str=True)
     kept = [each for name, each in own.parameters.items() if name != instead_of]
     return own.replace(parameters=[*kept, *added])
-
-
-def _with_entries(documentation: str | None, shown: list[Row]) -> str | None:
-    def entries(found: re.Match[str]) -> str:
-        return indent(paragraphs(shown, width=_LINE_LENGTH - len(found[1])), found[1])
-
-    return documentation and _ENTRY.sub(entries, documentation)
 
 
 def check_options(function: Callable[..., Any], options: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ A row also has the text that documentation and the command line show, and says h
 read from text. Each of these stands once: what shows or reads settings takes them from `rows`.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from textwrap import fill, indent
@@ -15,6 +16,7 @@ from bge_rerank_adapters.settings.parsing import TEXT, TextFormat
 
 T = TypeVar("T")
 _LINE_LENGTH = 100
+_PLACE = re.compile(r"^( *)\*\*\w+: .*$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,15 +99,21 @@ def _rebuilt(table: type[T], plain: dict[str, Any]) -> T:
 
 
 def documented(table: type[T]) -> type[T]:
-    """Add what the rows say to a table's docstring, which has no list of attributes."""
-    if table.__doc__:
-        attributes = indent(paragraphs(rows(table).values(), width=_LINE_LENGTH - 8), " " * 8)
-        table.__doc__ = f"{table.__doc__.rstrip()}\n\n    Attributes:\n{attributes}\n    "
+    """Put what the rows say into a table's docstring."""
+    table.__doc__ = with_entries(table.__doc__, rows(table).values())
     return table
 
 
-def paragraphs(shown: Iterable[Row], *, width: int) -> str:
-    """Return a paragraph for each row, as a docstring lists parameters and attributes."""
+def with_entries(documentation: str | None, shown: Iterable[Row]) -> str | None:
+    """Return a docstring with an entry for each row in place of the line that begins with `**`."""
+
+    def entries(found: re.Match[str]) -> str:
+        return indent(_entries(shown, width=_LINE_LENGTH - len(found[1])), found[1])
+
+    return documentation and _PLACE.sub(entries, documentation)
+
+
+def _entries(shown: Iterable[Row], *, width: int) -> str:
     return "\n".join(
         fill(
             f"{each.name}: {each.sentence}",

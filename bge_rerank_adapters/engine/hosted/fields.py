@@ -3,9 +3,8 @@
 Both hosts build their components on pydantic, which they bring along; the core does not need it.
 """
 
-import asyncio
 from collections.abc import Mapping
-from typing import Any, Self, cast
+from typing import Any, Self
 
 from pydantic import (
     AliasChoices,
@@ -21,14 +20,26 @@ from pydantic import (
 
 from bge_rerank_adapters.calls.limits import Limits
 from bge_rerank_adapters.calls.ranking import Scorer
+from bge_rerank_adapters.engine.hosted.lazy import LazyEngine
 from bge_rerank_adapters.errors import SettingsError
-from bge_rerank_adapters.settings import EngineSettings, check_setting, setting_names
+from bge_rerank_adapters.settings import EngineSettings, check_setting
+from bge_rerank_adapters.settings.table import rows, with_entries
 
-# Pydantic would make True a 1 and "256" a number, where the engine refuses them. A device and a
-# dtype are made texts below, the token is a secret of pydantic's.
-_CHECKED_BY_THE_ENGINE = tuple(
-    name for name in setting_names() if name not in {"device", "dtype", "token"}
-)
+_ROWS = rows(EngineSettings)
+# Pydantic would make True a 1 and "256" a number, where the engine refuses them. A token is made
+# a secret of pydantic's.
+_CHECKED_BY_THE_ENGINE = tuple(name for name in _ROWS if name != "token")
+
+
+def _engine_field(name: str) -> Any:
+    row = _ROWS[name]
+    return Field(
+        default=row.default,
+        description=row.sentence,
+        exclude=row.secret or None,
+        repr=not row.secret,
+        frozen=True,
+    )
 
 
 class AdapterSettings(BaseModel):
@@ -38,32 +49,11 @@ class AdapterSettings(BaseModel):
     engine's own settings cannot: make another adapter, or use `model_copy(update=...)`.
 
     Attributes:
-        model: A checkpoint: a folder, a hub name, or `"tiny"` for the bundled one.
         top_k: How many results to return; `None` is all. `top_n` is the same thing.
         score_threshold: Lowest score to keep, in [0, 1] and inclusive; applied before `top_k`.
         reranker: A ready engine, or anything with the methods of `Scorer`, to use instead of
             loading one; not together with engine settings.
-        device: See `EngineSettings`, as for all that follow.
-        dtype: Number format of the model.
-        max_length: Most tokens of a pair.
-        query_max_length: Most tokens of the query.
-        long_documents: `"truncate"` or `"window"`.
-        window_tokens: Most document tokens of a window.
-        window_overlap_tokens: Tokens that neighbouring windows share.
-        revision: Branch, tag or commit on the hub.
-        cache_dir: Folder of the hub's cache.
-        local_files_only: Never ask the hub.
-        token: Secret for the hub; in no repr, dump or pickle.
-        backend: `"native"`, or `"flagembedding"`.
-        family: How the checkpoint is run; found from its config if `None`.
-        prompt: What a decoder is asked after the document.
-        query_instruction: Put before each query.
-        passage_instruction: Put before each document.
-        cutoff_layers: The layer whose logit is read, or a list of one.
-        compress_ratio: How many of a document's tokens are made one.
-        compress_layers: Before which layers that is done.
-        pack_tokens: Token budget of one forward pass.
-        max_queued_pairs: Most pairs that may wait in the engine.
+        **settings: The engine's settings by their names, as `EngineSettings` describes them.
     """
 
     model_config = ConfigDict(
@@ -77,39 +67,33 @@ class AdapterSettings(BaseModel):
         hide_input_in_errors=True,
     )
 
-    model: str | None = Field(default=EngineSettings.model, frozen=True)
+    model: str | None = _engine_field("model")
     top_k: int | None = Field(default=3, validation_alias=AliasChoices("top_k", "top_n"))
     score_threshold: float | None = None
     reranker: Any = Field(default=None, exclude=True, repr=False, frozen=True)
-    device: str | list[str] = Field(default=cast(str, EngineSettings.device), frozen=True)
-    dtype: str = Field(default=EngineSettings.dtype, frozen=True)
-    max_length: int = Field(default=EngineSettings.max_length, frozen=True)
-    query_max_length: int | None = Field(default=EngineSettings.query_max_length, frozen=True)
-    long_documents: str = Field(default=EngineSettings.long_documents, frozen=True)
-    window_tokens: int | None = Field(default=EngineSettings.window_tokens, frozen=True)
-    window_overlap_tokens: int | None = Field(
-        default=EngineSettings.window_overlap_tokens, frozen=True
-    )
-    revision: str | None = Field(default=EngineSettings.revision, frozen=True)
-    cache_dir: str | None = Field(default=EngineSettings.cache_dir, frozen=True)
-    local_files_only: bool = Field(default=EngineSettings.local_files_only, frozen=True)
-    token: SecretStr | None = Field(default=None, exclude=True, repr=False, frozen=True)
-    backend: str = Field(default=EngineSettings.backend, frozen=True)
-    family: str | None = Field(default=EngineSettings.family, frozen=True)
-    prompt: str | None = Field(default=EngineSettings.prompt, frozen=True)
-    query_instruction: str | None = Field(default=EngineSettings.query_instruction, frozen=True)
-    passage_instruction: str | None = Field(default=EngineSettings.passage_instruction, frozen=True)
-    cutoff_layers: int | list[int] | None = Field(default=EngineSettings.cutoff_layers, frozen=True)
-    compress_ratio: int | None = Field(default=EngineSettings.compress_ratio, frozen=True)
-    compress_layers: int | list[int] | None = Field(
-        default=cast(None, EngineSettings.compress_layers), frozen=True
-    )
-    pack_tokens: int | str = Field(default=EngineSettings.pack_tokens, frozen=True)
-    max_queued_pairs: int = Field(default=EngineSettings.max_queued_pairs, frozen=True)
+    device: str | list[str] = _engine_field("device")
+    dtype: str = _engine_field("dtype")
+    max_length: int = _engine_field("max_length")
+    query_max_length: int | None = _engine_field("query_max_length")
+    long_documents: str = _engine_field("long_documents")
+    window_tokens: int | None = _engine_field("window_tokens")
+    window_overlap_tokens: int | None = _engine_field("window_overlap_tokens")
+    revision: str | None = _engine_field("revision")
+    cache_dir: str | None = _engine_field("cache_dir")
+    local_files_only: bool = _engine_field("local_files_only")
+    token: SecretStr | None = _engine_field("token")
+    backend: str = _engine_field("backend")
+    family: str | None = _engine_field("family")
+    prompt: str | None = _engine_field("prompt")
+    query_instruction: str | None = _engine_field("query_instruction")
+    passage_instruction: str | None = _engine_field("passage_instruction")
+    cutoff_layers: int | list[int] | None = _engine_field("cutoff_layers")
+    compress_ratio: int | None = _engine_field("compress_ratio")
+    compress_layers: int | list[int] | None = _engine_field("compress_layers")
+    pack_tokens: int | str = _engine_field("pack_tokens")
+    max_queued_pairs: int = _engine_field("max_queued_pairs")
 
-    # The engine with the settings it was loaded for: after `model_copy(update=...)` they differ
-    # from the fields, and another engine is needed.
-    _loaded: tuple[EngineSettings, Scorer] | None = PrivateAttr(default=None)
+    _engine: LazyEngine | None = PrivateAttr(default=None)
 
     @model_validator(mode="before")
     @classmethod
@@ -130,54 +114,27 @@ class AdapterSettings(BaseModel):
         checked = check_setting(info.field_name, value)
         return list(checked) if isinstance(checked, tuple) else checked
 
-    @field_validator("device", "dtype", mode="before")
-    @classmethod
-    def _torch_value_as_text(cls, value: Any) -> Any:
-        if isinstance(value, list | tuple):
-            return [str(each) for each in value]
-        return str(value)
-
     @field_validator("top_k", "score_threshold", mode="before")
     @classmethod
     def _checked_limit(cls, value: Any, info: ValidationInfo) -> Any:
         name = str(info.field_name)
         return getattr(Limits(**{name: value}), name)
 
-    @field_validator("reranker")
-    @classmethod
-    def _reranker(cls, value: Any) -> Any:
-        if isinstance(value, type):
-            raise SettingsError(
-                f"reranker must be an engine, got the class {value.__name__}; "
-                f"give one that is loaded: reranker={value.__name__}(...)."
-            )
-        if value is not None and not isinstance(value, Scorer):
-            raise SettingsError(
-                f"reranker must have the methods rerank and arerank, got {type(value).__name__}."
-            )
-        return value
-
     @model_validator(mode="after")
-    def _check_engine_settings(self) -> Self:
-        if self.reranker is None:
-            self._engine_settings()
-        else:
-            self._show_settings_of_injected_engine()
+    def _keep_the_engine(self) -> Self:
+        # Runs at every assignment too, by which the engine's settings cannot change.
+        if self._engine is None:
+            self._engine = self._lazy_engine()
         return self
 
-    def _show_settings_of_injected_engine(self) -> None:
-        # Also runs at every assignment, when the fields are filled already: what tells the user's
-        # settings from those shown here is the set of fields that were given.
-        given = [name for name in setting_names() if name in self.model_fields_set]
-        if given:
-            raise SettingsError(
-                f"reranker= is a ready engine, so {', '.join(given)} cannot be set beside it; "
-                "give one or the other."
-            )
-        settings = getattr(self.reranker, "settings", None)
-        self.__dict__.update(
-            settings.to_dict() if isinstance(settings, EngineSettings) else {"model": None}
-        )
+    def _lazy_engine(self) -> LazyEngine:
+        if self.reranker is None:
+            return LazyEngine(self._engine_settings())
+        given = [name for name in _ROWS if name in self.model_fields_set]
+        engine = LazyEngine(None, reranker=self.reranker, beside=given)
+        # Shown, dumped and pickled as if they had been given; where it has none, there is no model.
+        self.__dict__.update(engine.settings.to_dict() if engine.settings else {"model": None})
+        return engine
 
     @property
     def top_n(self) -> int | None:
@@ -197,40 +154,15 @@ class AdapterSettings(BaseModel):
         Raises:
             RerankError: The model cannot be loaded.
         """
-        ready = self._ready_scorer()
-        if ready is not None:
-            return ready
-        # Imported here so that an adapter can be made without loading torch.
-        from bge_rerank_adapters.engine.shared import shared_reranker
-
-        settings = self._engine_settings()
-        engine = shared_reranker(settings)
-        self._loaded = (settings, engine)
-        return engine
+        return self._held().get()
 
     async def ascorer(self) -> Scorer:
         """Return `scorer`, loading the model without blocking the event loop."""
-        ready = self._ready_scorer()
-        if ready is not None:
-            return ready
-        return await asyncio.to_thread(lambda: self.scorer)
-
-    def _ready_scorer(self) -> Scorer | None:
-        """Return the engine if there is one that fits the settings and is not closed."""
-        if self.reranker is not None:
-            return cast(Scorer, self.reranker)
-        if self._loaded is None:
-            return None
-        settings, engine = self._loaded
-        if settings != self._engine_settings() or getattr(engine, "closed", False):
-            return None
-        return engine
+        return await self._held().aget()
 
     def warm_up(self) -> Self:
         """Load the model now and run it once, so that the first query does not wait for it."""
-        run = getattr(self.scorer, "warm_up", None)
-        if run is not None:
-            run()
+        self._held().warm_up()
         return self
 
     def close(self) -> None:
@@ -238,7 +170,12 @@ class AdapterSettings(BaseModel):
 
         An engine that was given as `reranker=` stays open: it is its owner's to close.
         """
-        self._loaded = None
+        self._held().close()
+
+    def _held(self) -> LazyEngine:
+        if self._engine is None:  # made by `model_construct`, which checks nothing
+            self._engine = self._lazy_engine()
+        return self._engine
 
     def _limits(self) -> dict[str, Any]:
         """Return `top_k` and `score_threshold` as the scorer takes them."""
@@ -259,30 +196,29 @@ class AdapterSettings(BaseModel):
             given["top_k"] = given.pop("top_n")
         values = {name: getattr(self, name) for name in type(self).model_fields} | given
         if values["reranker"] is not None:
-            for name in set(setting_names()) - given.keys():
+            for name in _ROWS.keys() - given.keys():
                 del values[name]
-        copied = type(self)(**values)
-        copied._loaded = self._loaded  # noqa: SLF001 - its own class
-        return copied
+        made = type(self)(**values)
+        made._held().share(self._held())  # noqa: SLF001 - its own class
+        return made
 
-    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+    def __copy__(self) -> Self:
         """Copy the settings; an engine holds threads and weights, and is shared instead."""
         return self.model_copy()
 
-    def _engine_settings(self) -> EngineSettings:
-        if self.model is None:
-            raise SettingsError(
-                "There is no model: this adapter was made with reranker=, which its settings "
-                "cannot rebuild; give reranker= again, or model=."
-            )
-        values: dict[str, Any] = {name: getattr(self, name) for name in setting_names()}
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        """Return what a copy is."""
+        return self.model_copy()
+
+    def _engine_settings(self) -> EngineSettings | None:
+        values: dict[str, Any] = {name: getattr(self, name) for name in _ROWS}
         if self.token is not None:
             values["token"] = self.token.get_secret_value()
-        return EngineSettings(**values)
+        return None if self.model is None else EngineSettings(**values)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; refuse the engine's settings, without pydantic's echo of a token."""
-        if name == "reranker" or name in setting_names():
+        if name == "reranker" or name in _ROWS:
             raise SettingsError(
                 f"{name} is fixed once the adapter is made; make another adapter, or one with "
                 f"model_copy(update={{{name!r}: ...}})."
@@ -300,6 +236,9 @@ class AdapterSettings(BaseModel):
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the settings: never weights, engines or secrets."""
         return _unpickle_adapter, (type(self), self.model_dump())
+
+
+AdapterSettings.__doc__ = with_entries(AdapterSettings.__doc__, _ROWS.values())
 
 
 def _unpickle_adapter(kind: type[AdapterSettings], dumped: dict[str, Any]) -> AdapterSettings:

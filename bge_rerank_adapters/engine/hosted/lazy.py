@@ -1,0 +1,134 @@
+"""`LazyEngine`: the engine of a host's adapter, loaded on first use or given ready."""
+
+import asyncio
+from collections.abc import Iterable
+from typing import Any, Self
+
+from bge_rerank_adapters.calls.ranking import Scorer
+from bge_rerank_adapters.errors import SettingsError
+from bge_rerank_adapters.settings import EngineSettings
+
+
+class LazyEngine:
+    """An engine for an adapter: one that others with equal settings share, or one that was given.
+
+    Safe to use from many threads and event loops at once. Pickling carries the settings, those of
+    a given engine included, and never weights or a token. Copies share the engine.
+
+    Attributes:
+        settings: Of the engine, loaded or not; `None` where a given engine does not say.
+    """
+
+    def __init__(
+        self,
+        settings: EngineSettings | None,
+        *,
+        reranker: object = None,
+        beside: Iterable[str] = (),
+    ) -> None:
+        """Keep the settings; nothing is loaded yet.
+
+        Args:
+            settings: Of the engine to load; without effect where `reranker` is given.
+            reranker: A ready engine to use instead, which stays its owner's to close.
+            beside: Names of settings that the user gave; beside a ready engine they are an error.
+
+        Raises:
+            SettingsError: The ready engine is not one, or settings stand beside it, or there is
+                neither an engine nor settings.
+        """
+        self._given = None if reranker is None else _checked(reranker, beside)
+        own = getattr(reranker, "settings", None)
+        known = own if isinstance(own, EngineSettings) else None
+        self.settings = settings if reranker is None else known
+        self._loaded: Scorer | None = None
+        if reranker is None:
+            self._settings_to_load()
+
+    def get(self) -> Scorer:
+        """Return the engine, loaded now if it is not there or has been closed by another user.
+
+        Raises:
+            SettingsError: A ready engine was given, and left out where this was pickled.
+            RerankError: The model cannot be loaded.
+        """
+        ready = self._ready()
+        if ready is not None:
+            return ready
+        settings = self._settings_to_load()
+        # Imported here, so that an adapter can be made without loading torch.
+        from bge_rerank_adapters.engine.shared import shared_reranker
+
+        engine = self._loaded = shared_reranker(settings)
+        return engine
+
+    async def aget(self) -> Scorer:
+        """Return what `get` returns, loading without blocking the event loop."""
+        ready = self._ready()
+        return await asyncio.to_thread(self.get) if ready is None else ready
+
+    def warm_up(self) -> None:
+        """Load the engine and run it once, so that the first query does not wait for it."""
+        run = getattr(self.get(), "warm_up", None)
+        if run is not None:
+            run()
+
+    def close(self) -> None:
+        """Let go of the shared engine, which is freed with its last user; a later use loads again.
+
+        A given engine stays open. May be repeated.
+        """
+        self._loaded = None
+
+    def share(self, other: "LazyEngine") -> None:
+        """Hold what another one has loaded, if this one would load the same."""
+        if self.settings == other.settings:
+            self._loaded = other._loaded  # noqa: SLF001 - its own class
+
+    def _ready(self) -> Scorer | None:
+        loaded = self._loaded
+        if self._given is not None or loaded is None:
+            return self._given
+        return None if getattr(loaded, "closed", False) else loaded
+
+    def _settings_to_load(self) -> EngineSettings:
+        if self.settings is None:
+            raise SettingsError(
+                "There is no model: this was made with reranker=, which its settings and its "
+                "pickle cannot rebuild; give reranker= again, or a model."
+            )
+        return self.settings
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a pickle carries: the engine is found or loaded anew."""
+        return {"settings": self.settings, "_given": None, "_loaded": None}
+
+    def __copy__(self) -> Self:
+        """Return another one, which holds the same engine until it is closed by itself."""
+        copied = type(self).__new__(type(self))
+        vars(copied).update(vars(self))
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return what a copy is: threads and weights are shared."""
+        return self.__copy__()
+
+
+def _checked(reranker: object, beside: Iterable[str]) -> Scorer:
+    if isinstance(reranker, type):
+        raise SettingsError(
+            f"reranker must be an engine, got the class {reranker.__name__}; "
+            f"give one that is loaded: reranker={reranker.__name__}(...)."
+        )
+    if not isinstance(reranker, Scorer):
+        raise SettingsError(
+            "reranker must be an engine with the methods rerank and arerank, got "
+            f"{type(reranker).__name__}; give one such as Reranker(...) or RemoteReranker(...)."
+        )
+    names = ", ".join(beside)
+    if names:
+        raise SettingsError(
+            f"reranker= is a ready engine, so {names} cannot be set beside it; "
+            "give one or the other."
+        )
+    return reranker
