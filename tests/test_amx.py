@@ -12,6 +12,7 @@ from torch.nn import functional
 from bge_rerank_adapters import Reranker
 from bge_rerank_adapters.engine.models.cpu import streams
 from bge_rerank_adapters.engine.models.cpu.amx import bfloat16 as amx
+from bge_rerank_adapters.engine.models.cpu.amx import kit as amx_kit
 from bge_rerank_adapters.engine.models.cpu.amx.bfloat16 import (
     AmxAfterAttention,
     AmxLinear,
@@ -19,12 +20,19 @@ from bge_rerank_adapters.engine.models.cpu.amx.bfloat16 import (
     amx_runs,
 )
 from bge_rerank_adapters.engine.models.cpu.amx.int8 import AmxInt8AfterAttention, AmxInt8Linear
+from bge_rerank_adapters.engine.models.cpu.amx.kit import AmxKit
 from bge_rerank_adapters.engine.models.cpu.kernels import build, library
-from bge_rerank_adapters.engine.models.cpu.onednn.int8 import smoothing
-from bge_rerank_adapters.engine.models.encoder import model as encoder
+from bge_rerank_adapters.engine.models.cpu.threads import (
+    ALONE,
+    Helpers,
+    Tasks,
+    end_threads,
+    start_threads,
+)
 from bge_rerank_adapters.engine.models.encoder.config import parse_config
-from bge_rerank_adapters.engine.models.encoder.layers import Norm
 from bge_rerank_adapters.engine.models.layers.attention import Layout
+from bge_rerank_adapters.engine.models.layers.calibration import smoothing
+from bge_rerank_adapters.engine.models.layers.norm import LayerNorm
 from bge_rerank_adapters.engine.models.weights import read_config
 from tests.checkpoints import build_xlm_roberta, read_queries, read_sentences
 from tests.kernels.emulation import TILES, built
@@ -111,7 +119,7 @@ def layer_of(hidden: int, intermediate: int):
         for seed, shape in enumerate(shapes)
     ]
     norms = [
-        Norm(random(hidden, seed=seed), random(hidden, seed=seed + 1), 1e-5) for seed in (7, 9)
+        LayerNorm(random(hidden, seed=seed), random(hidden, seed=seed + 1), 1e-5) for seed in (7, 9)
     ]
     return linears, norms
 
@@ -122,7 +130,9 @@ def in_float32(parts):
 
 def after_attention_in_float32(linears, norms, states, attended):
     output, up, down = in_float32(linears)
-    first, second = (Norm(norm.weight.float(), norm.bias.float(), norm.epsilon) for norm in norms)
+    first, second = (
+        LayerNorm(norm.weight.float(), norm.bias.float(), norm.epsilon) for norm in norms
+    )
     middle = first(functional.linear(attended.float(), *output) + states.float())
     inner = functional.gelu(functional.linear(middle, *up))
     return second(functional.linear(inner, *down) + middle)
@@ -147,7 +157,7 @@ def test_gelu_is_exact_to_bfloat16(scale):
     identity, nothing = torch.eye(hidden).bfloat16(), torch.zeros(hidden).bfloat16()
     spread = torch.full((hidden,), scale).bfloat16()
     linears = [(identity, nothing)] * 3
-    norms = [Norm(each, nothing, 1e-5) for each in (spread, torch.ones(hidden).bfloat16())]
+    norms = [LayerNorm(each, nothing, 1e-5) for each in (spread, torch.ones(hidden).bfloat16())]
     states = random(64, hidden)
     found = AmxAfterAttention(linears, norms)(states, torch.zeros_like(states))
     expected = after_attention_in_float32(linears, norms, states, torch.zeros_like(states))
@@ -159,18 +169,17 @@ def test_all_threads_together_give_the_same():
     layer, linear = AmxAfterAttention(linears, norms), AmxLinear(*linears[1], slice_width=32)
     states, attended = random(333, 96), random(333, 96, seed=1)
     queries = [random(3, 333, 32, seed=seed) for seed in range(3)]
-    layout = Layout([300, 33], CPU)
 
-    def compute():
-        return layer(states, attended), linear(states), amx_attention(*queries, layout, 3)
+    def compute(helpers):
+        layout = Layout([300, 33], CPU, helpers)
+        made = layer(states, attended, helpers), linear(states, helpers)
+        return *made, amx_attention(*queries, layout, 3)
 
-    alone = compute()
-    tasks = streams._Tasks()
-    streams._start(3, 1, tasks)
-    with streams._together(streams._Crew(tasks, 4)):
-        together = compute()
-    streams._end(tasks, 3)
-    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
+    tasks = Tasks()
+    start_threads(3, 1, tasks)
+    together = compute(Helpers(tasks, 4))
+    end_threads(tasks, 3)
+    assert all(torch.equal(*both) for both in zip(compute(ALONE), together, strict=True))
 
 
 def test_threads_do_not_share_room():
@@ -297,8 +306,8 @@ def model(request):
     with Reranker("tiny", dtype=request.param, device="cpu") as engine:
         found = engine._core.workers[0].model
         found = getattr(found, "_model", found)
-        assert found.own_kernels
-        assert found.layer_dtype is getattr(torch, request.param)
+        assert isinstance(found.kit, AmxKit)
+        assert found.kit.layer_dtype is getattr(torch, request.param)
         pairs = engine._tokenizer.tokenize([(QUERY, text) for text in SENTENCES[:40]]).distinct
         found.pairs = sorted(pairs, key=len, reverse=True)
         yield found
@@ -308,8 +317,8 @@ def model(request):
 def test_a_model_scores_as_in_float32(reranker, dtype, mean, most):
     with Reranker("tiny", dtype=dtype, device="cpu") as engine:
         found = engine._core.workers[0].model
-        count = streams.stream_count(CPU, torch.bfloat16, own_kernels=True)
-        assert getattr(found, "streams", 1) == count
+        count = streams.one_thread_stream_count()
+        assert found.streams == count
         found = engine.logits(QUERY, SENTENCES[:120])
     exact = reranker.logits(QUERY, SENTENCES[:120])
     off = np.abs(np.subtract(found, exact))
@@ -336,12 +345,12 @@ def test_a_pair_that_is_not_finite_spoils_no_other(model):
 
 
 def test_where_tiles_of_8_bits_are_not_filled_int8_runs_in_bfloat16(monkeypatch):
-    runs = encoder.amx_runs
-    monkeypatch.setattr(encoder, "amx_runs", lambda *sizes, int8=False: runs(*sizes) and not int8)
+    runs = amx_kit.amx_runs
+    monkeypatch.setattr(amx_kit, "amx_runs", lambda *sizes, int8=False: runs(*sizes) and not int8)
     with Reranker("tiny", dtype="int8", device="cpu") as engine:
         found = engine._core.workers[0].model._model
-        assert found.own_kernels
-        assert found.layer_dtype is torch.bfloat16
+        assert isinstance(found.kit, AmxKit)
+        assert found.kit.layer_dtype is torch.bfloat16
         assert len(engine.logits(QUERY, SENTENCES[:3])) == 3
 
 

@@ -13,7 +13,6 @@ from bge_rerank_adapters.engine.models.layers.attention import (
     Layout,
     attention_for,
     grouped_attention,
-    overlapping_attention,
     product_attention,
     varlen_attention,
 )
@@ -53,7 +52,7 @@ def reference_varlen(query, key, value, bounds_query, bounds_key, max_query, max
     return torch.cat(outputs)
 
 
-WAYS = ["grouped", "overlapping", "products", "products of short pairs too", "varlen"]
+WAYS = ["grouped", "products", "products of short pairs too", "varlen"]
 
 
 @pytest.fixture(params=WAYS)
@@ -61,10 +60,6 @@ def attention(request, monkeypatch):
     """All ways; varlen's kernel, which runs on CUDA alone, replaced by what it computes."""
     if request.param == "grouped":
         return grouped_attention
-    if request.param == "overlapping":
-        monkeypatch.setattr(attention_module, "_SHORT_TOKENS", 1)
-        monkeypatch.setattr(attention_module, "_KEYS_STEP", 4)
-        return overlapping_attention
     if request.param.startswith("products"):
         if request.param.endswith("too"):
             monkeypatch.setattr(attention_module, "_SHORT_TOKENS", 1)
@@ -134,14 +129,14 @@ def test_a_timing_picks_bfloat16s_way_on_a_processor(monkeypatch, products_win):
         time.sleep(0.1)
         return slow(query, key, value, layout, heads)
 
-    name = "overlapping_attention" if products_win else "product_attention"
+    name = "grouped_attention" if products_win else "product_attention"
     monkeypatch.setattr(attention_module, name, slowed)
     attention_module._products_win.cache_clear()
     try:
         chosen = attention_for(CPU, torch.bfloat16, heads=HEADS, width=WIDTH)
     finally:
         attention_module._products_win.cache_clear()
-    assert chosen is (product_attention if products_win else overlapping_attention)
+    assert chosen is (product_attention if products_win else grouped_attention)
     assert calls
 
 

@@ -13,7 +13,7 @@ from bge_rerank_adapters import Reranker
 from bge_rerank_adapters.cli import app, verification
 from bge_rerank_adapters.engine.checkpoints import published
 from bge_rerank_adapters.engine.checkpoints.published import PublishedScores
-from bge_rerank_adapters.engine.models.cpu.kernels.library import InstructionSet, lack
+from bge_rerank_adapters.engine.models.encoder.kit import KITS
 from tests.checkpoints import XQUAD, build_xlm_roberta, read_queries, read_sentences
 from tests.test_imports import PACKAGE, run_python
 from tests.texts import DOCUMENTS, QUERY
@@ -265,9 +265,9 @@ def test_info_names_devices_dtypes_and_what_auto_takes():
     text = plain(result.output)
     for wanted in ('device "auto": ', 'dtype "auto": ', "float32", "bfloat16", "picked", "torch"):
         assert wanted in text
-    found = lack(InstructionSet.AMX)
-    assert f"Kernels for AMX: {'used for encoders' if found is None else 'not used, as '}" in text
-    assert (found or "") in text.replace("\n", " ")
+    for kit in KITS:
+        assert re.search(rf"│ {kit.label} +│ (used|a faster one is there|not used: )", text)
+    assert "│ used " in text
     assert text.count("picked") == 2, "one dtype, and the rule"
 
 

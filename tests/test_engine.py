@@ -32,7 +32,7 @@ from bge_rerank_adapters import (
     WorkerDiedError,
 )
 from bge_rerank_adapters.engine.shared import shared_reranker
-from bge_rerank_adapters.engine.text.tokenizer import TokenPair
+from bge_rerank_adapters.engine.text.pairs import TokenPair
 from bge_rerank_adapters.settings import EngineSettings
 from tests.checkpoints import build_xlm_roberta, read_queries, read_sentences
 from tests.texts import DOCUMENTS, QUERY

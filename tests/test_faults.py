@@ -25,7 +25,7 @@ from bge_rerank_adapters import (
     ScoringError,
     WorkerDiedError,
 )
-from bge_rerank_adapters.engine.text.tokenizer import TokenPair
+from bge_rerank_adapters.engine.text.pairs import TokenPair
 from tests.checkpoints import build_xlm_roberta, read_queries, read_sentences
 
 pytestmark = pytest.mark.timeout(120)

@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from bge_rerank_adapters import CheckpointError, DeviceError, Reranker
-from bge_rerank_adapters.engine.models import devices, loading
-from bge_rerank_adapters.engine.models.cpu.onednn import int8
+from bge_rerank_adapters.engine.models import devices, families
+from bge_rerank_adapters.engine.models.cpu.amx import kit as amx_kit
+from bge_rerank_adapters.engine.models.cpu.onednn import int8, timing
+from bge_rerank_adapters.engine.models.cpu.onednn import kit as onednn_kit
 from bge_rerank_adapters.engine.models.cpu.onednn.int8 import (
     Int8FeedForward,
     Int8Linear,
@@ -23,7 +25,6 @@ from bge_rerank_adapters.engine.models.cpu.onednn.int8 import (
     int8_works,
     smoothing,
 )
-from bge_rerank_adapters.engine.models.encoder import model as encoder
 from tests.checkpoints import build_xlm_roberta, read_queries, read_sentences
 
 CPU = torch.device("cpu")
@@ -319,8 +320,8 @@ def with_config(folder, **changes):
 @pytest.fixture
 def int8_pays(monkeypatch):
     """8-bit layers whether or not they are the fastest here."""
-    monkeypatch.setattr(encoder, "amx_runs", lambda *_: False)
-    monkeypatch.setattr(encoder, "int8_pays", lambda *_: True)
+    monkeypatch.setattr(amx_kit, "amx_runs", lambda *_, **__: False)
+    monkeypatch.setattr(onednn_kit, "int8_pays", lambda *_: True)
 
 
 @needs_fused
@@ -340,7 +341,7 @@ def test_int8_survives_the_outliers_of_large_models(tmp_path, monkeypatch):
     exact = logits("float32")
     # Rounding to bfloat16 in between would hide the difference.
     monkeypatch.setattr(
-        "bge_rerank_adapters.engine.models.encoder.model.resolve_dtype", lambda *_: torch.float32
+        "bge_rerank_adapters.engine.models.encoder.kit.resolve_dtype", lambda *_: torch.float32
     )
     smoothed = error(logits("int8"))
     monkeypatch.setattr(
@@ -468,17 +469,17 @@ def test_a_sum_that_saturates_is_noticed(monkeypatch):
 @needs_int8
 @pytest.mark.parametrize("pays", [True, False])
 def test_layers_are_8_bit_where_that_is_faster(monkeypatch, pays):
-    monkeypatch.setattr(encoder, "amx_runs", lambda *_: False)
-    monkeypatch.setattr(encoder, "int8_pays", lambda *_: pays)
-    read = loading._sample_pairs
+    monkeypatch.setattr(amx_kit, "amx_runs", lambda *_, **__: False)
+    monkeypatch.setattr(onednn_kit, "int8_pays", lambda *_: pays)
+    read = families.sample_pairs
     sampled = []
-    monkeypatch.setattr(loading, "_sample_pairs", lambda: sampled.append(1) or read())
+    monkeypatch.setattr(families, "sample_pairs", lambda: sampled.append(1) or read())
     with Reranker("tiny", device="cpu", dtype="int8") as reranker:
         assert reranker.dtype == "int8"
         assert len(reranker.logits("a", ["b", "c"])) == 2
         model = reranker._core.workers[0].model
         model = getattr(model, "_model", model)
-        assert (model.layer_dtype is torch.int8) is pays
+        assert (model.kit.layer_dtype is torch.int8) is pays
         assert all(isinstance(each.attention_output, Int8Linear) is pays for each in model._layers)
     # Nothing else needs the sample.
     assert len(sampled) == pays
@@ -494,13 +495,13 @@ def test_8_bit_layers_are_timed_against_the_others(monkeypatch, slow):
         def __call__(self, *_):
             time.sleep(0.2)
 
-    monkeypatch.setattr(devices, slow, Slow if slow == "Int8FeedForward" else lambda *_: Slow)
-    pays = devices.int8_pays.__wrapped__(torch.float32, 64, 128)
+    monkeypatch.setattr(timing, slow, Slow if slow == "Int8FeedForward" else lambda *_: Slow)
+    pays = timing.int8_pays.__wrapped__(torch.float32, 64, 128)
     assert pays is (slow == "linear_maker")
 
 
 def test_the_sample_is_of_several_languages_and_fills_half_a_pack():
-    pairs = loading._sample_pairs()
+    pairs = families.sample_pairs()
     assert len(pairs) == len(set(pairs)) >= 12
     with Reranker("tiny", device="cpu", dtype="float32") as reranker:
         tokens = sum(map(len, reranker._tokenizer.tokenize(pairs).distinct))

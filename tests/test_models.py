@@ -21,7 +21,7 @@ from bge_rerank_adapters.engine.models.loading import (
     load_pair_tokenizer,
     read_checkpoint,
 )
-from bge_rerank_adapters.engine.text.tokenizer import TokenPair
+from bge_rerank_adapters.engine.text.pairs import TokenPair
 from bge_rerank_adapters.settings import EngineSettings
 from tests.checkpoints import (
     build_bert,

@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from bge_rerank_adapters import Reranker
 from bge_rerank_adapters.calls.ranking import sigmoid
-from bge_rerank_adapters.engine.text.tokenizer import load_tokenizer
+from bge_rerank_adapters.engine.text.tokenizer_files import load_tokenizer
 from tests.checkpoints import (
     CHECKPOINTS,
     build_xlm_roberta,

@@ -111,7 +111,7 @@ def test_a_thread_of_the_program_is_served_to_its_end(folder, dtype):
 def test_a_child_forked_while_all_locks_are_held_ends_cleanly_and_loads_its_own(folder, dtype):
     code = """
     import gc, warnings
-    from bge_rerank_adapters.engine.models.cpu import streams
+    from bge_rerank_adapters.engine.models.cpu import threads
     from langchain_core.documents import Document
     from bge_rerank_adapters.langchain import BGEDocumentCompressor
     warnings.simplefilter("ignore", DeprecationWarning)
@@ -125,7 +125,7 @@ def test_a_child_forked_while_all_locks_are_held_ends_cleanly_and_loads_its_own(
     def hold():
         with engine._core._backlog.changed, engine._core.tally._lock:
             with engine._runner._short._shutdown_lock, engine._runner._long._shutdown_lock:
-                with streams._starting:
+                with threads._starting:
                     entered.set()
                     over.wait(60)
     threading.Thread(target=hold, daemon=True).start()

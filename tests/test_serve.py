@@ -17,7 +17,7 @@ import pytest
 pytest.importorskip("fastapi")
 
 from bge_rerank_adapters import Reranker, SettingsError
-from bge_rerank_adapters.engine.text.tokenizer import TokenPair
+from bge_rerank_adapters.engine.text.pairs import TokenPair
 from bge_rerank_adapters.serve import ReplicaSettings, ServerSettings, create_app
 from bge_rerank_adapters.settings import EngineSettings, setting_names
 from tests.texts import DOCUMENTS, QUERY

@@ -10,11 +10,15 @@ import torch
 
 from bge_rerank_adapters import Reranker
 from bge_rerank_adapters.engine.models.cpu import streams
+from bge_rerank_adapters.engine.models.cpu import threads as cpu_threads
 from bge_rerank_adapters.engine.models.cpu.onednn.int8 import int8_works
-from bge_rerank_adapters.engine.models.cpu.streams import StreamedModel, in_parts, stream_count
-from bge_rerank_adapters.engine.models.encoder import model as encoder
-from bge_rerank_adapters.engine.models.layers import attention
-from bge_rerank_adapters.engine.text.tokenizer import TokenPair
+from bge_rerank_adapters.engine.models.cpu.streams import (
+    StreamedModel,
+    one_thread_stream_count,
+    stream_count,
+)
+from bge_rerank_adapters.engine.models.cpu.threads import ALONE, Helpers
+from bge_rerank_adapters.engine.text.pairs import TokenPair
 from bge_rerank_adapters.settings import EngineSettings
 from tests.checkpoints import read_sentences
 
@@ -30,7 +34,7 @@ def pair(tokens: int, index: int = 0) -> TokenPair:
 class FakeModel:
     """Gives each pair its own index, and keeps by which thread each part was run."""
 
-    device, dtype, pack_tokens = CPU, torch.bfloat16, 2048
+    device, dtype, streams, pack_tokens = CPU, torch.bfloat16, 1, 2048
 
     def __init__(self):
         self.parts: list[tuple[str, list[int]]] = []
@@ -38,7 +42,7 @@ class FakeModel:
         self.idents: set[int] = set()
         self.error: Exception | None = None
 
-    def logits(self, pairs):
+    def logits(self, pairs, *, helpers=ALONE):
         self.threads.add(torch.get_num_threads())
         self.idents.add(threading.get_ident())
         if self.error is not None and pairs[0].index == 0:
@@ -138,13 +142,13 @@ def test_half_precision_on_a_processor_gets_streams(monkeypatch, device, dtype, 
 @pytest.mark.parametrize(("threads", "count"), [(1, 1), (2, 2), (40, 40), (64, 64), (65, 64)])
 def test_with_own_kernels_each_thread_is_a_stream(monkeypatch, threads, count):
     monkeypatch.setattr(streams.torch, "get_num_threads", lambda: threads)
-    assert stream_count(CPU, torch.bfloat16, own_kernels=True) == count
+    assert one_thread_stream_count() == count
 
 
 @pytest.mark.parametrize("threads", [2, 3, 8, 9, 16, 32, 64])
 def test_equal_pairs_are_shared_out_however_many_threads_there_are(monkeypatch, model, threads):
     monkeypatch.setattr(streams.torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(streams.torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr(cpu_threads.torch, "set_num_threads", lambda _: None)
     count = stream_count(CPU, torch.bfloat16)
     streamed = StreamedModel(model, count)
     streamed.logits([pair(50, index) for index in range(3 * count)])
@@ -154,12 +158,12 @@ def test_equal_pairs_are_shared_out_however_many_threads_there_are(monkeypatch, 
     assert lengths(model) == [[400, 5, 5, 5, 5]]
 
 
-def in_parts_together(count, least, work, *, streams=2):
+def split_together(count, least, work, *, streams=2):
     """Run within a model all of whose threads are together."""
 
     class Whole(FakeModel):
-        def logits(self, pairs):
-            in_parts(count, least, work)
+        def logits(self, pairs, *, helpers=ALONE):
+            helpers.split(count, least, work)
             return super().logits(pairs)
 
     return StreamedModel(Whole(), streams).logits([pair(100)])
@@ -182,7 +186,7 @@ def test_threads_that_run_a_model_together_share_its_work(count, least, expected
         done.append((begin, end))
         ran.add(threading.get_ident())
 
-    in_parts_together(count, least, work, streams=4)
+    split_together(count, least, work, streams=4)
     assert sorted(done) == expected
     assert len(ran) == len(expected)
     assert threading.get_ident() in ran
@@ -190,17 +194,16 @@ def test_threads_that_run_a_model_together_share_its_work(count, least, expected
 
 def test_a_thread_of_its_own_does_all_of_the_work():
     done = []
-    in_parts(100, 1, lambda *part: done.append(part))
-    in_parts(0, 1, lambda *part: done.append(part))
+    ALONE.split(100, 1, lambda *part: done.append(part))
+    ALONE.split(0, 1, lambda *part: done.append(part))
     assert done == [(0, 100)]
 
 
 def test_work_is_shared_though_no_other_thread_is_free(model):
     streamed, busy, done = StreamedModel(model, 2), threading.Event(), []
     for _ in range(2):
-        streamed._tasks.put(lambda: busy.wait(30))
-    with streams._together(streams._Crew(streamed._tasks, 2)):
-        in_parts(2, 1, lambda *part: done.append(part))
+        streamed._helpers.tasks.put(lambda: busy.wait(30))
+    Helpers(streamed._helpers.tasks, 2).split(2, 1, lambda *part: done.append(part))
     assert done == [(0, 1), (1, 2)]
     busy.set()
 
@@ -215,7 +218,7 @@ def test_an_error_of_shared_work_comes_once_all_parts_are_done():
         done.append((begin, end))
 
     with pytest.raises(MemoryError, match="no room"):
-        in_parts_together(2, 1, work)
+        split_together(2, 1, work)
     assert done == [(1, 2)]
 
 
@@ -229,7 +232,7 @@ def test_a_stream_that_cannot_start_leaves_nothing_behind(model, monkeypatch):
             started.append(self)
             super().start()
 
-    monkeypatch.setattr(streams.threading, "Thread", Refusing)
+    monkeypatch.setattr(cpu_threads.threading, "Thread", Refusing)
     with pytest.raises(RuntimeError, match="new thread") as caught:
         StreamedModel(model, 2)
     caught.value.__traceback__ = None
@@ -260,25 +263,3 @@ def test_the_engine_scores_with_streams_as_with_one(dtype, tolerance):
         pool = [each for each in threading.enumerate() if "bge-rerank-stream" in each.name]
         assert pool
     assert found == pytest.approx(alone, abs=tolerance)
-
-
-def test_a_pair_that_is_not_finite_spoils_no_other(monkeypatch):
-    """Though its neighbours' attention takes in its rows."""
-    monkeypatch.setattr(attention, "_SHORT_TOKENS", 1)
-    monkeypatch.setattr(encoder, "amx_runs", lambda *_: False)
-    monkeypatch.setattr(encoder, "attention_for", lambda *_, **__: attention.overlapping_attention)
-    with Reranker("tiny", dtype="bfloat16", device="cpu") as engine:
-        model = engine._core.workers[0].model._model
-        texts = [(SENTENCES[0], text) for text in SENTENCES[1:9]]
-        pairs = sorted(engine._tokenizer.tokenize(texts).distinct, key=len, reverse=True)
-        sound = model.logits(pairs)
-        others = {word for each in (*pairs[:3], *pairs[4:]) for word in each.ids}
-        model._words[next(word for word in pairs[3].ids if word not in others)] = float("nan")
-        attended = model._run(pairs, attention.overlapping_attention)
-        assert np.isnan(attended).sum() > 1, "no neighbour that needs to be protected"
-        found = model.logits(pairs)
-    assert np.isnan(found).nonzero()[0].tolist() == [3]
-    kept = [place for place in range(len(pairs)) if place != 3]
-    assert [found[place] for place in kept] == pytest.approx(
-        [sound[place] for place in kept], abs=0.1
-    )

@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from bge_rerank_adapters import Reranker
 from bge_rerank_adapters.engine.checkpoints.hub import TINY_FOLDER
-from bge_rerank_adapters.engine.text.tokenizer import PairTokenizer, load_tokenizer
+from bge_rerank_adapters.engine.text.tokenizer import PairTokenizer
+from bge_rerank_adapters.engine.text.tokenizer_files import load_tokenizer
 from bge_rerank_adapters.errors import CheckpointError, SettingsError
 from tests.checkpoints import build_bert, build_xlm_roberta, read_queries, read_sentences
 

@@ -79,7 +79,7 @@ def test_wheel_holds_the_checkpoint_and_the_data_and_nothing_of_the_repository(w
         "cli/demo/collection.jsonl",
         "cli/demo/README.md",
         "engine/checkpoints/published-scores.json",
-        "engine/models/cpu/onednn/sample-pairs.json",
+        "engine/models/encoder/sample-pairs.json",
         "py.typed",
     ):
         assert f"bge_rerank_adapters/{needed}" in names

@@ -21,7 +21,7 @@ from bge_rerank_adapters import (
 from bge_rerank_adapters.engine.queue import worker as worker_module
 from bge_rerank_adapters.engine.queue.core import ScoringCore
 from bge_rerank_adapters.engine.queue.packs import Job
-from bge_rerank_adapters.engine.text.tokenizer import TokenPair
+from bge_rerank_adapters.engine.text.pairs import TokenPair
 
 TOKENS = 4
 ONE_PAIR = TOKENS

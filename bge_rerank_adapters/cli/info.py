@@ -2,7 +2,6 @@
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -22,7 +21,7 @@ _PACKAGES = (
 
 
 def info() -> None:
-    """Show devices, dtypes with their timings, what "auto" picks and why, and versions."""
+    """Show devices, dtypes with their timings, what "auto" picks and why, layers and versions."""
     # Imported here, since torch takes seconds.
     from bge_rerank_adapters.engine.models.devices import (
         WORTHWHILE_SPEEDUP,
@@ -31,6 +30,7 @@ def info() -> None:
         resolve_device,
         resolve_dtype,
     )
+    from bge_rerank_adapters.engine.models.encoder.kit import describe_kits
 
     console = Console()
     device = resolve_device("auto")
@@ -41,10 +41,10 @@ def info() -> None:
     console.print(_timings(dtype_timings(device), picked, worthwhile=WORTHWHILE_SPEEDUP))
     console.print(
         f"A half type is picked where it is {WORTHWHILE_SPEEDUP} times as fast as float32; int8 "
-        f"only where it is asked for{_int8_here(device, dtype)}.",
+        "only where it is asked for.\n",
         highlight=False,
     )
-    console.print(f"Kernels for AMX: {_amx_here(device, dtype)}.\n", highlight=False)
+    console.print(_kits(describe_kits(device, dtype)))
     console.print(_versions())
 
 
@@ -65,33 +65,11 @@ def _timings(timings: dict[str, float], picked: str, *, worthwhile: float) -> Ta
     return table
 
 
-def _int8_here(device: Any, dtype: Any) -> str:
-    from bge_rerank_adapters.engine.models.cpu.onednn.int8 import int8_works
-    from bge_rerank_adapters.engine.models.devices import int8_pays
-
-    if device.type != "cpu" or not int8_works():
-        return ""
-    pays = _own_kernels(device, dtype) or int8_pays(dtype)
-    faster = "faster" if pays else "no faster, so that it is not used,"
-    return f", and here {faster} at bge-reranker-base's size"
-
-
-def _amx_here(device: Any, dtype: Any) -> str:
-    from bge_rerank_adapters.engine.models.cpu.kernels.library import InstructionSet, lack
-
-    found = lack(InstructionSet.AMX)
-    if found is not None:
-        return f"not used, as {found}"
-    if _own_kernels(device, dtype):
-        return "used for encoders"
-    return "ready for encoders in bfloat16 on the processor"
-
-
-def _own_kernels(device: Any, dtype: Any) -> bool:
-    from bge_rerank_adapters.engine.models.cpu.kernels.library import InstructionSet, lack
-
-    in_bfloat16 = device.type == "cpu" and str(dtype) == "torch.bfloat16"
-    return in_bfloat16 and lack(InstructionSet.AMX) is None
+def _kits(kits: list[tuple[str, str]]) -> Table:
+    table = Table("layers of encoders", "at bge-reranker-base's size")
+    for row in kits:
+        table.add_row(*row)
+    return table
 
 
 def _versions() -> Table:

@@ -15,10 +15,10 @@ from bge_rerank_adapters.calls.ranking import PairScore, ScoredRequest, Usage, s
 from bge_rerank_adapters.calls.requests import Piece, Request, pieces
 from bge_rerank_adapters.calls.runner import AsyncRunner, Call, Reservations, Step, advance
 from bge_rerank_adapters.engine.checkpoints.hub import find_folder
-from bge_rerank_adapters.engine.models.cpu.streams import settle_threads
+from bge_rerank_adapters.engine.models.base import Model
+from bge_rerank_adapters.engine.models.cpu.threads import settle_threads
 from bge_rerank_adapters.engine.models.devices import resolve_device
 from bge_rerank_adapters.engine.models.loading import (
-    Model,
     load_model,
     load_pair_tokenizer,
     read_checkpoint,
@@ -27,7 +27,7 @@ from bge_rerank_adapters.engine.queue.backlog import Logits
 from bge_rerank_adapters.engine.queue.core import ScoringCore
 from bge_rerank_adapters.engine.queue.packs import Job
 from bge_rerank_adapters.engine.stats import EngineStats
-from bge_rerank_adapters.engine.text.tokenizer import TokenizedPairs
+from bge_rerank_adapters.engine.text.pairs import TokenizedPairs
 from bge_rerank_adapters.errors import ScoringError
 from bge_rerank_adapters.settings import EngineOptions, EngineSettings
 from bge_rerank_adapters.settings.options import check_options, shows_options

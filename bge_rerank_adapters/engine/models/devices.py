@@ -1,20 +1,12 @@
 """Which device and which dtype a model runs on."""
 
 import time
-from collections.abc import Callable
 from functools import cache
 
 import torch
-from torch import Tensor
 from torch.nn import functional
 
-from bge_rerank_adapters.engine.models.cpu.onednn.int8 import (
-    Int8FeedForward,
-    Int8Linear,
-    int8_works,
-)
-from bge_rerank_adapters.engine.models.cpu.streams import in_one_thread
-from bge_rerank_adapters.engine.models.layers.linear import Activation, FeedForward, linear_maker
+from bge_rerank_adapters.engine.models.cpu.onednn.int8 import int8_works
 from bge_rerank_adapters.errors import DeviceError
 
 # A faster dtype costs some exactness, so it has to be worth it.
@@ -23,15 +15,6 @@ WORTHWHILE_SPEEDUP = 1.3
 # A dtype whose first run takes so many times the limit is emulated; it is not timed further, since
 # that could take a second.
 _HOPELESS = 3.0
-# 8-bit integers cost some too, and near the limit a timing falls now here, now there.
-_WORTHWHILE_INT8 = 1.15
-# Tokens of a pack where the user leaves it open: enough to keep the device busy, few enough that
-# a call that comes meanwhile does not wait long. On a processor packs of 1,024 to 4,096 tokens are
-# about as fast as each other.
-_PACK_TOKENS = 2048
-_PACK_TOKENS_ACCELERATOR = 16_384
-# Of the states that feed-forward blocks in 8-bit integers are timed on.
-_TIMED_ROWS = 512
 
 
 def resolve_device(name: str) -> torch.device:
@@ -58,11 +41,6 @@ def resolve_device(name: str) -> torch.device:
         )
     # With its index, so that "cuda" does not follow a later change of the current device.
     return torch.device(name) if kind == "mps" else torch.device(kind, index)
-
-
-def default_pack_tokens(device: torch.device) -> int:
-    """Return the token budget of a pack that suits a device."""
-    return _PACK_TOKENS if device.type == "cpu" else _PACK_TOKENS_ACCELERATOR
 
 
 def resolve_dtype(name: str, device: torch.device, *, wide_range: bool = False) -> torch.dtype:
@@ -101,62 +79,6 @@ def _check_int8(device: torch.device) -> None:
             "dtype 'int8' needs oneDNN's 8-bit product, which this build of torch or this "
             'processor lacks; use dtype="auto".'
         )
-
-
-@cache
-def int8_pays(
-    dtype: torch.dtype,
-    hidden: int = 768,
-    intermediate: int = 3072,
-    activation: Activation = functional.gelu,
-) -> bool:
-    """Return whether 8-bit layers are faster on this processor than those of the fastest dtype.
-
-    It is a timing, of a feed-forward block in one thread.
-
-    Args:
-        dtype: What `"auto"` resolves to.
-        hidden: Width of the model; as the other sizes, bge-reranker-base's unless given.
-        intermediate: Width of its feed-forward blocks.
-        activation: Of these.
-    """
-
-    def seconds(block: Callable[[Tensor], Tensor], states: Tensor) -> float:
-        begin = time.perf_counter()
-        block(states)
-        return time.perf_counter() - begin
-
-    def compare() -> bool:
-        plain, integers, states = _feed_forwards(dtype, hidden, intermediate, activation)
-        with torch.inference_mode():
-            plain_s, integers_s = (
-                min(seconds(block, states) for _ in range(6)) for block in (plain, integers)
-            )
-        return integers_s < plain_s / _WORTHWHILE_INT8
-
-    return in_one_thread(compare)
-
-
-def _feed_forwards(
-    dtype: torch.dtype, hidden: int, intermediate: int, activation: Activation
-) -> tuple[FeedForward, Int8FeedForward, Tensor]:
-    """Return blocks of equal size of both kinds, and states for them."""
-    generator = torch.Generator().manual_seed(0)
-    sizes = (_TIMED_ROWS, hidden), (intermediate, hidden), (hidden, intermediate)
-    states, up, down = (torch.randn(size, generator=generator) / 8 for size in sizes)
-    states = states.to(dtype)
-    up_bias, down_bias = torch.zeros(intermediate), torch.zeros(hidden)
-    make = linear_maker(torch.device("cpu"), dtype)
-    plain = FeedForward(
-        make(up.to(dtype), up_bias.to(dtype), activation),
-        make(down.to(dtype), down_bias.to(dtype)),
-    )
-    inner = activation(functional.linear(states, up.to(dtype)))
-    integers = Int8FeedForward(
-        Int8Linear(up, up_bias, activation, sample=states),
-        Int8Linear(down, down_bias, sample=inner, after_gelu=True),
-    )
-    return plain, integers, states
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,4 +1,4 @@
-"""Any model through FlagEmbedding itself: the reference, behind the engine's own doors.
+"""Any model through FlagEmbedding itself: the reference, behind the engine's own interface.
 
 Its classes are called as they are (FlagEmbedding 1.4, `inference/auto_reranker.py`), but with one
 device, no progress bars, and never with an empty list or code of a checkpoint.
@@ -17,27 +17,19 @@ from typing import Any
 
 import torch
 
-from bge_rerank_adapters.engine.models.devices import default_pack_tokens, is_out_of_memory
-from bge_rerank_adapters.engine.models.encoder.config import ENCODER_TYPES, parse_config
-from bge_rerank_adapters.engine.models.encoder.layers import check_one_label
+from bge_rerank_adapters.engine.models.base import default_pack_tokens
+from bge_rerank_adapters.engine.models.devices import is_out_of_memory
+from bge_rerank_adapters.engine.models.encoder.config import parse_config
+from bge_rerank_adapters.engine.models.encoder.tensors import check_one_label
+from bge_rerank_adapters.engine.models.families import Family
 from bge_rerank_adapters.engine.models.weights import open_weights, read_config
-from bge_rerank_adapters.engine.text.tokenizer import (
-    PairTokenizer,
-    TokenizedPairs,
-    TokenPair,
-    without_surrogates,
-)
+from bge_rerank_adapters.engine.text.pairs import TokenizedPairs, TokenPair
+from bge_rerank_adapters.engine.text.tokenizer import PairTokenizer, without_surrogates
 from bge_rerank_adapters.errors import DeviceError, UnsupportedCheckpointError
 from bge_rerank_adapters.settings import EngineSettings
 
 # The release of transformers on which all of FlagEmbedding 1.4.2's classes run.
 _WORKING_TRANSFORMERS = "4.44.2"
-_CLASSES = {
-    "encoder": "FlagReranker",
-    "decoder": "FlagLLMReranker",
-    "layerwise": "LayerWiseFlagLLMReranker",
-    "lightweight": "LightWeightFlagLLMReranker",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +81,7 @@ class FlagModel:
         folder: Path,
         settings: EngineSettings,
         *,
-        family: str,
+        family: Family,
         max_length: int,
         query_max_length: int,
         device: torch.device,
@@ -146,25 +138,25 @@ class FlagModel:
         return [float(score) for score in scores]
 
 
-def _check_weights(folder: Path, family: str) -> None:
+def _check_weights(folder: Path, family: Family) -> None:
     """Refuse what FlagEmbedding would run and should not: pickles, and heads made up at random."""
     config = read_config(folder)
     with open_weights(folder) as weights:
-        if family == "encoder" and config.get("model_type") in ENCODER_TYPES:
+        if family.classifier and config.get("model_type") in family.model_types:
             check_one_label(weights, parse_config(config, folder=folder))
 
 
-def _check_labels(folder: Path, family: str, config: Any) -> None:
+def _check_labels(folder: Path, family: Family, config: Any) -> None:
     """Refuse several labels, of which FlagEmbedding would give each pair some other's."""
     labels = getattr(config, "num_labels", 1)
-    if family == "encoder" and labels != 1:
+    if family.classifier and labels != 1:
         raise UnsupportedCheckpointError(
             f"{folder} is a classifier of {labels} labels; a reranker has one, whose logit says "
             "how relevant a document is."
         )
 
 
-def _flag_class(family: str) -> Callable[..., Any]:
+def _flag_class(family: Family) -> Callable[..., Any]:
     try:
         module = importlib.import_module("FlagEmbedding")
     except ImportError as error:
@@ -172,12 +164,12 @@ def _flag_class(family: str) -> Callable[..., Any]:
             'backend="flagembedding" needs FlagEmbedding; '
             'run: pip install "bge-rerank-adapters[flagembedding]"'
         ) from error
-    found: Callable[..., Any] = getattr(module, _CLASSES[family])
+    found: Callable[..., Any] = getattr(module, family.flag_class)
     return found
 
 
 def _options(
-    settings: EngineSettings, family: str, dtype: torch.dtype, device: torch.device
+    settings: EngineSettings, family: Family, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Any]:
     """Return what its constructor is given, by its own names; what is left open stays so."""
     options: dict[str, Any] = {
@@ -187,7 +179,7 @@ def _options(
         "devices": str(device),
         "trust_remote_code": False,
     }
-    if family != "encoder":
+    if not family.classifier:
         options["use_bf16"] = dtype == torch.bfloat16
     cutoff = settings.cutoff_layers
     given = {
@@ -201,19 +193,19 @@ def _options(
     return options | {name: value for name, value in given.items() if value is not None}
 
 
-def _dtype(name: str, family: str, device: torch.device) -> torch.dtype:
+def _dtype(name: str, family: Family, device: torch.device) -> torch.dtype:
     """Return the dtype; `"auto"` is the half type of FlagEmbedding's own examples on a GPU."""
     if name == "auto":
         if device.type == "cpu":
             return torch.float32
-        return torch.float16 if family == "encoder" else torch.bfloat16
+        return torch.float16 if family.classifier else torch.bfloat16
     dtype: torch.dtype = getattr(torch, name)
     if device.type == "cpu" and dtype == torch.float16:
         raise DeviceError(
             "FlagEmbedding runs float32 on a processor where it is asked for float16; "
             'use dtype="float32".'
         )
-    if family == "encoder" and dtype == torch.bfloat16:
+    if family.classifier and dtype == torch.bfloat16:
         raise DeviceError(
             "FlagEmbedding's encoder class has no bfloat16; "
             'use dtype="float32", or "float16" on a GPU.'
@@ -222,7 +214,7 @@ def _dtype(name: str, family: str, device: torch.device) -> torch.dtype:
 
 
 @contextmanager
-def _told_as_unsupported(folder: Path, family: str) -> Iterator[None]:
+def _told_as_unsupported(folder: Path, family: Family) -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as error:
@@ -231,7 +223,7 @@ def _told_as_unsupported(folder: Path, family: str) -> Iterator[None]:
         import transformers
 
         raise UnsupportedCheckpointError(
-            f"FlagEmbedding's {_CLASSES[family]} cannot run {folder} with transformers "
+            f"FlagEmbedding's {family.flag_class} cannot run {folder} with transformers "
             f"{transformers.__version__} ({type(error).__name__}: {error}). All of its classes run "
             f"with transformers {_WORKING_TRANSFORMERS}; install that, or use "
             'backend="native", which runs every family.'

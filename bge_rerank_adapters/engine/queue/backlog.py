@@ -7,7 +7,7 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 
 from bge_rerank_adapters.engine.queue.packs import Job, Pack, PackQueue
-from bge_rerank_adapters.engine.text.tokenizer import TokenPair
+from bge_rerank_adapters.engine.text.pairs import TokenPair
 from bge_rerank_adapters.errors import ClosedError, Overloaded, WorkerDiedError
 
 Logits = Future[list[float]]

@@ -7,13 +7,13 @@ import threading
 import weakref
 from collections.abc import Sequence
 
+from bge_rerank_adapters.engine.models.base import Model
 from bge_rerank_adapters.engine.models.devices import release_memory
-from bge_rerank_adapters.engine.models.loading import Model
 from bge_rerank_adapters.engine.queue.backlog import Backlog, Logits, TokenJob
 from bge_rerank_adapters.engine.queue.packs import Job
 from bge_rerank_adapters.engine.queue.worker import DeviceWorker, scoring_threads
 from bge_rerank_adapters.engine.stats import EngineStats, Tally
-from bge_rerank_adapters.engine.text.tokenizer import TokenPair
+from bge_rerank_adapters.engine.text.pairs import TokenPair
 
 # Longer than any pack takes that is worth waiting for.
 _JOIN_TIMEOUT_S = 60.0

@@ -9,12 +9,12 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 
-from bge_rerank_adapters.engine.models.cpu.streams import settle_threads
+from bge_rerank_adapters.engine.models.base import Model
+from bge_rerank_adapters.engine.models.cpu.threads import settle_threads
 from bge_rerank_adapters.engine.models.devices import is_out_of_memory, release_memory
-from bge_rerank_adapters.engine.models.loading import Model
 from bge_rerank_adapters.engine.queue.backlog import Backlog, TokenJob, TokenPack, fail, finish
 from bge_rerank_adapters.engine.stats import Tally
-from bge_rerank_adapters.engine.text.tokenizer import TokenPair
+from bge_rerank_adapters.engine.text.pairs import TokenPair
 from bge_rerank_adapters.errors import NonFiniteLogitError, ScoringError, WorkerDiedError
 
 # After each good pack the budget that a lack of memory cut down grows by one part in so many: a

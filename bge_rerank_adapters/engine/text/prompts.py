@@ -5,36 +5,47 @@ the lengths of query and document; the separator and the prompt come on top of `
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from bge_rerank_adapters.engine.text.tokenizer import PairTemplate, TokenIds
+from bge_rerank_adapters.engine.text.pairs import PairTemplate, TokenIds
 from bge_rerank_adapters.errors import CheckpointError
 
 SEPARATOR = "\n"
 YES = "Yes"
 QUERY_INSTRUCTION, PASSAGE_INSTRUCTION = "A: ", "B: "
-_YES_OR_NO = (
+YES_OR_NO = (
     "Given a query A and a passage B, determine whether the passage contains an answer to the "
     "query by providing a prediction of either 'Yes' or 'No'."
 )
-DEFAULT_PROMPTS = {
-    "decoder": _YES_OR_NO,
-    "layerwise": _YES_OR_NO,
-    "lightweight": "Predict whether passage B contains an answer to query A.",
-}
+CONTAINS_ANSWER = "Predict whether passage B contains an answer to query A."
 # The tokens for the beginning and for padding where a checkpoint's files leave them out: those of
 # the tokenizer's class in transformers.
 _CLASS_TOKENS = {"GemmaTokenizer": ("<bos>", "<pad>"), "LlamaTokenizer": ("<s>", None)}
+
+
+@dataclass(frozen=True, slots=True)
+class PromptStyle:
+    """How a family of decoders frames a pair.
+
+    Attributes:
+        prompt: What the model is asked after the document, unless the settings say otherwise.
+        needs_bos: Whether every pair begins with the `bos_token`; otherwise one does where the
+            tokenizer has such a token and it is not the padding token as well.
+    """
+
+    prompt: str
+    needs_bos: bool = False
 
 
 def decoder_template(
     tokenizer: Tokenizer,
     folder: Path,
     *,
-    family: str,
+    style: PromptStyle,
     prompt: str | None = None,
     query_instruction: str | None = None,
     passage_instruction: str | None = None,
@@ -44,20 +55,19 @@ def decoder_template(
     Args:
         tokenizer: The checkpoint's, without truncation.
         folder: Holds the config of the tokenizer.
-        family: `"decoder"`, `"layerwise"` or `"lightweight"`.
+        style: The family's.
         prompt: What the model is asked after the document; `None` is the family's own.
         query_instruction: Put before the query; `None` is `"A: "`.
         passage_instruction: Put before the document; `None` is `"B: "`.
 
     Raises:
-        CheckpointError: The tokenizer lacks the token for the beginning, which the layerwise and
-            lightweight families need.
+        CheckpointError: The tokenizer lacks the token for the beginning, and the style needs it.
     """
     separator = _encode(tokenizer, SEPARATOR)
-    asked = _encode(tokenizer, DEFAULT_PROMPTS[family] if prompt is None else prompt)
+    asked = _encode(tokenizer, style.prompt if prompt is None else prompt)
     after = np.concatenate((separator, asked))
     return PairTemplate(
-        before=_beginning(tokenizer, folder, family=family),
+        before=_beginning(tokenizer, folder, needs_bos=style.needs_bos),
         between=separator,
         after=after,
         # Twice: FlagEmbedding leaves room for both where it cuts the pair, and adds them after.
@@ -73,15 +83,15 @@ def _encode(tokenizer: Tokenizer, text: str) -> TokenIds:
     return np.asarray(tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
 
-def _beginning(tokenizer: Tokenizer, folder: Path, *, family: str) -> TokenIds:
+def _beginning(tokenizer: Tokenizer, folder: Path, *, needs_bos: bool) -> TokenIds:
     bos, pad = (_special_id(tokenizer, folder, role) for role in ("bos_token", "pad_token"))
-    if family == "decoder":
+    if not needs_bos:
         # One that is the padding token as well is left out.
         return np.asarray([] if bos in (None, pad) else [bos], dtype=np.int64)
     if bos is None:
         raise CheckpointError(
-            "the tokenizer has no bos_token, which every pair of the "
-            f"{family} family begins with; copy tokenizer_config.json into the folder as well."
+            "the tokenizer has no bos_token, which every pair of this family begins with; "
+            "copy tokenizer_config.json into the folder as well."
         )
     return np.asarray([bos], dtype=np.int64)
 

@@ -1,101 +1,15 @@
 """Texts to token ids, by FlagEmbedding's truncation rule, with every text read once."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 
 import numpy as np
-import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 
+from bge_rerank_adapters.engine.text.pairs import PairTemplate, TokenIds, TokenizedPairs, TokenPair
 from bge_rerank_adapters.errors import CheckpointError, SettingsError
-
-TokenIds = npt.NDArray[np.int64]
 
 # Bounds the memory that the tokenizer's own records take for a call with very many documents.
 _TEXTS_PER_BATCH = 1024
-_SLOW_VOCABULARIES = ("sentencepiece.bpe.model", "tokenizer.model", "vocab.txt", "vocab.json")
-
-
-@dataclass(frozen=True, slots=True)
-class TokenPair:
-    """A query and a document as one row of token ids.
-
-    Attributes:
-        ids: int64, shape (tokens,), special tokens included.
-        document_start: Where the document's own tokens begin; token type 1 starts there in models
-            that have two types.
-        truncated: Whether the document was cut to fit.
-        index: Position of the first pair with these texts in the caller's list.
-        span: The document's characters that a window of it shows; `None` where there are none.
-        tokens_after: How many tokens follow the document's own.
-    """
-
-    ids: TokenIds
-    document_start: int
-    truncated: bool
-    index: int
-    span: tuple[int, int] | None = None
-    tokens_after: int = 0
-
-    def __len__(self) -> int:
-        """Return the number of tokens."""
-        return len(self.ids)
-
-
-@dataclass(frozen=True, slots=True)
-class TokenizedPairs:
-    """The distinct pairs of a call, and which of them each pair of the caller's is.
-
-    Attributes:
-        distinct: m tokenised pairs; m <= n unless there are windows.
-        positions: For each of the caller's n pairs, its position in `distinct`, or in `windows`.
-        windows: For each distinct pair, where its windows are in `distinct`; `None` where
-            documents have none.
-    """
-
-    distinct: list[TokenPair]
-    positions: list[int]
-    windows: list[range] | None = None
-
-    def winners(self, logits: Sequence[float]) -> list[int]:
-        """Return for each of the caller's n pairs the position of what speaks for it.
-
-        That is its window with the highest logit, the first of equals.
-
-        Args:
-            logits: m logits, of `distinct`.
-        """
-        if self.windows is None:
-            return self.positions
-        winners = [max(window, key=logits.__getitem__) for window in self.windows]
-        return [winners[position] for position in self.positions]
-
-
-@dataclass(frozen=True, slots=True)
-class PairTemplate:
-    """What stands around a pair: `before` query `between` document `after`.
-
-    Attributes:
-        before: Token ids, as for the next two; each may be empty.
-        between: Those that part query and document.
-        after: Those that follow the document.
-        extra_tokens: By how many tokens a pair may exceed `max_length`.
-        query_instruction: Put before each query, and cut with it.
-        passage_instruction: Put before each document, and cut with it.
-    """
-
-    before: TokenIds
-    between: TokenIds
-    after: TokenIds
-    extra_tokens: int = 0
-    query_instruction: str = ""
-    passage_instruction: str = ""
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens of the template itself."""
-        return len(self.before) + len(self.between) + len(self.after)
 
 
 class PairTokenizer:
@@ -277,77 +191,3 @@ def read_template(tokenizer: Tokenizer) -> PairTemplate:
     query_end = len(owners) - owners[::-1].index(0)
     document_end = len(owners) - owners[::-1].index(1)
     return PairTemplate(ids[:query_start], ids[query_end:document_start], ids[document_end:])
-
-
-def load_tokenizer(
-    folder: Path,
-    *,
-    max_length: int,
-    query_max_length: int | None = None,
-    make: Callable[..., PairTokenizer] = PairTokenizer,
-    template: Callable[[Tokenizer], PairTemplate] = read_template,
-) -> PairTokenizer:
-    """Return the tokenizer of a checkpoint's folder.
-
-    Args:
-        folder: Holds `tokenizer.json`, or the files of a slow tokenizer that transformers converts.
-        max_length: Most tokens of a pair, special tokens included.
-        query_max_length: Most tokens of a query; `None` is three quarters of `max_length`.
-        make: What takes the tokenizer and these lengths.
-        template: Makes what stands around a pair out of the tokenizer.
-
-    Raises:
-        CheckpointError: There is no tokenizer in the folder, or it cannot be read.
-        SettingsError: The lengths leave no room for a document.
-    """
-    tokenizer = _read_tokenizer(folder)
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    try:
-        return make(
-            tokenizer,
-            max_length=max_length,
-            query_max_length=query_max_length,
-            template=template(tokenizer),
-        )
-    except CheckpointError as error:
-        raise CheckpointError(f"{folder / 'tokenizer.json'}: {error}") from error
-
-
-def _read_tokenizer(folder: Path) -> Tokenizer:
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        return _convert_slow_tokenizer(folder)
-    try:
-        return Tokenizer.from_file(str(path))
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # bare Exception for a file it cannot read, or a Rust panic
-        raise CheckpointError(f"{path} is not a readable tokenizer: {error}.") from error
-
-
-def _convert_slow_tokenizer(folder: Path) -> Tokenizer:
-    slow = [name for name in _SLOW_VOCABULARIES if (folder / name).is_file()]
-    if not slow:
-        raise CheckpointError(
-            f"{folder} has no tokenizer: neither tokenizer.json nor a vocabulary "
-            f"({', '.join(_SLOW_VOCABULARIES)}). Copy the checkpoint's tokenizer "
-            "files into the folder."
-        )
-    from transformers import AutoTokenizer
-
-    try:
-        converted = AutoTokenizer.from_pretrained(
-            # Said outright: left open, transformers asks on the terminal whether to run the code.
-            str(folder),
-            local_files_only=True,
-            use_fast=True,
-            trust_remote_code=False,
-        )
-        # A copy, since transformers keeps changing its own.
-        return Tokenizer.from_str(converted.backend_tokenizer.to_str())
-    except Exception as error:  # whatever transformers makes of damaged files
-        raise CheckpointError(
-            f"The tokenizer in {folder} ({', '.join(slow)}) cannot be converted to a fast one: "
-            f"{error}"
-        ) from error

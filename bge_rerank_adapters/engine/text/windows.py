@@ -10,14 +10,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from bge_rerank_adapters.engine.text.tokenizer import (
-    PairTemplate,
-    PairTokenizer,
-    TokenIds,
-    TokenizedPairs,
-    TokenPair,
-    without_surrogates,
-)
+from bge_rerank_adapters.engine.text.pairs import PairTemplate, TokenIds, TokenizedPairs, TokenPair
+from bge_rerank_adapters.engine.text.tokenizer import PairTokenizer, without_surrogates
 from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.settings import EngineSettings, check_window_sizes
 

@@ -72,42 +72,14 @@ class CausalConfig:
         return Heads(self.query_heads, self.key_heads, self.attention_scale, window)
 
 
-def parse_gemma(config: dict[str, Any], *, folder: Path) -> CausalConfig:
-    """Return the config of a Gemma model, as of BAAI/bge-reranker-v2-gemma.
+def parse_causal(config: dict[str, Any], *, folder: Path) -> CausalConfig:
+    """Return the config of a decoder, by the entry of `ARCHITECTURES` for its model type.
 
     Raises:
         CheckpointError: An entry is missing or unusable.
         UnsupportedCheckpointError: It asks for something that is not known here.
     """
-    return _parse(config, folder, _gemma)
-
-
-def parse_minicpm(config: dict[str, Any], *, folder: Path) -> CausalConfig:
-    """Return the config of a MiniCPM model, as of BAAI/bge-reranker-v2-minicpm-layerwise.
-
-    Raises:
-        CheckpointError: An entry is missing or unusable.
-        UnsupportedCheckpointError: It asks for something that is not known here.
-    """
-    return _parse(config, folder, _minicpm)
-
-
-def parse_gemma2(config: dict[str, Any], *, folder: Path) -> CausalConfig:
-    """Return the config of a Gemma 2 model, as of BAAI/bge-reranker-v2.5-gemma2-lightweight.
-
-    `attn_logit_softcapping` is left out, as FlagEmbedding leaves it out: it runs Gemma 2 with
-    torch's attention function, which has no such thing.
-
-    Raises:
-        CheckpointError: An entry is missing or unusable.
-        UnsupportedCheckpointError: It asks for something that is not known here.
-    """
-    return _parse(config, folder, _gemma2)
-
-
-def _parse(
-    config: dict[str, Any], folder: Path, entries: Callable[[dict[str, Any]], dict[str, Any]]
-) -> CausalConfig:
+    entries = ARCHITECTURES[config["model_type"]]
     path = folder / "config.json"
     try:
         parsed = CausalConfig(**_common(config), **entries(config))
@@ -167,12 +139,25 @@ def _minicpm(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _gemma2(config: dict[str, Any]) -> dict[str, Any]:
+    # `attn_logit_softcapping` is left out, as FlagEmbedding leaves it out: it runs Gemma 2 with
+    # torch's attention function, which has no such thing.
     window = config.get("sliding_window")
     return _gemma(config) | {
         "attention_scale": float(config["query_pre_attn_scalar"]) ** -0.5,
         "norms_after": True,
         "window": None if window is None else int(window),
     }
+
+
+# What only an architecture itself says of its sizes and factors, by model type.
+ARCHITECTURES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    # BAAI/bge-reranker-v2-gemma
+    "gemma": _gemma,
+    # BAAI/bge-reranker-v2-minicpm-layerwise
+    "minicpm": _minicpm,
+    # BAAI/bge-reranker-v2.5-gemma2-lightweight
+    "cost_wise_gemma": _gemma2,
+}
 
 
 def _rotary(config: dict[str, Any]) -> dict[str, Any]:

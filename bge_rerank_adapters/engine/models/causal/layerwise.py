@@ -4,32 +4,20 @@ As FlagEmbedding 1.4.2 computes it (`inference/reranker/decoder_only/layerwise.p
 `models/modeling_minicpm_reranker.py`).
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bge_rerank_adapters.engine.models.causal.config import parse_minicpm
+from bge_rerank_adapters.engine.models.causal.config import parse_causal
 from bge_rerank_adapters.engine.models.causal.cutoff import HeadLayers, read_entry
-from bge_rerank_adapters.engine.models.causal.model import CausalModel, CausalReader
-from bge_rerank_adapters.engine.models.devices import default_pack_tokens
+from bge_rerank_adapters.engine.models.causal.model import CausalModel, HeadRow
 from bge_rerank_adapters.engine.models.weights import open_weights
-from bge_rerank_adapters.engine.text.tokenizer import TokenPair
 from bge_rerank_adapters.errors import UnsupportedCheckpointError
 
 
-class LayerwiseModel:
-    """A MiniCPM model on one device, run up to the layer whose logit is asked for.
-
-    Attributes:
-        device: Where it runs.
-        dtype: Of weights and activations.
-        streams: 1: it runs a pack as a whole.
-        pack_tokens: Token budget of a pack that suits the device.
-    """
-
-    streams = 1
+class LayerwiseModel(CausalModel):
+    """A MiniCPM model on one device, run up to the layer whose logit is asked for."""
 
     def __init__(
         self,
@@ -54,31 +42,15 @@ class LayerwiseModel:
             UnsupportedCheckpointError: The config asks for something that is not known.
             SettingsError: There is no logit at that layer.
         """
-        parsed = parse_minicpm(config, folder=folder)
+        parsed = parse_causal(config, folder=folder)
         _check_head_type(config, folder)
         heads = HeadLayers(read_entry(config, "start_layer", 8, folder=folder), parsed.layers)
         depth = heads.check(cutoff_layer)
         multiple = config.get("head_multi", True)
         place = f".{heads.layers.index(depth)}" if multiple else ""
-        self.device, self.dtype = device, dtype
-        self.pack_tokens = default_pack_tokens(device)
+        head = HeadRow(f"lm_head{place}.linear_head.weight")
         with open_weights(folder) as weights:
-            self._model = CausalModel(parsed, weights, device=device, dtype=dtype, depth=depth)
-            read = CausalReader(weights, parsed, device, dtype)
-            self._head = read.row(f"lm_head{place}.linear_head.weight", 0, (1, parsed.hidden))
-
-    @torch.inference_mode()
-    def logits(self, pairs: Sequence[TokenPair]) -> list[float]:
-        """Return the logit of each pair of a pack.
-
-        Args:
-            pairs: n >= 1 pairs.
-
-        Returns:
-            n floats, which are NaN or infinite where the model gives that.
-        """
-        logits: list[float] = (self._model.last_states(pairs).float() @ self._head).tolist()
-        return logits
+            super().__init__(parsed, weights, device=device, dtype=dtype, depth=depth, head=head)
 
 
 def _check_head_type(config: dict[str, Any], folder: Path) -> None:

@@ -21,14 +21,16 @@ import torch
 from torch import Tensor
 
 from bge_rerank_adapters.engine.models.causal.attention import CausalLayout
-from bge_rerank_adapters.engine.models.causal.config import parse_gemma2
+from bge_rerank_adapters.engine.models.causal.config import parse_causal
 from bge_rerank_adapters.engine.models.causal.cutoff import HeadLayers, read_entry
-from bge_rerank_adapters.engine.models.causal.model import CausalModel, CausalReader
+from bge_rerank_adapters.engine.models.causal.model import CausalModel, HeadRow
 from bge_rerank_adapters.engine.models.weights import open_weights
-from bge_rerank_adapters.engine.text.tokenizer import TokenPair
+from bge_rerank_adapters.engine.text.pairs import TokenPair
 from bge_rerank_adapters.errors import CheckpointError, SettingsError, UnsupportedCheckpointError
 
 _DEFAULT_COMPRESS_LAYERS = (8,)
+# Whatever layer is asked for.
+_HEAD = HeadRow("lm_head.0.linear_head.weight")
 
 
 class LightweightModel(CausalModel):
@@ -62,7 +64,7 @@ class LightweightModel(CausalModel):
             UnsupportedCheckpointError: The config asks for something that is not known.
             SettingsError: There is no logit at that layer, or no layer to compress before.
         """
-        parsed = parse_gemma2(config, folder=folder)
+        parsed = parse_causal(config, folder=folder)
         if not config.get("layer_wise", False):
             raise UnsupportedCheckpointError(
                 f"{folder / 'config.json'}: layer_wise must be true for a reranker of the "
@@ -77,24 +79,11 @@ class LightweightModel(CausalModel):
         self._compress_at = frozenset(layers) if compress_ratio > 1 else frozenset()
         self._cap = _cap(config, folder)
         with open_weights(folder) as weights:
-            super().__init__(parsed, weights, device=device, dtype=dtype, depth=depth)
-            read = CausalReader(weights, parsed, device, dtype)
-            self._head = read.row("lm_head.0.linear_head.weight", 0, (1, parsed.hidden))
+            super().__init__(parsed, weights, device=device, dtype=dtype, depth=depth, head=_HEAD)
 
-    @torch.inference_mode()
-    def logits(self, pairs: Sequence[TokenPair]) -> list[float]:
-        """Return the logit of each pair of a pack.
-
-        Args:
-            pairs: n >= 1 pairs.
-
-        Returns:
-            n floats, which are NaN or infinite where the model gives that.
-        """
-        raw = self.last_states(pairs).float() @ self._head
-        logits = raw if self._cap is None else torch.tanh(raw / self._cap) * self._cap
-        found: list[float] = logits.tolist()
-        return found
+    def after_head(self, raw: Tensor) -> Tensor:
+        """Return the logits, which come near the cap and never above it."""
+        return raw if self._cap is None else torch.tanh(raw / self._cap) * self._cap
 
     def before_layer(
         self, index: int, states: Tensor, layout: CausalLayout, pairs: Sequence[TokenPair]

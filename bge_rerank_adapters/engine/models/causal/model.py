@@ -1,7 +1,7 @@
 """Decoders, run on packs without any padding up to the layer whose logit is asked for.
 
-The tokens of all pairs of a pack stand in one row, as in `encoder.py`. In the last layer that is
-needed only each pair's last token is computed, and of its logits only the one that is read.
+The tokens of all pairs of a pack stand in one row, as in `encoder/model.py`. In the last layer that
+is needed only each pair's last token is computed, and of its logits only the one that is read.
 """
 
 from collections.abc import Sequence
@@ -12,32 +12,31 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bge_rerank_adapters.engine.models.base import default_pack_tokens
 from bge_rerank_adapters.engine.models.causal.attention import CausalLayout, causal_attention_for
 from bge_rerank_adapters.engine.models.causal.config import CausalConfig
-from bge_rerank_adapters.engine.models.devices import default_pack_tokens
+from bge_rerank_adapters.engine.models.cpu.threads import ALONE, Helpers
 from bge_rerank_adapters.engine.models.layers.activations import ACTIVATIONS
 from bge_rerank_adapters.engine.models.layers.linear import Linear, linear_maker
+from bge_rerank_adapters.engine.models.layers.norm import RmsNorm
 from bge_rerank_adapters.engine.models.weights import Weights
-from bge_rerank_adapters.engine.text.tokenizer import TokenPair
+from bge_rerank_adapters.engine.text.pairs import TokenPair
 from bge_rerank_adapters.errors import CheckpointError
 
 
 @dataclass(frozen=True, slots=True)
-class RmsNorm:
-    """Divides by the root of the mean square, in float32, and scales.
+class HeadRow:
+    """The row of a head that gives the logit.
 
     Attributes:
-        weight: float32, shape (hidden,); what is added to it already in it.
-        epsilon: Added to the mean square.
+        tensor: Name of the head's tensor.
+        row: Which of its rows.
+        rows: How many it has.
     """
 
-    weight: Tensor
-    epsilon: float
-
-    def __call__(self, states: Tensor) -> Tensor:
-        """Return the normed states, in their own dtype."""
-        normed = functional.rms_norm(states.float(), self.weight.shape, self.weight, self.epsilon)
-        return normed.to(states.dtype)
+    tensor: str
+    row: int = 0
+    rows: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +67,7 @@ class _Layer:
 
 
 class CausalModel:
-    """A decoder on one device, up to the layer whose output is read.
+    """A decoder on one device, up to the layer whose output is read; the base of its families.
 
     Attributes:
         config: What the checkpoint's `config.json` says.
@@ -89,6 +88,7 @@ class CausalModel:
         device: torch.device,
         dtype: torch.dtype,
         depth: int,
+        head: HeadRow,
     ) -> None:
         """Load the layers that are needed.
 
@@ -98,6 +98,7 @@ class CausalModel:
             device: Where to run.
             dtype: A floating-point dtype.
             depth: How many layers to run, from 1 to the config's number.
+            head: What gives the logit.
 
         Raises:
             CheckpointError: Tensors are missing, damaged or of the wrong shape.
@@ -114,13 +115,30 @@ class CausalModel:
             device, dtype, heads=config.heads(0), width=config.head_width
         )
         self._frequencies = _frequencies(config, device)
+        self._head = read.row(head.tensor, head.row, (head.rows, config.hidden))
+
+    @torch.inference_mode()
+    def logits(self, pairs: Sequence[TokenPair], *, helpers: Helpers = ALONE) -> list[float]:
+        """Return the logit of each pair of a pack.
+
+        Args:
+            pairs: n >= 1 pairs; best in order of length, since neighbours of equal length share
+                one attention call.
+            helpers: Not needed: the layers use torch's threads.
+
+        Returns:
+            n floats, which are NaN or infinite where the model gives that.
+        """
+        del helpers
+        raw = self.last_states(pairs).float() @ self._head
+        logits: list[float] = self.after_head(raw).tolist()
+        return logits
 
     def last_states(self, pairs: Sequence[TokenPair]) -> Tensor:
         """Return the normed output of each pair's last token; shape (n, hidden).
 
         Args:
-            pairs: n >= 1 pairs; best in order of length, since neighbours of equal length share
-                one attention call.
+            pairs: n >= 1 pairs.
         """
         layout = CausalLayout([len(pair) for pair in pairs], self.device)
         states = self._embed(pairs)
@@ -142,6 +160,10 @@ class CausalModel:
         """
         del index, pairs
         return states, layout
+
+    def after_head(self, raw: Tensor) -> Tensor:
+        """Return the logits for what the head gives; families that limit them do it here."""
+        return raw
 
     def _embed(self, pairs: Sequence[TokenPair]) -> Tensor:
         ids = torch.from_numpy(np.concatenate([pair.ids for pair in pairs])).to(self.device)

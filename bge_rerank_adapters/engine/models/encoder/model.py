@@ -5,8 +5,6 @@ and ends. Architecture: `modeling_xlm_roberta.py` and `modeling_bert.py` of tran
 whose numbers this gives to float32 rounding.
 """
 
-import logging
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,36 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bge_rerank_adapters.engine.models.cpu.amx.bfloat16 import (
-    AmxLayer,
-    amx_attention,
-    amx_layer,
-    amx_runs,
-)
-from bge_rerank_adapters.engine.models.cpu.amx.int8 import amx_int8_layer
-from bge_rerank_adapters.engine.models.cpu.onednn.int8_layers import int8_layer, run_sample
-from bge_rerank_adapters.engine.models.devices import default_pack_tokens, int8_pays, resolve_dtype
+from bge_rerank_adapters.engine.models.base import default_pack_tokens
+from bge_rerank_adapters.engine.models.cpu.threads import ALONE, Helpers
+from bge_rerank_adapters.engine.models.encoder.calibration import SampleRun
 from bge_rerank_adapters.engine.models.encoder.config import parse_config
-from bge_rerank_adapters.engine.models.encoder.layers import (
-    EncoderReader,
-    Layer,
-    check_feed_forward,
-    check_last_layer,
-    check_one_label,
-)
-from bge_rerank_adapters.engine.models.layers.activations import ACTIVATIONS
-from bge_rerank_adapters.engine.models.layers.attention import (
-    Attention,
-    Layout,
-    attention_for,
-    grouped_attention,
-    overlapping_attention,
-)
-from bge_rerank_adapters.engine.models.layers.linear import few_sizes
+from bge_rerank_adapters.engine.models.encoder.kit import choose_kit
+from bge_rerank_adapters.engine.models.encoder.layer import EncoderLayer, LayerSource
+from bge_rerank_adapters.engine.models.encoder.tensors import EncoderReader, check_tensors
+from bge_rerank_adapters.engine.models.layers.attention import Layout
 from bge_rerank_adapters.engine.models.weights import open_weights
-from bge_rerank_adapters.engine.text.tokenizer import TokenIds, TokenPair
-
-_log = logging.getLogger(__name__)
+from bge_rerank_adapters.engine.text.pairs import TokenIds, TokenPair
 
 
 class EncoderModel:
@@ -57,10 +35,9 @@ class EncoderModel:
         dtype: Of weights and activations; the head and the logits are float32 always. With int8,
             activations are of the fastest floating-point dtype, and so is all else where that is
             faster than 8-bit integers.
-        layer_dtype: What the layers are in: int8, or a floating-point dtype.
-        own_kernels: Whether these are of this package's own kernels, for processors with AMX.
         streams: 1: it runs a pack as a whole.
         pack_tokens: Token budget of a pack that suits the device.
+        kit: The layers, attention and streams that it runs with.
     """
 
     streams = 1
@@ -90,80 +67,48 @@ class EncoderModel:
         self.config = parse_config(config, folder=folder)
         self.device, self.dtype = device, dtype
         self.pack_tokens = default_pack_tokens(device)
-        compute = resolve_dtype("auto", device) if dtype == torch.int8 else dtype
-        heads = self.config.heads
-        width = self.config.hidden // heads
-        self.own_kernels = amx_runs(self.config, device, compute)
-        self._attend = (
-            amx_attention
-            if self.own_kernels
-            else attention_for(device, compute, heads=heads, width=width)
-        )
         with open_weights(folder) as weights:
-            check_one_label(weights, self.config)
-            check_last_layer(weights, self.config)
-            check_feed_forward(weights, self.config)
-            int8 = dtype == torch.int8 and self._int8_pays(compute)
-            self.layer_dtype = dtype if int8 else compute
-            self._load(
-                EncoderReader(weights, self.config, device, compute), sample() if int8 else None
-            )
+            check_tensors(weights, self.config)
+            self.kit = choose_kit(self.config, device, dtype)
+            self._attend = self.kit.attention()
+            self._load(EncoderReader(weights, self.config, device, self.kit.dtype), sample)
 
     @torch.inference_mode()
-    def logits(self, pairs: Sequence[TokenPair]) -> list[float]:
+    def logits(self, pairs: Sequence[TokenPair], *, helpers: Helpers = ALONE) -> list[float]:
         """Return the logit of each pair of a pack.
 
         Args:
             pairs: n >= 1 pairs of at most `config.max_tokens` tokens; best in order of length,
                 since neighbours of equal length share one attention call.
+            helpers: Threads that take a share of each layer, where the kit's layers run in one
+                thread.
 
         Returns:
             n floats, which are NaN or infinite where the model gives that.
         """
-        logits = self._run(pairs, self._attend)
-        if self._attend is overlapping_attention and not all(map(math.isfinite, logits)):
-            # What is not finite in one pair may have come into others.
-            return self._run(pairs, grouped_attention)
-        return logits
-
-    def _run(self, pairs: Sequence[TokenPair], attend: Attention) -> list[float]:
         count = len(pairs)
         pairs = [*pairs, *self._fillers(pairs)]
-        layout = Layout([len(pair) for pair in pairs], self.device)
-        heads = self.config.heads
+        layout = Layout([len(pair) for pair in pairs], self.device, helpers)
         states = self._embed(pairs)
-        for layer in self._layers[:-1]:
-            query, key, value = layer.project(states)
-            states = layer.after_attention(states, attend(query, key, value, layout, heads))
-        last = self._layers[-1]
+        *layers, last = self._layers
+        for layer in layers:
+            attended = self._attend(*layer.project(states, layout), layout, self.config.heads)
+            states = layer.after_attention(states, attended, layout)
         # The head reads the first token of each pair, so no other is computed further.
         first = states[layout.first]
-        query, key, value = last.project_last(states, first)
-        states = last.after_attention(first, attend(query, key, value, layout, heads))
+        projected = last.project_last(states, first, layout)
+        attended = self._attend(*projected, layout, self.config.heads)
+        states = last.after_attention(first, attended, layout)
         logits: list[float] = self._head(states[:count].float()).squeeze(-1).tolist()
         return logits
 
     def _fillers(self, pairs: Sequence[TokenPair]) -> list[TokenPair]:
-        """Return pairs of one token that bring a pack on a processor to one of few sizes."""
-        if self.device.type != "cpu" or self.own_kernels:
-            return []
+        """Return pairs of one token that bring a pack to the size that the kit asks for."""
         tokens = sum(map(len, pairs))
         filler = TokenPair(pairs[0].ids[:1], 1, truncated=False, index=0)
-        return [filler] * (few_sizes(tokens) - tokens)
+        return [filler] * (self.kit.pack_rows(tokens) - tokens)
 
-    def _int8_pays(self, compute: torch.dtype) -> bool:
-        config = self.config
-        activation = ACTIVATIONS[config.activation]
-        pays = (
-            amx_runs(config, self.device, compute, int8=True)
-            if self.own_kernels
-            else int8_pays(compute, config.hidden, config.intermediate, activation)
-        )
-        if not pays:
-            _log.info("8-bit layers are no faster than %s ones here, which run instead", compute)
-        return pays
-
-    def _load(self, read: EncoderReader, sample: Sequence[TokenPair] | None) -> None:
+    def _load(self, read: EncoderReader, sample: Callable[[], Sequence[TokenPair]]) -> None:
         config = self.config
         rows = {"word": config.vocabulary, "position": config.positions, "token_type": config.types}
         self._words, self._positions, self._types = (
@@ -171,38 +116,25 @@ class EncoderModel:
             for name, n in rows.items()
         )
         self._embedding_norm = read.norm(f"{config.prefix}.embeddings.LayerNorm")
-        self._layers: Sequence[Layer | AmxLayer]
-        if sample is not None:
-            self._layers = self._int8_layers(read, sample)
-        elif self.own_kernels:
-            self._layers = [amx_layer(read, index) for index in range(config.layers)]
-        else:
-            self._layers = [read.layer(index) for index in range(config.layers)]
+        self._layers: list[EncoderLayer]
+        self._layers = self._int8_layers(read, sample()) if self.kit.int8 else self._layers_of(read)
         self._head = read.head()
 
+    def _layers_of(self, read: EncoderReader) -> list[EncoderLayer]:
+        return [self.kit.layer(self._source(read, index)) for index in range(self.config.layers)]
+
     @torch.inference_mode()
-    def _int8_layers(
-        self, read: EncoderReader, sample: Sequence[TokenPair]
-    ) -> Sequence[Layer | AmxLayer]:
-        layout = Layout([len(pair) for pair in sample], self.device)
-
-        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return grouped_attention(query, key, value, layout, self.config.heads)
-
-        config, layers = self.config, []
-        activation = ACTIVATIONS[config.activation]
-        states = self._embed(sample)
-        for index in range(config.layers):
-            # Quantised from what is stored, not from what bfloat16 leaves of it.
-            parts, last = read.layer_parts(index, torch.float32), read.is_last(index)
-            sampled = run_sample(parts, activation, states, attend)
-            layers.append(
-                amx_int8_layer(parts, sampled, heads=config.heads, last=last)
-                if self.own_kernels
-                else int8_layer(parts, activation, sampled, last=last)
-            )
-            states = sampled.output
+    def _int8_layers(self, read: EncoderReader, sample: Sequence[TokenPair]) -> list[EncoderLayer]:
+        run = SampleRun(self.config, self._embed(sample), [len(pair) for pair in sample])
+        layers = []
+        for index in range(self.config.layers):
+            source = self._source(read, index)
+            layers.append(self.kit.layer(source._replace(sample=run.through(source.tensors))))
         return layers
+
+    def _source(self, read: EncoderReader, index: int) -> LayerSource:
+        tensors = read.layer_tensors(index, self.kit.tensor_dtype)
+        return LayerSource(tensors, last=read.is_last(index))
 
     def _embed(self, pairs: Sequence[TokenPair]) -> Tensor:
         """Return the embeddings of all tokens in a row, shape (tokens, hidden)."""

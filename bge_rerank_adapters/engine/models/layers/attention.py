@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bge_rerank_adapters.engine.models.cpu.streams import in_one_thread
+from bge_rerank_adapters.engine.models.cpu.threads import ALONE, Helpers, in_one_thread
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +34,15 @@ class Layout:
         bounds: Row at which each pair begins, and the end of the last; int32, shape (n + 1,).
         first: Row of each pair's first token; int64, shape (n,).
         counts: 0 to n; int32, shape (n + 1,): the bounds of rows of one query each.
+        helpers: Threads that take a share of each layer, where its layers do not use torch's.
     """
 
-    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+    def __init__(
+        self, lengths: Sequence[int], device: torch.device, helpers: Helpers = ALONE
+    ) -> None:
         """Take the lengths, in the order in which the pairs stand in the row."""
         self.lengths = list(lengths)
-        self.device = device
+        self.device, self.helpers = device, helpers
         self.groups: list[Group] = []
         start = 0
         for tokens, run in groupby(self.lengths):
@@ -54,7 +57,6 @@ class Layout:
 # Pairs below this are served by torch's fused kernel in any dtype.
 _SHORT_TOKENS = 64
 _ROWS_STEP = 32
-_KEYS_STEP = 16
 # The pair that ways to attend are timed on, and how often; ten milliseconds at most.
 _TIMED_TOKENS = 192
 _TIMINGS = 6
@@ -85,50 +87,6 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, pairs: int, heads: int) -
 
     out = functional.scaled_dot_product_attention(split(query), split(key), split(value))
     return out.transpose(1, 2).reshape(-1, query.shape[-1])
-
-
-def overlapping_attention(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, heads: int
-) -> Tensor:
-    """Attend likewise, to a number of keys that suits AMX: for bfloat16 on a processor that has it.
-
-    There torch's fused kernel takes up to twice as long where the keys are no multiple of 16. So a
-    run of pairs takes in the rows after it as well, which a mask gives a weight of zero. NaN and
-    infinity outlast that: what is not finite in one pair can spoil the pair before it.
-    """
-    if len(query) != len(key):
-        return grouped_attention(query, key, value, layout, heads)
-    attended = torch.empty_like(query)
-    for group in layout.groups:
-        rows = slice(group.start, group.start + group.pairs * group.tokens)
-        keys = -(-group.tokens // _KEYS_STEP) * _KEYS_STEP
-        beyond = keys - group.tokens
-        if not beyond or group.tokens < _SHORT_TOKENS or rows.stop + beyond > len(key):
-            attended[rows] = _attend(query[rows], key[rows], value[rows], group.pairs, heads)
-            continue
-        mask = query.new_zeros(1, 1, 1, keys)
-        mask[..., group.tokens :] = float("-inf")
-        out = functional.scaled_dot_product_attention(
-            _windows(query, group, heads, group.tokens),
-            _windows(key, group, heads, keys),
-            _windows(value, group, heads, keys),
-            attn_mask=mask,
-        )
-        attended[rows] = out.transpose(1, 2).reshape(-1, query.shape[-1])
-    return attended
-
-
-def _windows(states: Tensor, group: Group, heads: int, rows: int) -> Tensor:
-    """Return, for each pair of a group, so many rows from its first; a view of the states.
-
-    Shape (pairs, heads, rows, width); with more rows than a pair has, windows overlap.
-    """
-    stride, width = states.stride(0), states.shape[1] // heads
-    return states.as_strided(
-        (group.pairs, heads, rows, width),
-        (group.tokens * stride, width, stride, 1),
-        states.storage_offset() + group.start * stride,
-    )
 
 
 def product_attention(
@@ -221,7 +179,7 @@ def attention_for(device: torch.device, dtype: torch.dtype, *, heads: int, width
     """
     half = dtype in (torch.float16, torch.bfloat16)
     if device.type == "cpu" and dtype == torch.bfloat16:
-        return product_attention if _products_win(heads, width) else overlapping_attention
+        return product_attention if _products_win(heads, width) else grouped_attention
     if device.type != "cuda" or not half or torch.cuda.get_device_capability(device) < (8, 0):
         return grouped_attention
     return varlen_attention if _varlen_works(device, dtype, heads, width) else grouped_attention
@@ -246,7 +204,7 @@ def _products_win(heads: int, width: int) -> bool:
         with torch.inference_mode():
             products, fused = (
                 min(seconds(attend) for _ in range(_TIMINGS))
-                for attend in (product_attention, overlapping_attention)
+                for attend in (product_attention, grouped_attention)
             )
         return products < fused
 

@@ -2,8 +2,7 @@
 
 oneDNN leaves two thirds of such a processor's matrix units unused with the sizes that a reranker
 has (benchmarks/NOTES.md); `kernels/tiles.h` says how they are kept busier. Where the library was
-not built, or the processor or the sizes are of other kinds, the layers of `encoder.layers` and
-`onednn.int8_layers` run.
+not built, or the CPU or the sizes are of other kinds, another of `encoder.kit.KITS` is chosen.
 """
 
 import ctypes
@@ -14,10 +13,12 @@ import torch
 from torch import Tensor
 
 from bge_rerank_adapters.engine.models.cpu.kernels.library import AMX, kernel, lack, pack
-from bge_rerank_adapters.engine.models.cpu.streams import in_parts
+from bge_rerank_adapters.engine.models.cpu.threads import ALONE, Helpers
 from bge_rerank_adapters.engine.models.encoder.config import EncoderConfig
-from bge_rerank_adapters.engine.models.encoder.layers import EncoderReader, Norm, Parts, stacked
+from bge_rerank_adapters.engine.models.encoder.layer import LayerSource
+from bge_rerank_adapters.engine.models.encoder.tensors import LinearTensors, stacked
 from bge_rerank_adapters.engine.models.layers.attention import Layout
+from bge_rerank_adapters.engine.models.layers.norm import LayerNorm
 
 # Bytes that a tile has side by side.
 _TILE_BYTES = 64
@@ -70,17 +71,22 @@ def amx_runs(
     )
 
 
-def amx_layer(read: EncoderReader, index: int) -> "AmxLayer":
-    """Return the layer at a position counted from 0, in bfloat16."""
-    config, parts = read.config, read.layer_parts(index, torch.bfloat16)
-    width = config.hidden // config.heads
-    query, key_value = parts.projections
-    projections = parts.projections if read.is_last(index) else (stacked(query, key_value),)
+def amx_layer(source: LayerSource, *, heads: int) -> "AmxLayer":
+    """Return a layer in bfloat16.
+
+    Args:
+        source: What it is made from, tensors in bfloat16.
+        heads: Number of attention heads.
+    """
+    tensors = source.tensors
+    query, key_value = tensors.projections
+    width = len(query[0]) // heads
+    projections = tensors.projections if source.last else (stacked(query, key_value),)
     return AmxLayer(
         projections=tuple(AmxLinear(*each, slice_width=width) for each in projections),
-        after_attention=AmxAfterAttention(
-            (parts.attention_output, parts.up, parts.down),
-            (parts.attention_norm, parts.output_norm),
+        after=AmxAfterAttention(
+            (tensors.attention_output, tensors.up, tensors.down),
+            (tensors.attention_norm, tensors.output_norm),
         ),
     )
 
@@ -111,7 +117,7 @@ def amx_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, hea
             )
         )
 
-    in_parts(heads, 1 if key.shape[1] > _LEAST_ROWS else heads, make)
+    layout.helpers.split(heads, 1 if key.shape[1] > _LEAST_ROWS else heads, make)
     return out
 
 
@@ -120,21 +126,30 @@ class AmxLayer:
     """One layer.
 
     Attributes:
-        projections: As in `encoder_layers.Layer`; their outputs lie head by head, shape
+        projections: As in `encoder.layer.LinearLayer`; their outputs lie head by head, shape
             (outputs / width of a head, rows, width of a head).
-        after_attention: All that comes after attention, from states and what was attended.
+        after: All that comes after attention, from states and what was attended.
     """
 
-    projections: tuple[Callable[[Tensor], Tensor], ...]
-    after_attention: Callable[[Tensor, Tensor], Tensor]
+    projections: tuple[Callable[[Tensor, Helpers], Tensor], ...]
+    after: Callable[[Tensor, Tensor, Helpers], Tensor]
 
-    def project(self, states: Tensor) -> tuple[Tensor, ...]:
+    def project(self, states: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
         """Return query, key and value for states of shape (rows, hidden), head by head."""
-        return self.projections[0](states).chunk(3)
+        query, key, value = self.projections[0](states, layout.helpers).chunk(3)
+        return query, key, value
 
-    def project_last(self, states: Tensor, first: Tensor) -> tuple[Tensor, ...]:
+    def project_last(
+        self, states: Tensor, first: Tensor, layout: Layout
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the query for the pairs' first tokens, and key and value for all."""
-        return self.projections[0](first), *self.projections[1](states).chunk(2)
+        query, key_value = self.projections
+        key, value = key_value(states, layout.helpers).chunk(2)
+        return query(first, layout.helpers), key, value
+
+    def after_attention(self, states: Tensor, attended: Tensor, layout: Layout) -> Tensor:
+        """Return the output for states and what their attention gave, both (rows, hidden)."""
+        return self.after(states, attended, layout.helpers)
 
 
 class AmxLinear:
@@ -152,7 +167,7 @@ class AmxLinear:
         self._weight, self._bias = packed(weight), bias.float()
         self._slice = slice_width
 
-    def __call__(self, states: Tensor) -> Tensor:
+    def __call__(self, states: Tensor, helpers: Helpers = ALONE) -> Tensor:
         """Return the outputs for states of shape (rows, inputs), contiguous.
 
         Shape (outputs / slice width, rows, slice width).
@@ -165,13 +180,17 @@ class AmxLinear:
             )
             return status
 
-        return by_slices(states, self._outputs, self._slice, make)
+        return by_slices(states, self._outputs, self._slice, make, helpers)
 
 
 class AmxAfterAttention:
     """What comes after attention in a layer: its output, the feed-forward block and both norms."""
 
-    def __init__(self, linears: tuple[Parts, Parts, Parts], norms: tuple[Norm, Norm]) -> None:
+    def __init__(
+        self,
+        linears: tuple[LinearTensors, LinearTensors, LinearTensors],
+        norms: tuple[LayerNorm, LayerNorm],
+    ) -> None:
         """Lay out the weights; the originals are not kept.
 
         Args:
@@ -190,12 +209,12 @@ class AmxAfterAttention:
             *(*structures, norms[0].epsilon),
         )
 
-    def __call__(self, states: Tensor, attended: Tensor) -> Tensor:
+    def __call__(self, states: Tensor, attended: Tensor, helpers: Helpers = ALONE) -> Tensor:
         """Return the layer's output for states and what their attention gave.
 
         All have shape (rows, hidden) and are contiguous.
         """
-        return by_rows(kernel(AMX, "after_attention"), self._layer, states, attended)
+        return by_rows(kernel(AMX, "after_attention"), self._layer, states, attended, helpers)
 
 
 def packed(weight: Tensor) -> Tensor:
@@ -210,7 +229,7 @@ def packed(weight: Tensor) -> Tensor:
     return out
 
 
-def norm_vectors(norms: tuple[Norm, Norm]) -> tuple[list[Tensor], list[NormVectors]]:
+def norm_vectors(norms: tuple[LayerNorm, LayerNorm]) -> tuple[list[Tensor], list[NormVectors]]:
     """Return the norms' vectors in float32, and structures with their addresses."""
     vectors = [vector.float() for norm in norms for vector in (norm.weight, norm.bias)]
     first, second, third, fourth = (vector.data_ptr() for vector in vectors)
@@ -218,7 +237,11 @@ def norm_vectors(norms: tuple[Norm, Norm]) -> tuple[list[Tensor], list[NormVecto
 
 
 def by_slices(
-    states: Tensor, outputs: int, width: int, make: Callable[[int, int, Tensor], int]
+    states: Tensor,
+    outputs: int,
+    width: int,
+    make: Callable[[int, int, Tensor], int],
+    helpers: Helpers,
 ) -> Tensor:
     """Return what a kernel makes of states, of shape (outputs / width, rows, width).
 
@@ -227,16 +250,21 @@ def by_slices(
         outputs: For each row.
         width: Of a slice.
         make: Makes those from a row to another, and returns whether it failed.
+        helpers: Threads that make a share of the rows.
     """
     out = states.new_empty(outputs // width, len(states), width)
-    in_parts(len(states), _LEAST_ROWS, lambda begin, end: check(make(begin, end, out)))
+    helpers.split(len(states), _LEAST_ROWS, lambda begin, end: check(make(begin, end, out)))
     return out
 
 
 def by_rows(
-    kernel: Callable[..., int], layer: ctypes.Structure, states: Tensor, attended: Tensor
+    kernel: Callable[..., int],
+    layer: ctypes.Structure,
+    states: Tensor,
+    attended: Tensor,
+    helpers: Helpers,
 ) -> Tensor:
-    """Return what a kernel for what comes after attention gives, of shape (rows, hidden)."""
+    """Return what a kernel for all after attention gives, all of shape (rows, hidden)."""
     out = torch.empty_like(states)
     row = states.shape[1] * states.element_size()
 
@@ -244,7 +272,7 @@ def by_rows(
         before, between, after = (each.data_ptr() + begin * row for each in (states, attended, out))
         check(kernel(ctypes.addressof(layer), before, between, end - begin, after))
 
-    in_parts(len(states), _LEAST_ROWS, make)
+    helpers.split(len(states), _LEAST_ROWS, make)
     return out
 
 

@@ -18,9 +18,11 @@ from bge_rerank_adapters.engine.models.cpu.amx.bfloat16 import (
     packed,
 )
 from bge_rerank_adapters.engine.models.cpu.kernels.library import AMX, kernel
-from bge_rerank_adapters.engine.models.cpu.onednn.int8 import smoothing
-from bge_rerank_adapters.engine.models.cpu.onednn.int8_layers import LayerSample
-from bge_rerank_adapters.engine.models.encoder.layers import LayerParts, Norm, Parts, stacked
+from bge_rerank_adapters.engine.models.cpu.threads import ALONE, Helpers
+from bge_rerank_adapters.engine.models.encoder.layer import LayerSource
+from bge_rerank_adapters.engine.models.encoder.tensors import LinearTensors, stacked
+from bge_rerank_adapters.engine.models.layers.calibration import smoothing
+from bge_rerank_adapters.engine.models.layers.norm import LayerNorm
 
 # Inner numbers of a feed-forward block that are made at a time, and have a range for each row.
 _CHUNK = 1024
@@ -50,17 +52,18 @@ class _Layer(ctypes.Structure):
     )
 
 
-def amx_int8_layer(parts: LayerParts, sample: LayerSample, *, heads: int, last: bool) -> AmxLayer:
-    """Return a layer.
+def amx_int8_layer(source: LayerSource, *, heads: int) -> AmxLayer:
+    """Return a layer in 8 bits.
 
     Args:
-        parts: What it is made of, in float32.
-        sample: What runs through it, which tells the channels that reach far.
+        source: What it is made from, tensors in float32; its sample tells the channels that reach
+            far.
         heads: Number of attention heads.
-        last: Whether it is the last layer, where all but key and value are for first tokens, which
-            are no ordinary ones.
     """
-    query, key_value = parts.projections
+    tensors, last, sample = source
+    if sample is None:
+        raise ValueError("Layers in 8 bits need a sample.")
+    query, key_value = tensors.projections
     width = len(query[0]) // heads
     states, attended = smoothing(sample.states), smoothing(sample.attended)
     projections = (
@@ -71,10 +74,10 @@ def amx_int8_layer(parts: LayerParts, sample: LayerSample, *, heads: int, last: 
             AmxInt8Linear(*each, divisor=divisor, slice_width=width)
             for each, divisor in projections
         ),
-        after_attention=AmxInt8AfterAttention(
-            (parts.attention_output, parts.up, parts.down),
+        after=AmxInt8AfterAttention(
+            (tensors.attention_output, tensors.up, tensors.down),
             (None, None) if last else (attended, smoothing(sample.middle)),
-            (parts.attention_norm, parts.output_norm),
+            (tensors.attention_norm, tensors.output_norm),
         ),
     )
 
@@ -128,7 +131,7 @@ class AmxInt8Linear:
         self._outputs, self._inputs = weight.shape
         self._weight, self._slice = _Quantised(weight, bias, divisor), slice_width
 
-    def __call__(self, states: Tensor) -> Tensor:
+    def __call__(self, states: Tensor, helpers: Helpers = ALONE) -> Tensor:
         """Return the outputs for states of shape (rows, inputs), in bfloat16 and contiguous.
 
         Shape (outputs / slice width, rows, slice width).
@@ -142,7 +145,7 @@ class AmxInt8Linear:
             )
             return status
 
-        return by_slices(states, self._outputs, self._slice, make)
+        return by_slices(states, self._outputs, self._slice, make, helpers)
 
 
 class AmxInt8AfterAttention:
@@ -150,9 +153,9 @@ class AmxInt8AfterAttention:
 
     def __init__(
         self,
-        linears: tuple[Parts, Parts, Parts],
+        linears: tuple[LinearTensors, LinearTensors, LinearTensors],
         divisors: tuple[Tensor | None, Tensor | None],
-        norms: tuple[Norm, Norm],
+        norms: tuple[LayerNorm, LayerNorm],
     ) -> None:
         """Quantise the weights; the originals are not kept.
 
@@ -176,9 +179,9 @@ class AmxInt8AfterAttention:
             *(*structures, norms[0].epsilon),
         )
 
-    def __call__(self, states: Tensor, attended: Tensor) -> Tensor:
+    def __call__(self, states: Tensor, attended: Tensor, helpers: Helpers = ALONE) -> Tensor:
         """Return the layer's output for states and what their attention gave.
 
         All have shape (rows, hidden), are in bfloat16 and contiguous.
         """
-        return by_rows(kernel(AMX, "int8_after_attention"), self._layer, states, attended)
+        return by_rows(kernel(AMX, "int8_after_attention"), self._layer, states, attended, helpers)

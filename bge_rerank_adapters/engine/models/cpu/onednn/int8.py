@@ -1,4 +1,4 @@
-"""Linear layers in 8-bit integers, on a processor.
+"""Linear layers in 8-bit integers, on a CPU.
 
 Their product is an operator that torch keeps private (its compiler emits it), so it is tried once
 on a small product, and left alone where it is missing or wrong.
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bge_rerank_adapters.engine.models.layers.calibration import smoothing
 from bge_rerank_adapters.engine.models.layers.linear import Activation, filled_up, has_onednn
 
 # Rows that are taken through several steps at a time: what lies between steps stays in the cache.
@@ -18,8 +19,6 @@ from bge_rerank_adapters.engine.models.layers.linear import Activation, filled_u
 # waits for threads to wake where another thread of the process uses torch.
 _BLOCK_ROWS = 512
 _ENCODED_ROWS = 256
-# How many times as far as the median channel one may reach, beyond which it is divided.
-_MOST_REACH = 2.0
 # Added to a float32 below 2**22 in size, it leaves no room for a fraction, so that the sum's last
 # bits are the nearest integer: rounding for the price of an addition, where round() takes ten.
 _ROUNDING = 1.5 * 2**23
@@ -325,26 +324,3 @@ def _exact_up_to(largest: int) -> bool:
     except (AttributeError, RuntimeError):
         return False
     return bool((out == 64.0 * 127 * largest).all())
-
-
-def smoothing(sample: Tensor) -> Tensor | None:
-    """Return what to divide each input of a layer by before it is quantised.
-
-    What is large in a channel is moved into its weights, as in SmoothQuant (Xiao et al. 2022,
-    arXiv:2211.10438), but wholly, and only where it would leave fewer steps for all others: with
-    an equal share for both, or with all channels, more rows were beyond the range, or logits
-    further off. Weights have a scale per output, which one channel of many hardly widens.
-
-    Args:
-        sample: States like those to come, shape (rows, inputs).
-
-    Returns:
-        Shape (inputs,), 1 for an ordinary channel; `None` if all are ordinary.
-    """
-    reach = sample.float().abs().amax(dim=0)
-    # By zero, where most channels are silent, it is not finite.
-    reach = reach / reach.median()
-    outliers = (reach > _MOST_REACH) & reach.isfinite()
-    if not bool(outliers.any()):
-        return None
-    return torch.where(outliers, reach / _MOST_REACH, torch.ones_like(reach))

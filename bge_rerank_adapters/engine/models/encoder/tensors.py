@@ -1,0 +1,148 @@
+"""An encoder's tensors by what they are for, read from its checkpoint and checked."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bge_rerank_adapters.engine.models.encoder.config import EncoderConfig
+from bge_rerank_adapters.engine.models.layers.linear import PlainLinear
+from bge_rerank_adapters.engine.models.layers.norm import LayerNorm
+from bge_rerank_adapters.engine.models.weights import Weights
+from bge_rerank_adapters.errors import CheckpointError, UnsupportedCheckpointError
+
+# Weight, shape (outputs, inputs), and bias, shape (outputs,).
+LinearTensors = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTensors:
+    """What a layer is made of, by the names in `encoder.layer.LinearLayer`.
+
+    Projections are one for the query, and one for key and value.
+    """
+
+    projections: tuple[LinearTensors, LinearTensors]
+    attention_output: LinearTensors
+    attention_norm: LayerNorm
+    up: LinearTensors
+    down: LinearTensors
+    output_norm: LayerNorm
+
+
+def stacked(*tensors: LinearTensors) -> LinearTensors:
+    """Return layers that read the same states as one that gives their outputs side by side."""
+    return torch.cat([weight for weight, _ in tensors]), torch.cat([bias for _, bias in tensors])
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderReader:
+    """Reads what an encoder is made of from its checkpoint."""
+
+    weights: Weights
+    config: EncoderConfig
+    device: torch.device
+    dtype: torch.dtype
+
+    def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        """Return a tensor on the device, in the dtype of the computation or another one.
+
+        Raises:
+            CheckpointError: It is missing, or of another shape.
+        """
+        stored = self.weights.tensor(name, shape)
+        # Copied even where nothing changes: a view of the file would die with it.
+        return stored.to(self.device, dtype or self.dtype, copy=True)
+
+    def norm(self, name: str) -> LayerNorm:
+        """Return the layer norm of this name."""
+        shape = (self.config.hidden,)
+        return LayerNorm(
+            self.tensor(f"{name}.weight", shape),
+            self.tensor(f"{name}.bias", shape),
+            self.config.epsilon,
+        )
+
+    def layer_tensors(self, index: int, dtype: torch.dtype) -> LayerTensors:
+        """Return the tensors of the layer at a position counted from 0.
+
+        Args:
+            index: The position.
+            dtype: Of weights and biases.
+        """
+        name = f"{self.config.prefix}.encoder.layer.{index}"
+        hidden, wide = self.config.hidden, self.config.intermediate
+
+        def linear(part: str, outputs: int = hidden, inputs: int = hidden) -> LinearTensors:
+            return self._linear(f"{name}.{part}", outputs, inputs, dtype)
+
+        query, key, value = (linear(f"attention.self.{part}") for part in ("query", "key", "value"))
+        return LayerTensors(
+            projections=(query, stacked(key, value)),
+            attention_output=linear("attention.output.dense"),
+            attention_norm=self.norm(f"{name}.attention.output.LayerNorm"),
+            up=linear("intermediate.dense", wide, hidden),
+            down=linear("output.dense", hidden, wide),
+            output_norm=self.norm(f"{name}.output.LayerNorm"),
+        )
+
+    def head(self) -> Callable[[Tensor], Tensor]:
+        """Return the classification head, from the first token's states to (pairs, 1)."""
+        hidden = self.config.hidden
+        roberta = self.config.counts_from_pad
+        dense_name = "classifier.dense" if roberta else f"{self.config.prefix}.pooler.dense"
+        out_name = "classifier.out_proj" if roberta else "classifier"
+        dense = PlainLinear(*self._linear(dense_name, hidden, hidden, torch.float32), torch.tanh)
+        out = PlainLinear(*self._linear(out_name, 1, hidden, torch.float32))
+        return lambda states: out(dense(states))
+
+    def is_last(self, index: int) -> bool:
+        """Return whether no layer comes after this one."""
+        return index == self.config.layers - 1
+
+    def _linear(self, name: str, outputs: int, inputs: int, dtype: torch.dtype) -> LinearTensors:
+        return (
+            self.tensor(f"{name}.weight", (outputs, inputs), dtype),
+            self.tensor(f"{name}.bias", (outputs,), dtype),
+        )
+
+
+def check_tensors(weights: Weights, config: EncoderConfig) -> None:
+    """Check that config and weights are of one checkpoint, and of a reranker.
+
+    Raises:
+        CheckpointError: They are not, or there is no head.
+        UnsupportedCheckpointError: The head gives several logits.
+    """
+    check_one_label(weights, config)
+    _check_last_layer(weights, config)
+    # These sizes decide which layers are chosen, before the others are read.
+    name = f"{config.prefix}.encoder.layer.0.intermediate.dense.weight"
+    weights.tensor(name, (config.intermediate, config.hidden))
+
+
+def check_one_label(weights: Weights, config: EncoderConfig) -> None:
+    """Check that the head gives one logit.
+
+    Raises:
+        CheckpointError: There is no head.
+        UnsupportedCheckpointError: It gives several.
+    """
+    name = "classifier.out_proj.weight" if config.counts_from_pad else "classifier.weight"
+    shape = weights.shape(name)
+    if len(shape) == 2 and shape[0] > 1:
+        raise UnsupportedCheckpointError(
+            f"{weights.folder} is a classifier of {shape[0]} labels; a reranker has one, whose "
+            "logit says how relevant a document is."
+        )
+
+
+def _check_last_layer(weights: Weights, config: EncoderConfig) -> None:
+    """Refuse to leave layers out: the model would run, and give other numbers."""
+    beyond = f"{config.prefix}.encoder.layer.{config.layers}.output.dense.weight"
+    if beyond in weights:
+        raise CheckpointError(
+            f"{weights.path} has the tensor {beyond}, but num_hidden_layers in config.json is "
+            f"{config.layers}; config and weights are not of one checkpoint."
+        )

@@ -1,0 +1,204 @@
+"""The families of rerankers as models: what differs between them stands in one row each."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from tokenizers import Tokenizer
+
+from bge_rerank_adapters.engine.models.base import Model
+from bge_rerank_adapters.engine.models.causal.config import parse_causal
+from bge_rerank_adapters.engine.models.causal.decoder import DecoderModel
+from bge_rerank_adapters.engine.models.causal.layerwise import LayerwiseModel
+from bge_rerank_adapters.engine.models.causal.lightweight import LightweightModel
+from bge_rerank_adapters.engine.models.cpu.streams import stream_count, with_streams
+from bge_rerank_adapters.engine.models.encoder.calibration import sample_pairs
+from bge_rerank_adapters.engine.models.encoder.config import ENCODER_TYPES, parse_config
+from bge_rerank_adapters.engine.models.encoder.model import EncoderModel
+from bge_rerank_adapters.engine.text.pairs import PairTemplate
+from bge_rerank_adapters.engine.text.prompts import (
+    CONTAINS_ANSWER,
+    YES,
+    YES_OR_NO,
+    PromptStyle,
+    decoder_template,
+)
+from bge_rerank_adapters.engine.text.tokenizer import PairTokenizer, read_template
+from bge_rerank_adapters.settings import EngineSettings
+
+
+class Sizes(Protocol):
+    """What tokenizing needs of a model's config."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens of a pair."""
+        ...
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of embeddings."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """What a model is made from.
+
+    Attributes:
+        config: The checkpoint's `config.json`.
+        folder: Holds its safetensors.
+        settings: The engine's.
+        tokenizer: The checkpoint's.
+        device: Where the model is to run.
+        dtype: Of weights and activations; int8 for layers in 8 bits.
+    """
+
+    config: dict[str, Any]
+    folder: Path
+    settings: EngineSettings
+    tokenizer: PairTokenizer
+    device: torch.device
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """One family.
+
+    Attributes:
+        name: As in the settings.
+        model_types: The kinds of models that this package runs, by the `model_type` of configs.
+        read_sizes: From a config and `folder=` to its sizes; checks the config.
+        template: From the settings, the checkpoint's folder and its tokenizer to what stands around
+            a pair.
+        load: Makes the model.
+        wide_range: Whether activations may be too large for float16.
+        classifier: Whether the logit comes from a classification head.
+        flag_class: FlagEmbedding's class.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    read_sizes: Callable[..., Sizes]
+    template: Callable[[EngineSettings, Path, Tokenizer], PairTemplate]
+    load: Callable[[ModelSource], Model]
+    wide_range: bool = True
+    classifier: bool = False
+    flag_class: str
+
+
+def family_of(config: dict[str, Any]) -> Family | None:
+    """Return the family that runs a config's kind of model, if any."""
+    kind = config.get("model_type")
+    return next((family for family in FAMILIES.values() if kind in family.model_types), None)
+
+
+def _encoder_template(settings: EngineSettings, folder: Path, tokenizer: Tokenizer) -> PairTemplate:
+    del folder
+    return replace(
+        read_template(tokenizer),
+        query_instruction=settings.query_instruction or "",
+        passage_instruction=settings.passage_instruction or "",
+    )
+
+
+def _prompted(
+    style: PromptStyle, settings: EngineSettings, folder: Path, tokenizer: Tokenizer
+) -> PairTemplate:
+    return decoder_template(
+        tokenizer,
+        folder,
+        style=style,
+        prompt=settings.prompt,
+        query_instruction=settings.query_instruction,
+        passage_instruction=settings.passage_instruction,
+    )
+
+
+def _load_encoder(source: ModelSource) -> Model:
+    model = EncoderModel(
+        source.config,
+        source.folder,
+        device=source.device,
+        dtype=source.dtype,
+        sample=lambda: source.tokenizer.tokenize(sample_pairs()).distinct,
+    )
+    return with_streams(model, model.kit.stream_count())
+
+
+def _load_decoder(source: ModelSource) -> Model:
+    model = DecoderModel(
+        source.config,
+        source.folder,
+        device=source.device,
+        dtype=source.dtype,
+        yes_id=source.tokenizer.first_id(YES),
+    )
+    return with_streams(model, stream_count(source.device, source.dtype))
+
+
+def _load_layerwise(source: ModelSource) -> Model:
+    model = LayerwiseModel(
+        source.config,
+        source.folder,
+        device=source.device,
+        dtype=source.dtype,
+        cutoff_layer=source.settings.cutoff_layers,
+    )
+    return with_streams(model, stream_count(source.device, source.dtype))
+
+
+def _load_lightweight(source: ModelSource) -> Model:
+    model = LightweightModel(
+        source.config,
+        source.folder,
+        device=source.device,
+        dtype=source.dtype,
+        cutoff_layer=source.settings.cutoff_layers,
+        compress_ratio=source.settings.compress_ratio or 1,
+        compress_layers=source.settings.compress_layers,
+    )
+    return with_streams(model, stream_count(source.device, source.dtype))
+
+
+_ROWS = (
+    Family(
+        name="encoder",
+        model_types=ENCODER_TYPES,
+        read_sizes=parse_config,
+        template=_encoder_template,
+        load=_load_encoder,
+        wide_range=False,
+        classifier=True,
+        flag_class="FlagReranker",
+    ),
+    Family(
+        name="decoder",
+        model_types=("gemma",),
+        read_sizes=parse_causal,
+        template=partial(_prompted, PromptStyle(YES_OR_NO)),
+        load=_load_decoder,
+        flag_class="FlagLLMReranker",
+    ),
+    Family(
+        name="layerwise",
+        model_types=("minicpm",),
+        read_sizes=parse_causal,
+        template=partial(_prompted, PromptStyle(YES_OR_NO, needs_bos=True)),
+        load=_load_layerwise,
+        flag_class="LayerWiseFlagLLMReranker",
+    ),
+    Family(
+        name="lightweight",
+        model_types=("cost_wise_gemma",),
+        read_sizes=parse_causal,
+        template=partial(_prompted, PromptStyle(CONTAINS_ANSWER, needs_bos=True)),
+        load=_load_lightweight,
+        flag_class="LightWeightFlagLLMReranker",
+    ),
+)
+FAMILIES = {family.name: family for family in _ROWS}

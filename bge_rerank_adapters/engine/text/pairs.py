@@ -1,0 +1,90 @@
+"""Pairs of texts as token ids, and what a model puts around them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+TokenIds = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPair:
+    """A query and a document as one row of token ids.
+
+    Attributes:
+        ids: int64, shape (tokens,), special tokens included.
+        document_start: Where the document's own tokens begin; token type 1 starts there in models
+            that have two types.
+        truncated: Whether the document was cut to fit.
+        index: Position of the first pair with these texts in the caller's list.
+        span: The document's characters that a window of it shows; `None` where there are none.
+        tokens_after: How many tokens follow the document's own.
+    """
+
+    ids: TokenIds
+    document_start: int
+    truncated: bool
+    index: int
+    span: tuple[int, int] | None = None
+    tokens_after: int = 0
+
+    def __len__(self) -> int:
+        """Return the number of tokens."""
+        return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedPairs:
+    """The distinct pairs of a call, and which of them each pair of the caller's is.
+
+    Attributes:
+        distinct: m tokenised pairs; m <= n unless there are windows.
+        positions: For each of the caller's n pairs, its position in `distinct`, or in `windows`.
+        windows: For each distinct pair, where its windows are in `distinct`; `None` where
+            documents have none.
+    """
+
+    distinct: list[TokenPair]
+    positions: list[int]
+    windows: list[range] | None = None
+
+    def winners(self, logits: Sequence[float]) -> list[int]:
+        """Return for each of the caller's n pairs the position of what speaks for it.
+
+        That is its window with the highest logit, the first of equals.
+
+        Args:
+            logits: m logits, of `distinct`.
+        """
+        if self.windows is None:
+            return self.positions
+        winners = [max(window, key=logits.__getitem__) for window in self.windows]
+        return [winners[position] for position in self.positions]
+
+
+@dataclass(frozen=True, slots=True)
+class PairTemplate:
+    """What stands around a pair: `before` query `between` document `after`.
+
+    Attributes:
+        before: Token ids, as for the next two; each may be empty.
+        between: Those that part query and document.
+        after: Those that follow the document.
+        extra_tokens: By how many tokens a pair may exceed `max_length`.
+        query_instruction: Put before each query, and cut with it.
+        passage_instruction: Put before each document, and cut with it.
+    """
+
+    before: TokenIds
+    between: TokenIds
+    after: TokenIds
+    extra_tokens: int = 0
+    query_instruction: str = ""
+    passage_instruction: str = ""
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of the template itself."""
+        return len(self.before) + len(self.between) + len(self.after)
