@@ -47,7 +47,7 @@ def serve(
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Its port.", min=0, max=65535)] = 8000,
     served_model: Annotated[
-        str | None, _option("The model's name in requests; else that of --model.")
+        str | None, _option("The model's names in requests, with commas; else that of --model.")
     ] = None,
     max_documents: Annotated[
         int | None, _option("Most documents of a request; else 1000.", min=1)
@@ -75,12 +75,13 @@ def serve(
 ) -> None:
     """Serve the model over HTTP: the rerank APIs of Cohere, Jina and text-embeddings-inference."""
     from bge_rerank_adapters.serve import ServerSettings
+    from bge_rerank_adapters.serve.settings import one_or_more
 
     own: options.Asked = {
         "model": model,
         "device": device,
         "dtype": dtype,
-        "served_model": served_model,
+        "served_model": None if served_model is None else one_or_more(served_model),
         "max_documents": max_documents,
         "max_characters": max_characters,
         "max_body_bytes": max_body_bytes,

@@ -104,6 +104,7 @@ class Reranker(BaseReranker[EngineSettings]):
             max_queued_pairs=settings.max_queued_pairs,
             pack_tokens=settings.pack_tokens if isinstance(settings.pack_tokens, int) else None,
         )
+        self.pack_tokens = max(worker.budget for worker in self._core.workers)
         self._runner = AsyncRunner()
         self._finalizer = weakref.finalize(self, _let_go, self._core, self._runner)
         # At exit the core's own hook waits for its threads, which this must not overtake.

@@ -6,14 +6,16 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 
 import bge_rerank_adapters
 from bge_rerank_adapters.engine.stats import EngineStats
 from bge_rerank_adapters.errors import SettingsError
+from bge_rerank_adapters.serve.about import key, keyed_router, open_router
 from bge_rerank_adapters.serve.gate import Gate
 from bge_rerank_adapters.serve.metrics import Metrics
 from bge_rerank_adapters.serve.refusals import tell_problems
-from bge_rerank_adapters.serve.routes import key, keyed_router, open_router
+from bge_rerank_adapters.serve.routes import scoring_router
 from bge_rerank_adapters.serve.service import Service
 from bge_rerank_adapters.serve.settings import ServerSettings
 
@@ -70,8 +72,17 @@ def create_app(
     )
     app.state.settings, app.state.service, app.state.metrics = settings, service, metrics
     app.include_router(open_router)
-    app.include_router(keyed_router, dependencies=[key] if settings.api_key else [])
+    for router in (scoring_router, keyed_router):
+        app.include_router(router, dependencies=[key] if settings.api_key else [])
     app.add_middleware(Gate, settings=settings, metrics=metrics)
+    if settings.cors_origins:
+        # Outside the gate: what a browser asks beforehand has no key, and refusals are to be read.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+        )
     tell_problems(app)
     return app
 

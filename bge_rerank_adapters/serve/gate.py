@@ -1,4 +1,8 @@
-"""What every request passes first: counting, the key, the number at a time, the last resort."""
+"""What every request passes first: counting, the key, the number at a time, the last resort.
+
+Here too a path's other names become the one that is routed, and web pages of other origins are
+refused: since a body needs no Content-Type, a browser would send theirs without asking first.
+"""
 
 import asyncio
 import contextlib
@@ -13,11 +17,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from bge_rerank_adapters.serve.metrics import Metrics
 from bge_rerank_adapters.serve.refusals import Refusal, overloaded, path_of, response_of
-from bge_rerank_adapters.serve.settings import ServerSettings
+from bge_rerank_adapters.serve.settings import ServerSettings, variable
 
 SCORING = ("/v1/rerank", "/v2/rerank", "/rerank")
 _OPEN = ("/health", "/docs", "/openapi.json")
 _ROUTES = frozenset((*SCORING, *_OPEN, "/metrics", "/info", "/v1/models"))
+# As llama.cpp has them beside the others.
+_ALIASES = {"/reranking": "/rerank", "/v1/reranking": "/v1/rerank"}
+_MODEL = "/v1/models/"
+_SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 # How long a client that is still to send a body may pause, before it is taken for one that will
 # not: it may have been told to go on before it sends one.
 _SILENCE_S = 1.0
@@ -34,6 +42,7 @@ class Gate:
         self._most = settings.max_concurrent_requests
         self._body_timeout_s = settings.body_timeout_s
         self._scoring = 0
+        self._origins = frozenset(settings.cors_origins)
         key = settings.api_key
         self._key = None if key is None else _digest(key.encode("utf-8"))
 
@@ -42,7 +51,8 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        path = path_of(scope)
+        path = _canonical(path_of(scope))
+        scope = _at(path, scope)
         body = _Body(receive)
         answer = _Answer(scope, body, send)
         begin = time.perf_counter()
@@ -50,14 +60,14 @@ class Gate:
             with self._metrics.in_progress.track_inprogress():
                 await self._answer(path, scope, body, answer)
         finally:
-            # A path is what a stranger types; each as a label of its own would fill the memory.
-            route = path if path in _ROUTES else "other"
+            route = _route(path)
             status = str(answer.status or 499)
             self._metrics.seconds.labels(route, status).observe(time.perf_counter() - begin)
         await answer.finish(self._body_timeout_s)
 
     async def _answer(self, path: str, scope: Scope, receive: Receive, answer: "_Answer") -> None:
         try:
+            self._check_origin(scope)
             self._check_key(path, scope)
             if path in SCORING:
                 await self._score(scope, receive, answer)
@@ -66,7 +76,7 @@ class Gate:
         except Refusal as refusal:
             await response_of(path, refusal)(scope, receive, answer)
         except Exception:
-            _log.exception("A request for %s failed", path if path in _ROUTES else "another path")
+            _log.exception("A request for %s failed", _route(path))
             if answer.status is not None:
                 raise  # too late for another answer: the connection has to break
             failed = Refusal(500, "The server failed on this request; its log says why.")
@@ -84,6 +94,20 @@ class Gate:
             await self._app(scope, receive, answer)
         finally:
             self._scoring -= 1
+
+    def _check_origin(self, scope: Scope) -> None:
+        given = {value for name, value in scope["headers"] if name == b"origin"}
+        if not given or scope["method"] in _SAFE_METHODS or "*" in self._origins:
+            return
+        origin = given.pop().decode("latin-1")
+        host = next((value for name, value in scope["headers"] if name == b"host"), b"")
+        own = bool(host) and origin.partition("://")[2].lower() == host.decode("latin-1").lower()
+        if given or not (own or origin in self._origins):
+            raise Refusal(
+                403,
+                f"Web pages of {origin[:100]!r} may not send requests here; to allow it, start the "
+                f"server with {variable('cors_origins')} set to that origin, or to * for all.",
+            )
 
     def _check_key(self, path: str, scope: Scope) -> None:
         if self._key is None or path in _OPEN:
@@ -153,6 +177,28 @@ class _Answer:
         if self._held_back:
             await self._body.discard(timeout_s)
             await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _canonical(path: str) -> str:
+    """Return the one name of a path that is routed."""
+    if len(path) > 1:
+        path = path.removesuffix("/")
+    return _ALIASES.get(path, path)
+
+
+def _at(path: str, scope: Scope) -> Scope:
+    """Return the scope of a request as one for another path below where the app is mounted."""
+    if path == path_of(scope):
+        return scope
+    whole = scope.get("root_path", "") + path
+    return {**scope, "path": whole, "raw_path": whole.encode("utf-8", "surrogateescape")}
+
+
+def _route(path: str) -> str:
+    """Return a path as a label; each that a stranger types would fill the memory."""
+    if path.startswith(_MODEL):
+        return _MODEL + "{model}"
+    return path if path in _ROUTES else "other"
 
 
 def _closes(scope: Scope, headers: Iterable[tuple[bytes, bytes]]) -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -13,6 +13,7 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
 from bge_rerank_adapters.engine.stats import EngineStats
+from bge_rerank_adapters.serve.ignored import IgnoredFields
 
 # Seconds; a ranking takes from a few milliseconds to the time limit.
 _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -56,6 +57,14 @@ class Metrics:
             "bge_rerank_http_requests_in_progress",
             "Requests that are being answered.",
             registry=self._registry,
+        )
+        self.ignored = IgnoredFields(
+            Counter(
+                "bge_rerank_http_ignored_fields",
+                "Fields of requests that mean nothing here, by name.",
+                ("field",),
+                registry=self._registry,
+            )
         )
         self._registry.register(_EngineCollector(read, about))
 

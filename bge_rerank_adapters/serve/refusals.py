@@ -1,7 +1,7 @@
 """What is not answered: the status and the JSON for each reason, in the shape of the route."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
@@ -20,12 +20,15 @@ from bge_rerank_adapters.errors import (
 )
 
 TEI_ROUTE = "/rerank"
+# Where an error of a request that may have either of two shapes is, one of these comes first.
+TAGS = ("with documents", "with texts")
 # Of a request whose client has gone, so that nobody reads it; the number is nginx's.
 CLIENT_GONE = 499
 _RETRY = {"Retry-After": "1"}
 # The words of text-embeddings-inference, where it has one.
 _TYPES = {
     401: "Unauthorized",
+    403: "Forbidden",
     404: "NotFound",
     405: "MethodNotAllowed",
     408: "Timeout",
@@ -43,14 +46,14 @@ class Problem(BaseModel):
     """Why a request was not answered."""
 
     message: str = Field(description="What was wrong, and what to do about it.")
+    detail: str = Field(description="The same, under the name that Jina's clients read.")
     error_type: str = Field(description="One word for the kind of problem.")
 
 
-class TeiProblem(BaseModel):
+class TeiProblem(Problem):
     """Why a request was not answered, as text-embeddings-inference says it."""
 
-    error: str = Field(description="What was wrong, and what to do about it.")
-    error_type: str = Field(description="One word for the kind of problem.")
+    error: str = Field(description="The same, under the name that its clients read.")
 
 
 class Refusal(HTTPException):
@@ -72,6 +75,13 @@ class Refusal(HTTPException):
 def overloaded(message: str) -> Refusal:
     """Return a refusal that asks to come again in a second."""
     return Refusal(429, message, headers=_RETRY)
+
+
+def unknown_fields(names: Iterable[str]) -> Refusal:
+    """Return the refusal of fields that no API has, for servers that are strict."""
+    told = [f"{name[:100]}: is no field of this route" for name in names]
+    shown = "; ".join([*told[:_MOST_TOLD], *_rest(told)])
+    return Refusal(422, f"{shown}; see /docs for those that are.")
 
 
 def unavailable(message: str) -> Refusal:
@@ -104,10 +114,10 @@ def response_of(path: str, refusal: StarletteHTTPException) -> JSONResponse:
     kind = getattr(refusal, "kind", None) or _TYPES.get(status, "Validation")
     # Parts of a request may hold what is no valid text.
     message = str(refusal.detail).encode("utf-8", "replace").decode("utf-8")
-    name = "error" if path == TEI_ROUTE else "message"
-    return JSONResponse(
-        {name: message, "error_type": kind}, status_code=status, headers=refusal.headers
-    )
+    content = {"message": message, "detail": message, "error_type": kind}
+    if path == TEI_ROUTE:
+        content["error"] = message
+    return JSONResponse(content, status_code=status, headers=refusal.headers)
 
 
 def path_of(scope: Mapping[str, Any]) -> str:
@@ -144,11 +154,12 @@ def documented(*statuses: int, tei: bool = False) -> dict[int | str, dict[str, A
 _MEANINGS = {
     400: "The body is no JSON object, or not in UTF-8.",
     401: "The API key is missing or wrong.",
+    403: "A web page of another origin asked, which is not allowed here.",
     404: "The model is not served here.",
     408: "The body took too long to arrive.",
     413: "The body is too large, or there are too many documents, or one is too long.",
-    415: "The body is not declared to be JSON.",
-    422: "A field is missing, unknown, or has a value that is not allowed.",
+    415: "The body is compressed in a way that is not read.",
+    422: "A field is missing, or has a value that is not allowed or cannot be honoured.",
     429: "Too much is waiting; try again after the seconds in Retry-After.",
     500: "The model failed.",
     503: "The server is starting or closing, or scoring was interrupted.",
@@ -159,14 +170,15 @@ _MEANINGS = {
 def _described(errors: Sequence[Any]) -> str:
     """Return what is wrong with a body in one line, without the values, which may be long."""
     told = [_one(error) for error in errors[:_MOST_TOLD]]
-    if len(errors) > _MOST_TOLD:
-        told.append(f"and {len(errors) - _MOST_TOLD} more")
-    return "; ".join(told) + "."
+    return "; ".join([*told, *_rest(errors)]) + "."
+
+
+def _rest(told: Sequence[Any]) -> list[str]:
+    return [f"and {len(told) - _MOST_TOLD} more"] if len(told) > _MOST_TOLD else []
 
 
 def _one(error: Mapping[str, Any]) -> str:
-    place = ".".join(str(part) for part in error.get("loc", ())[1:] if part != "") or "the body"
+    parts = [str(part) for part in error.get("loc", ())[1:] if part != "" and part not in TAGS]
+    place = ".".join(parts) or "the body"
     message = str(error.get("msg", "is not allowed")).removeprefix("Value error, ")
-    if error.get("type") == "extra_forbidden":
-        return f"{place[:100]}: is no field of this route; see /docs for those that are"
     return f"{place[:100]}: {message.rstrip('.')}"

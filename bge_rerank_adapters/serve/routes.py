@@ -1,197 +1,113 @@
-"""The routes: requests to calls of the engine, rankings to answers."""
+"""The routes that score: requests to rankings, rankings to the answers of each API."""
 
 import json
 import uuid
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from fastapi.security import HTTPBearer
-from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-import bge_rerank_adapters
 from bge_rerank_adapters.calls.ranking import RankedDocument
-from bge_rerank_adapters.serve import schemas
 from bge_rerank_adapters.serve.bodies import JsonRoute
-from bge_rerank_adapters.serve.metrics import Metrics
 from bge_rerank_adapters.serve.refusals import Refusal, documented
-from bge_rerank_adapters.serve.schemas import Document, RerankRequest, TeiRerankRequest
+from bge_rerank_adapters.serve.schemas import answers
+from bge_rerank_adapters.serve.schemas.kinds import Document
+from bge_rerank_adapters.serve.schemas.requests import (
+    EitherRequest,
+    RerankRequest,
+    TeiRerankRequest,
+)
+from bge_rerank_adapters.serve.scoring import rank, shown_score
 from bge_rerank_adapters.serve.service import Service
 
-_PROBLEMS = (400, 401, 408, 413, 415, 422, 429, 500, 503, 504)
-_TEXT = "The metrics in Prometheus' text format."
+_PROBLEMS = (400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503, 504)
+# What Cohere counts as one.
+_DOCUMENTS_PER_SEARCH_UNIT = 100
 
-# The gate checks the key; this tells the OpenAPI description of it.
-key = Depends(HTTPBearer(auto_error=False, description="The server's API key."))
-
-open_router = APIRouter()
-keyed_router = APIRouter(route_class=JsonRoute)
+scoring_router = APIRouter(route_class=JsonRoute)
 
 
-def _service(request: Request) -> Service:
-    service: Service = request.app.state.service
-    return service
-
-
-Served = Annotated[Service, Depends(_service)]
-
-
-@keyed_router.post(
+@scoring_router.post(
     "/v1/rerank",
     summary="Rank documents, as Cohere and Jina do",
-    response_model=schemas.RerankResponse,
+    response_model=answers.RerankResponse,
     response_model_exclude_none=True,
-    responses=documented(404, *_PROBLEMS),
+    responses=documented(*_PROBLEMS),
 )
-async def rerank_v1(request: Request, body: RerankRequest, service: Served) -> Response:
+async def rerank_v1(request: Request, body: RerankRequest) -> Response:
     """Return the documents' scores, best first."""
-    return await _rerank(request, body, service, version="1")
+    return await _rerank(request, body, version="1")
 
 
-@keyed_router.post(
+@scoring_router.post(
     "/v2/rerank",
     summary="Rank documents, as Cohere does",
-    response_model=schemas.RerankResponse,
+    response_model=answers.RerankResponse,
     response_model_exclude_none=True,
-    responses=documented(404, *_PROBLEMS),
+    responses=documented(*_PROBLEMS),
 )
-async def rerank_v2(request: Request, body: RerankRequest, service: Served) -> Response:
+async def rerank_v2(request: Request, body: RerankRequest) -> Response:
     """Return the documents' scores, best first."""
-    return await _rerank(request, body, service, version="2")
+    return await _rerank(request, body, version="2")
 
 
-@keyed_router.post(
+@scoring_router.post(
     "/rerank",
-    summary="Rank texts, as text-embeddings-inference does",
-    response_model=list[schemas.Rank],
+    summary="Rank texts as text-embeddings-inference does, or documents as vLLM does",
+    response_model=list[answers.Rank] | answers.RerankResponse,
     response_model_exclude_none=True,
     responses=documented(*_PROBLEMS, tei=True),
 )
-async def rerank_tei(request: Request, body: TeiRerankRequest, service: Served) -> Response:
-    """Return the texts' scores, best first."""
+async def rerank_either(request: Request, body: EitherRequest) -> Response:
+    """Return the scores, best first: a bare list for `texts`, an object for `documents`."""
+    if isinstance(body, RerankRequest):
+        return await _rerank(request, body, version="1")
+    return await _rerank_texts(request, body)
+
+
+async def _rerank_texts(request: Request, body: TeiRerankRequest) -> Response:
+    if "documents" in body.ignored:
+        raise Refusal(422, "There are texts and documents; send texts, or documents, not both.")
     if not body.texts:
         raise Refusal(400, "`texts` cannot be empty.", kind="Empty")
-    ranking = await service.rank(request.receive, body.query, body.texts)
-    if body.truncate is False:
-        _refuse_cuts(ranking)
     ranks = [
-        {"index": each.index, "score": each.logit if body.raw_scores else each.score}
+        {"index": each.index, "score": shown_score(body, each)}
         | ({"text": body.texts[each.index]} if body.return_text else {})
-        for each in ranking
+        for each in await rank(request, body, body.texts)
     ]
     return _json(ranks)
 
 
-@keyed_router.get(
-    "/metrics",
-    summary="What was done so far, for Prometheus",
-    response_class=Response,
-    responses=documented(401) | {200: {"content": {"text/plain": {}}, "description": _TEXT}},
-)
-async def metrics(request: Request) -> Response:
-    """Return requests by route and status, and the engine's counts."""
-    counted: Metrics = request.app.state.metrics
-    return Response(counted.text(), media_type=CONTENT_TYPE_LATEST)
-
-
-@keyed_router.get(
-    "/info", summary="What the server is, and its limits", responses=documented(401, 503)
-)
-async def info(service: Served) -> schemas.Info:
-    """Return the model's name and dtype, and the limits of a request."""
-    settings, engine = service.settings, service.engine
-    return schemas.Info(
-        server="bge_rerank_adapters",
-        version=bge_rerank_adapters.__version__,
-        model_id=settings.model_name,
-        model_dtype=engine.dtype,
-        model_type={"reranker": {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}},
-        max_input_length=engine.settings.max_length,
-        max_client_batch_size=settings.max_documents,
-        max_concurrent_requests=settings.max_concurrent_requests,
-        max_body_bytes=settings.max_body_bytes,
-        max_characters=settings.max_characters,
-        auto_truncate=True,
-        long_documents=engine.settings.long_documents,
-    )
-
-
-@keyed_router.get("/v1/models", summary="The model that is served", responses=documented(401))
-async def models(service: Served) -> schemas.ServedModels:
-    """Return the one model that requests may name."""
-    name = service.settings.model_name
-    model = schemas.ServedModel(
-        id=name, object="model", created=service.started, owned_by="bge_rerank_adapters"
-    )
-    return schemas.ServedModels(object="list", data=[model])
-
-
-@open_router.get("/health", summary="Whether the server scores", responses=documented(503))
-@open_router.head("/health", include_in_schema=False)
-async def health(service: Served) -> schemas.Health:
-    """Answer 200 while the model is loaded, 503 before and after."""
-    _ = service.engine
-    return schemas.Health(status="ok")
-
-
-async def _rerank(
-    request: Request, body: RerankRequest, service: Service, *, version: str
-) -> Response:
+async def _rerank(request: Request, body: RerankRequest, *, version: str) -> Response:
+    service: Service = request.app.state.service
     service.check_model(body.model)
-    texts = body.texts()
-    _check_cuts(body, service)
-    ranking = await service.rank(request.receive, body.query, texts, top_k=body.top_n)
+    ranking = await rank(request, body, body.texts())
     results = [
-        {"index": each.index, "relevance_score": each.score}
+        {"index": each.index, "relevance_score": shown_score(body, each)}
         | ({"document": _as_sent(body.documents[each.index])} if body.return_documents else {})
         | (_details(each) if body.return_details else {})
         for each in ranking
     ]
+    tokens = 0 if ranking.usage is None else ranking.usage.tokens
     return _json(
         {
             "id": str(uuid.uuid4()),
+            "object": "list",
             "model": service.settings.model_name,
             "results": results,
-            "meta": {"api_version": {"version": version}},
+            "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+            "meta": {
+                "api_version": {"version": version},
+                "billed_units": {"search_units": _search_units(body.documents)},
+                "tokens": {"input_tokens": tokens},
+            },
         }
     )
 
 
-def _check_cuts(body: RerankRequest, service: Service) -> None:
-    """Refuse what would have cut documents in another way than the engine does.
-
-    Raises:
-        Refusal: It would.
-    """
-    settings = service.engine.settings
-    for name, given, least in (
-        ("max_tokens_per_doc", body.max_tokens_per_doc, settings.max_length),
-        ("max_chunks_per_doc", body.max_chunks_per_doc, 1),
-    ):
-        if given is None:
-            continue
-        if settings.long_documents == "window":
-            raise Refusal(
-                422, f"{name} has no effect here: all of a long document is read; leave it out."
-            )
-        if given < least:
-            raise Refusal(
-                422,
-                f"{name}={given} is less than the {least} that this server reads, which cannot be "
-                "set for a request; leave it out, or cut documents before they are sent.",
-            )
-
-
-def _refuse_cuts(ranking: Sequence[RankedDocument]) -> None:
-    cut = sorted(each.index for each in ranking if each.truncated)
-    if cut:
-        shown = ", ".join(map(str, cut[:5])) + (", ..." if len(cut) > 5 else "")
-        raise Refusal(
-            413,
-            f"These texts are longer than the model reads: {shown}; send them in parts, or with "
-            "truncate: true.",
-        )
+def _search_units(documents: Sequence[Document]) -> int:
+    return max(1, -(-len(documents) // _DOCUMENTS_PER_SEARCH_UNIT))
 
 
 def _as_sent(document: Document) -> dict[str, Any]:

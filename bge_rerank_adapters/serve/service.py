@@ -10,7 +10,7 @@ from starlette.types import Receive
 from bge_rerank_adapters.calls.ranking import Ranking
 from bge_rerank_adapters.errors import ClosedError
 from bge_rerank_adapters.serve.refusals import CLIENT_GONE, Refusal, unavailable
-from bge_rerank_adapters.serve.settings import ServerSettings
+from bge_rerank_adapters.serve.settings import ANY_MODEL, ServerSettings, variable
 
 if TYPE_CHECKING:
     from bge_rerank_adapters.engine.reranker import Reranker
@@ -84,28 +84,32 @@ class Service:
         Raises:
             Refusal: The name is another.
         """
-        served = self.settings.model_name
-        if name is not None and name not in (served, self.settings.engine.model):
-            raise Refusal(404, f"The model {name[:100]!r} is not served here; {served!r} is.")
+        names = self.settings.model_names
+        if not name or name in names or name == self.settings.engine.model or ANY_MODEL in names:
+            return
+        shown = ", ".join(repr(each) for each in names)
+        raise Refusal(
+            404,
+            f"The model {name[:100]!r} is not served here; served is {shown}. Send that, or start "
+            f"the server with {variable('served_model')}={names[0]},{name[:100]} so that it goes "
+            "by both names, or with * among them to let requests name any.",
+        )
 
-    async def rank(
-        self, receive: Receive, query: str, texts: Sequence[str], *, top_k: int | None = None
-    ) -> Ranking:
-        """Return the ranking of a request's texts.
+    async def rank(self, receive: Receive, query: str, texts: Sequence[str]) -> Ranking:
+        """Return the ranking of all of a request's texts.
 
         Args:
             receive: The request's, whose body has been read: tells when the client has gone, and
                 its pairs need not be scored.
             query: The question.
             texts: n texts.
-            top_k: Most results.
 
         Raises:
             Refusal: Something is too long, or the client has gone.
             RerankError: As `Reranker.arerank`.
         """
         self._check_lengths(query, texts)
-        scoring = self.engine.arerank(query, texts, top_k=top_k, timeout_s=self.settings.timeout_s)
+        scoring = self.engine.arerank(query, texts, timeout_s=self.settings.timeout_s)
         call, gone = asyncio.ensure_future(scoring), asyncio.ensure_future(_until_gone(receive))
         try:
             await asyncio.wait((call, gone), return_when=asyncio.FIRST_COMPLETED)

@@ -15,6 +15,9 @@ from bge_rerank_adapters.settings import EngineSettings, setting_names
 PREFIX = "BGE_RERANK_"
 # What a header's value can hold, spaces left out: those around it are cut off on the way.
 _KEY = re.compile(r"[^\s\x00-\x1f\x7f]+")
+# A scheme (of an extension or an app, it may be its own), a host and perhaps a port.
+_ORIGIN = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://[^/\s]+")
+ANY_MODEL = "*"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +26,9 @@ class ServerSettings:
 
     Attributes:
         engine: Of the engine that it loads, which is the only one it has.
-        served_model: The model's name in requests and answers; `None` is the engine's model, of a
-            folder its last part.
+        served_model: The model's name in requests and answers, or several of them, of which the
+            first is in answers; `"*"` among them lets requests name any. `None` is the engine's
+            model, of a folder its last part.
         api_key: Secret that every request but those for `/health` and `/docs` has to bring; in no
             repr, log or pickle. `None` lets everyone in.
         max_body_bytes: Largest body of a request.
@@ -33,11 +37,14 @@ class ServerSettings:
         timeout_s: Seconds that scoring a request may take.
         body_timeout_s: Seconds that a body may take to arrive.
         max_concurrent_requests: Most requests for scores that are served at a time.
+        strict: Whether fields of requests that mean nothing here are refused, not ignored.
+        cors_origins: Origins whose web pages may send requests, such as `https://app.example.com`;
+            `"*"` is all. None by default.
         api_key_left_out: Of unpickled settings: there was an api_key, which has to be given again.
     """
 
     engine: EngineSettings = field(default_factory=EngineSettings)
-    served_model: str | None = None
+    served_model: str | tuple[str, ...] | None = None
     api_key: str | None = field(default=None, repr=False)
     max_body_bytes: int = 4 * 1024 * 1024
     max_documents: int = 1000
@@ -45,6 +52,8 @@ class ServerSettings:
     timeout_s: float = 60.0
     body_timeout_s: float = 30.0
     max_concurrent_requests: int = 256
+    strict: bool = False
+    cors_origins: tuple[str, ...] = ()
     api_key_left_out: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -53,12 +62,14 @@ class ServerSettings:
             raise SettingsError(
                 f"engine must be an EngineSettings, got {type(self.engine).__name__}."
             )
-        if self.served_model is not None and (
-            not isinstance(self.served_model, str) or not self.served_model.strip()
-        ):
+        if self.served_model is not None and not _are_names(_listed(self.served_model)):
             raise SettingsError(
-                f"served_model must be a non-empty str or None, got {self.served_model!r}."
+                "served_model must be a non-empty str, several of them or None, got "
+                f"{self.served_model!r}."
             )
+        _check_origins(self.cors_origins)
+        if not isinstance(self.strict, bool):
+            raise SettingsError(f"strict must be True or False, got {self.strict!r}.")
         _check_key(self.api_key)
         for name in ("max_body_bytes", "max_documents", "max_characters"):
             _check_count(name, getattr(self, name))
@@ -70,13 +81,19 @@ class ServerSettings:
 
     @property
     def model_name(self) -> str:
-        """The model's name in requests and answers."""
-        if self.served_model is not None:
-            return self.served_model
+        """The model's name in answers, and the first that requests may give it."""
+        for name in _listed(self.served_model or ()):
+            if name != ANY_MODEL:
+                return name
         path = PurePath(self.engine.model)
         # A path of the machine is nobody's business, while a hub name has its owner in front.
         is_folder = path.is_absolute() or self.engine.model.startswith((".", "~"))
         return path.name if is_folder and path.name else self.engine.model
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """The names that requests may give the model; `"*"` among them allows any."""
+        return tuple(dict.fromkeys((self.model_name, *_listed(self.served_model or ()))))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the settings without secrets; `create_app` refuses them until the key is back."""
@@ -169,6 +186,29 @@ def _unpickle_settings(plain: dict[str, Any]) -> ServerSettings:
     return ServerSettings(**plain)
 
 
+def _listed(names: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else names
+
+
+def _are_names(names: object) -> bool:
+    return (
+        isinstance(names, tuple)
+        and bool(names)
+        and all(isinstance(name, str) and name.strip() for name in names)
+    )
+
+
+def _check_origins(origins: object) -> None:
+    right = isinstance(origins, tuple) and all(
+        isinstance(each, str) and (each == "*" or _ORIGIN.fullmatch(each)) for each in origins
+    )
+    if not right:
+        raise SettingsError(
+            'cors_origins must be a tuple of origins such as "https://app.example.com", without a '
+            f'slash at the end, or ("*",) for all; got {origins!r}.'
+        )
+
+
 def _check_key(api_key: object) -> None:
     if api_key is None:
         return
@@ -226,6 +266,12 @@ def _texts(value: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in value.split(","))
 
 
+def one_or_more(value: str) -> str | tuple[str, ...]:
+    """Return the names in a list with commas: a lone one as it is."""
+    names = _texts(value)
+    return names if len(names) > 1 else names[0]
+
+
 def _wholes(value: str) -> tuple[int, ...]:
     return tuple(_whole(part) for part in value.split(","))
 
@@ -235,7 +281,7 @@ def _auto_or_whole(value: str) -> str | int:
 
 
 _SERVER: dict[str, Callable[[str], Any]] = {
-    "served_model": _text,
+    "served_model": one_or_more,
     "api_key": _text,
     "max_body_bytes": _whole,
     "max_documents": _whole,
@@ -243,6 +289,8 @@ _SERVER: dict[str, Callable[[str], Any]] = {
     "timeout_s": _number,
     "body_timeout_s": _number,
     "max_concurrent_requests": _whole,
+    "strict": _flag,
+    "cors_origins": _texts,
 }
 _REPLICAS: dict[str, Callable[[str], Any]] = {
     "min_replicas": _whole,

@@ -1,0 +1,78 @@
+"""A request's ranking: what of it is honoured, what is refused, and what is left of the results."""
+
+from collections.abc import Sequence
+
+from fastapi import Request
+
+from bge_rerank_adapters.calls.ranking import RankedDocument, Ranking
+from bge_rerank_adapters.serve.refusals import Refusal, unknown_fields
+from bge_rerank_adapters.serve.schemas.requests import RerankRequest, TeiRerankRequest
+from bge_rerank_adapters.serve.service import Service
+
+_MOST_SHOWN = 5
+
+
+async def rank(
+    request: Request, body: RerankRequest | TeiRerankRequest, texts: Sequence[str]
+) -> Ranking:
+    """Return the results that a request wants, with the usage of all of its texts.
+
+    Raises:
+        Refusal: It has a field that cannot be honoured.
+        RerankError: As `Service.rank`.
+    """
+    service: Service = request.app.state.service
+    if body.ignored:
+        if service.settings.strict:
+            raise unknown_fields(body.ignored)
+        request.app.state.metrics.ignored.count(body.ignored)
+    _check_token_limits(body, service, texts)
+    ranking = await service.rank(request.receive, body.query, texts)
+    if body.truncation_direction == "left":
+        _refuse_cuts(ranking, "only the end of a text can be cut off here; send it in parts")
+    if isinstance(body, TeiRerankRequest) and body.truncate is False:
+        _refuse_cuts(ranking, "send them in parts, or with truncate: true")
+    least = 0.0 if body.score_threshold is None else body.score_threshold
+    kept = Ranking([each for each in ranking if each.score >= least][: body.top_n])
+    kept.usage = ranking.usage
+    return kept
+
+
+def shown_score(body: RerankRequest | TeiRerankRequest, result: RankedDocument) -> float | None:
+    """Return what a request calls a result's score."""
+    return result.logit if body.wants_logits else result.score
+
+
+def _check_token_limits(
+    body: RerankRequest | TeiRerankRequest, service: Service, texts: Sequence[str]
+) -> None:
+    """Refuse limits that would change what is read of a text.
+
+    Raises:
+        Refusal: One would.
+    """
+    settings = service.engine.settings
+    longest = max(map(len, texts), default=0)
+    for name, given, length, least in (
+        ("max_tokens_per_doc", body.max_tokens_per_doc, longest, settings.max_length),
+        ("max_tokens_per_query", body.max_tokens_per_query, len(body.query), settings.max_length),
+        (
+            "truncate_prompt_tokens",
+            body.truncate_prompt_tokens,
+            len(body.query) + longest,
+            settings.max_length,
+        ),
+    ):
+        if given is None or given >= length:
+            continue
+        if given < least or settings.long_documents == "window":
+            raise Refusal(
+                422, f"{name}={given} cannot be honoured here; leave it out, or send less text."
+            )
+
+
+def _refuse_cuts(ranking: Sequence[RankedDocument], advice: str) -> None:
+    cut = sorted(each.index for each in ranking if each.truncated)
+    if cut:
+        shown = ", ".join(map(str, cut[:_MOST_SHOWN])) + (", ..." if len(cut) > _MOST_SHOWN else "")
+        raise Refusal(413, f"These texts are longer than the model reads: {shown}; {advice}.")
