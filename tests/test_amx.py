@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from bge_rerank_adapters import Reranker
+from bge_rerank_adapters.engine.checkpoints.model_config import read_config
 from bge_rerank_adapters.engine.models.cpu import streams
 from bge_rerank_adapters.engine.models.cpu.amx import bfloat16 as amx
 from bge_rerank_adapters.engine.models.cpu.amx import kit as amx_kit
@@ -33,7 +34,6 @@ from bge_rerank_adapters.engine.models.encoder.config import parse_config
 from bge_rerank_adapters.engine.models.layers.attention import Layout
 from bge_rerank_adapters.engine.models.layers.calibration import smoothing
 from bge_rerank_adapters.engine.models.layers.norm import LayerNorm
-from bge_rerank_adapters.engine.models.weights import read_config
 from tests.checkpoints import build_xlm_roberta, read_queries, read_sentences
 from tests.kernels.emulation import TILES, built
 

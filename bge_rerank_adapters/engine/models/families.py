@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from tokenizers import Tokenizer
 
+from bge_rerank_adapters.engine.checkpoints.adapter import Adapter
 from bge_rerank_adapters.engine.models.base import Model
 from bge_rerank_adapters.engine.models.causal.config import parse_causal
 from bge_rerank_adapters.engine.models.causal.decoder import DecoderModel
@@ -51,6 +52,7 @@ class ModelSource:
     Attributes:
         config: The checkpoint's `config.json`.
         folder: Holds its safetensors.
+        adapter: What is merged with them, if anything.
         settings: The engine's.
         tokenizer: The checkpoint's.
         device: Where the model is to run.
@@ -59,6 +61,7 @@ class ModelSource:
 
     config: dict[str, Any]
     folder: Path
+    adapter: Adapter | None
     settings: EngineSettings
     tokenizer: PairTokenizer
     device: torch.device
@@ -125,6 +128,7 @@ def _load_encoder(source: ModelSource) -> Model:
         source.folder,
         device=source.device,
         dtype=source.dtype,
+        adapter=source.adapter,
         sample=lambda: source.tokenizer.tokenize(sample_pairs()).distinct,
     )
     return with_streams(model, model.kit.stream_count())
@@ -136,6 +140,7 @@ def _load_decoder(source: ModelSource) -> Model:
         source.folder,
         device=source.device,
         dtype=source.dtype,
+        adapter=source.adapter,
         yes_id=source.tokenizer.first_id(YES),
     )
     return with_streams(model, stream_count(source.device, source.dtype))
@@ -147,6 +152,7 @@ def _load_layerwise(source: ModelSource) -> Model:
         source.folder,
         device=source.device,
         dtype=source.dtype,
+        adapter=source.adapter,
         cutoff_layer=source.settings.cutoff_layers,
     )
     return with_streams(model, stream_count(source.device, source.dtype))
@@ -158,6 +164,7 @@ def _load_lightweight(source: ModelSource) -> Model:
         source.folder,
         device=source.device,
         dtype=source.dtype,
+        adapter=source.adapter,
         cutoff_layer=source.settings.cutoff_layers,
         compress_ratio=source.settings.compress_ratio or 1,
         compress_layers=source.settings.compress_layers,

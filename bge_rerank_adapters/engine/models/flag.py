@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 
+from bge_rerank_adapters.engine.checkpoints.model_config import read_config
 from bge_rerank_adapters.engine.models.base import default_pack_tokens
 from bge_rerank_adapters.engine.models.devices import is_out_of_memory
 from bge_rerank_adapters.engine.models.encoder.config import parse_config
 from bge_rerank_adapters.engine.models.encoder.tensors import check_one_label
 from bge_rerank_adapters.engine.models.families import Family
-from bge_rerank_adapters.engine.models.weights import open_weights, read_config
+from bge_rerank_adapters.engine.models.lora import open_weights
 from bge_rerank_adapters.engine.text.pairs import TokenizedPairs, TokenPair
 from bge_rerank_adapters.engine.text.tokenizer import PairTokenizer, without_surrogates
 from bge_rerank_adapters.errors import DeviceError, UnsupportedCheckpointError

@@ -8,6 +8,10 @@ from typing import Any
 
 import torch
 
+from bge_rerank_adapters.engine.checkpoints.inspection import (
+    CheckpointFiles,
+    inspect_checkpoint,
+)
 from bge_rerank_adapters.engine.models.base import Model
 from bge_rerank_adapters.engine.models.devices import resolve_dtype
 from bge_rerank_adapters.engine.models.families import (
@@ -18,7 +22,6 @@ from bge_rerank_adapters.engine.models.families import (
     family_of,
 )
 from bge_rerank_adapters.engine.models.flag import FlagModel, TextPairTokenizer
-from bge_rerank_adapters.engine.models.weights import read_config
 from bge_rerank_adapters.engine.text.tokenizer import PairTokenizer
 from bge_rerank_adapters.engine.text.tokenizer_files import load_tokenizer
 from bge_rerank_adapters.engine.text.windows import tokenizer_maker
@@ -32,13 +35,11 @@ class LocalCheckpoint:
     """A checkpoint's folder, read as far as its config.
 
     Attributes:
-        folder: Holds config, tokenizer and weights.
-        config: Its `config.json`.
+        files: What is in it.
         family: How it is run.
     """
 
-    folder: Path
-    config: dict[str, Any]
+    files: CheckpointFiles
     family: Family
 
 
@@ -50,7 +51,8 @@ def read_checkpoint(folder: Path, settings: EngineSettings) -> LocalCheckpoint:
         UnsupportedCheckpointError: It is one of another kind of model.
         SettingsError: A setting does not belong to its family.
     """
-    config = read_config(folder)
+    files = inspect_checkpoint(folder, settings)
+    folder, config = files.folder, files.config
     family = FAMILIES[settings.family] if settings.family else family_of(config)
     if settings.backend == "flagembedding":
         # It has encoders of many more kinds.
@@ -60,7 +62,24 @@ def read_checkpoint(folder: Path, settings: EngineSettings) -> LocalCheckpoint:
     check_family_settings(
         family.name, {each.name: getattr(settings, each.name) for each in fields(settings)}
     )
-    return LocalCheckpoint(folder, config, family)
+    if settings.backend == "flagembedding":
+        _check_flag_runs(files)
+    return LocalCheckpoint(files, family)
+
+
+def _check_flag_runs(files: CheckpointFiles) -> None:
+    """Refuse what FlagEmbedding's classes do not read, or read otherwise."""
+    if files.adapter is not None:
+        raise UnsupportedCheckpointError(
+            f"{files.adapter.folder} is a LoRA adapter, which is merged with its base in "
+            'backend="native" alone; use that, or merge it with merge_and_unload() of peft and '
+            "give the folder of the whole model."
+        )
+    if files.author.lowercase:
+        raise UnsupportedCheckpointError(
+            f"{files.folder}: its sentence-transformers config has do_lower_case, which "
+            'FlagEmbedding does not read; use backend="native".'
+        )
 
 
 def load_pair_tokenizer(checkpoint: LocalCheckpoint, settings: EngineSettings) -> PairTokenizer:
@@ -70,12 +89,14 @@ def load_pair_tokenizer(checkpoint: LocalCheckpoint, settings: EngineSettings) -
         CheckpointError: The tokenizer is missing, damaged or of another model.
         SettingsError: The lengths leave no room for a document.
     """
-    folder, sizes = checkpoint.folder, _sizes(checkpoint)
+    folder, sizes = checkpoint.files.tokenizer_folder, _sizes(checkpoint)
+    settings = checkpoint.files.apply_author(settings)
     tokenizer = load_tokenizer(
         folder,
         max_length=min(settings.max_length, sizes.max_tokens),
         query_max_length=settings.query_max_length,
         template=partial(checkpoint.family.template, settings, folder),
+        lowercase=checkpoint.files.author.lowercase,
         make=(
             TextPairTokenizer if settings.backend == "flagembedding" else tokenizer_maker(settings)
         ),
@@ -103,10 +124,11 @@ def load_model(
         SettingsError: A layer is asked for that the model has not.
         DeviceError: The device cannot run the dtype.
     """
-    family = checkpoint.family
+    family, files = checkpoint.family, checkpoint.files
+    settings = files.apply_author(settings)
     if settings.backend == "flagembedding":
         return FlagModel(
-            checkpoint.folder,
+            files.folder,
             settings,
             family=family,
             max_length=tokenizer.max_length,
@@ -115,7 +137,7 @@ def load_model(
         )
     dtype = resolve_dtype(settings.dtype, device, wide_range=family.wide_range)
     return family.load(
-        ModelSource(checkpoint.config, checkpoint.folder, settings, tokenizer, device, dtype)
+        ModelSource(files.config, files.folder, files.adapter, settings, tokenizer, device, dtype)
     )
 
 
@@ -128,10 +150,10 @@ class _UnknownSizes:
 
 
 def _sizes(checkpoint: LocalCheckpoint) -> Sizes:
-    family, config = checkpoint.family, checkpoint.config
+    family, config = checkpoint.family, checkpoint.files.config
     if config.get("model_type") not in family.model_types:
         return _UnknownSizes()
-    return family.read_sizes(config, folder=checkpoint.folder)
+    return family.read_sizes(config, folder=checkpoint.files.folder)
 
 
 def _not_supported(folder: Path, config: dict[str, Any], asked: str | None) -> str:

@@ -1,4 +1,4 @@
-"""Reads a checkpoint's config and its safetensors files, and says what is wrong with them."""
+"""Reads a checkpoint's safetensors files, and says what is wrong with them."""
 
 import json
 from collections.abc import Iterator
@@ -11,57 +11,12 @@ from safetensors import SafetensorError, safe_open
 
 from bge_rerank_adapters.engine.checkpoints.formats import describe_folder
 from bge_rerank_adapters.engine.checkpoints.prefixes import leftover_hint, training_prefix
-from bge_rerank_adapters.engine.checkpoints.quantised import (
-    check_config_plain,
-    check_tensors_plain,
-)
+from bge_rerank_adapters.engine.checkpoints.quantised import check_tensors_plain
 from bge_rerank_adapters.errors import CheckpointError
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # Names that checkpoints of 2019 and older give to the two vectors of a layer norm.
 _OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return the checkpoint's `config.json`.
-
-    Raises:
-        CheckpointError: It is not there, or not JSON.
-        UnsupportedCheckpointError: It says that the weights are quantised.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        found = describe_folder(folder)
-        raise CheckpointError(
-            f"{folder} has no config.json, so it is not a checkpoint's folder; give the folder "
-            "that holds config.json, tokenizer.json and model.safetensors."
-            + (f" It {found}." if found else "")
-        )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, got a {type(config).__name__}.")
-    _check_kind(config, path)
-    check_config_plain(config, path)
-    return config
-
-
-def _check_kind(config: dict[str, Any], path: Path) -> None:
-    """Check that what tells the kind of model is there, and is text."""
-    model_type, architectures = config.get("model_type"), config.get("architectures") or []
-    if not isinstance(model_type, str | None):
-        raise CheckpointError(f"{path}: model_type must be a string, got {model_type!r}.")
-    if not isinstance(architectures, list) or not all(isinstance(n, str) for n in architectures):
-        raise CheckpointError(
-            f"{path}: architectures must be a list of strings, got {architectures!r}."
-        )
-    if model_type is None and not architectures:
-        raise CheckpointError(
-            f"{path} names neither a model_type nor architectures, so it is no model's config; "
-            "copy or download it again."
-        )
 
 
 class Weights:
@@ -88,6 +43,10 @@ class Weights:
         check_tensors_plain({name: _dtype(tensors, name) for name in tensors}, path)
         self.prefix = training_prefix(tensors, path=path)
         self._files = tensors
+
+    def names(self) -> list[str]:
+        """Return the names of all tensors."""
+        return [name.removeprefix(self.prefix) for name in self._files]
 
     def __contains__(self, name: str) -> bool:
         """Return whether there is a tensor of that name."""
@@ -137,14 +96,29 @@ def _dtype(tensors: dict[str, Any], name: str) -> str:
 
 
 @contextmanager
-def open_weights(folder: Path) -> Iterator[Weights]:
+def open_folder(folder: Path) -> Iterator[Weights]:
     """Open a checkpoint's safetensors, one file or several with an index.
 
     Raises:
         CheckpointError: There are none, or one is damaged or missing.
         UnsupportedCheckpointError: They are quantised.
     """
-    source, files = _weight_files(folder)
+    with open_files(*_weight_files(folder)) as weights:
+        yield weights
+
+
+@contextmanager
+def open_files(source: Path, files: list[Path]) -> Iterator[Weights]:
+    """Open safetensors files as one.
+
+    Args:
+        source: The file to name in errors.
+        files: Those that hold the tensors.
+
+    Raises:
+        CheckpointError: One is damaged.
+        UnsupportedCheckpointError: They are quantised.
+    """
     with ExitStack() as stack:
         tensors: dict[str, Any] = {}
         for path in files:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, normalizers
 
 from bge_rerank_adapters.engine.text.pairs import PairTemplate
 from bge_rerank_adapters.engine.text.tokenizer import PairTokenizer, read_template
@@ -17,6 +17,7 @@ def load_tokenizer(
     *,
     max_length: int,
     query_max_length: int | None = None,
+    lowercase: bool = False,
     make: Callable[..., PairTokenizer] = PairTokenizer,
     template: Callable[[Tokenizer], PairTemplate] = read_template,
 ) -> PairTokenizer:
@@ -26,6 +27,7 @@ def load_tokenizer(
         folder: Holds `tokenizer.json`, or the files of a slow tokenizer that transformers converts.
         max_length: Most tokens of a pair, special tokens included.
         query_max_length: Most tokens of a query; `None` is three quarters of `max_length`.
+        lowercase: Whether texts are put into lower case first, as sentence-transformers does.
         make: What takes the tokenizer and these lengths.
         template: Makes what stands around a pair out of the tokenizer.
 
@@ -34,6 +36,8 @@ def load_tokenizer(
         SettingsError: The lengths leave no room for a document.
     """
     tokenizer = _read_tokenizer(folder)
+    if lowercase:
+        _put_lowercase_first(tokenizer)
     tokenizer.no_padding()
     tokenizer.no_truncation()
     try:
@@ -57,6 +61,12 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
         raise
     except BaseException as error:  # bare Exception for a file it cannot read, or a Rust panic
         raise CheckpointError(f"{path} is not a readable tokenizer: {error}.") from error
+
+
+def _put_lowercase_first(tokenizer: Tokenizer) -> None:
+    found = tokenizer.normalizer
+    first = normalizers.Lowercase()
+    tokenizer.normalizer = first if found is None else normalizers.Sequence([first, found])
 
 
 def _convert_slow_tokenizer(folder: Path) -> Tokenizer:

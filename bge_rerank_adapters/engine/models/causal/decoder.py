@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from bge_rerank_adapters.engine.checkpoints.adapter import Adapter
 from bge_rerank_adapters.engine.models.causal.config import parse_causal
 from bge_rerank_adapters.engine.models.causal.model import CausalModel, HeadRow
-from bge_rerank_adapters.engine.models.weights import open_weights
+from bge_rerank_adapters.engine.models.lora import open_weights
 
 _HEAD = "lm_head.weight"
 
@@ -25,6 +26,7 @@ class DecoderModel(CausalModel):
         *,
         device: torch.device,
         dtype: torch.dtype,
+        adapter: Adapter | None = None,
         yes_id: int,
     ) -> None:
         """Load the weights.
@@ -34,6 +36,7 @@ class DecoderModel(CausalModel):
             folder: Holds its safetensors.
             device: Where to run.
             dtype: A floating-point dtype.
+            adapter: What is merged with the weights, if anything.
             yes_id: The token whose logit is read.
 
         Raises:
@@ -41,7 +44,7 @@ class DecoderModel(CausalModel):
             UnsupportedCheckpointError: The config asks for something that is not known.
         """
         parsed = parse_causal(config, folder=folder)
-        with open_weights(folder) as weights:
+        with open_weights(folder, adapter) as weights:
             # A head that is stored counts, even where the config says that it is the embeddings:
             # transformers 5 ties the two only where they are equal.
             tied = config.get("tie_word_embeddings", True) and _HEAD not in weights

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
+from bge_rerank_adapters.engine.checkpoints.adapter import Adapter
 from bge_rerank_adapters.engine.models.causal.config import parse_causal
 from bge_rerank_adapters.engine.models.causal.cutoff import HeadLayers, read_entry
 from bge_rerank_adapters.engine.models.causal.model import CausalModel, HeadRow
-from bge_rerank_adapters.engine.models.weights import open_weights
+from bge_rerank_adapters.engine.models.lora import open_weights
 from bge_rerank_adapters.errors import UnsupportedCheckpointError
 
 
@@ -26,6 +27,7 @@ class LayerwiseModel(CausalModel):
         *,
         device: torch.device,
         dtype: torch.dtype,
+        adapter: Adapter | None = None,
         cutoff_layer: int | None = None,
     ) -> None:
         """Load the layers that are needed.
@@ -35,6 +37,7 @@ class LayerwiseModel(CausalModel):
             folder: Holds its safetensors.
             device: Where to run.
             dtype: A floating-point dtype.
+            adapter: What is merged with the weights, if anything.
             cutoff_layer: After how many layers the logit is read; `None` is the last.
 
         Raises:
@@ -49,7 +52,7 @@ class LayerwiseModel(CausalModel):
         multiple = config.get("head_multi", True)
         place = f".{heads.layers.index(depth)}" if multiple else ""
         head = HeadRow(f"lm_head{place}.linear_head.weight")
-        with open_weights(folder) as weights:
+        with open_weights(folder, adapter) as weights:
             super().__init__(parsed, weights, device=device, dtype=dtype, depth=depth, head=head)
 
 

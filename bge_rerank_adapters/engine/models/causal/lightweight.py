@@ -20,11 +20,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from bge_rerank_adapters.engine.checkpoints.adapter import Adapter
 from bge_rerank_adapters.engine.models.causal.attention import CausalLayout
 from bge_rerank_adapters.engine.models.causal.config import parse_causal
 from bge_rerank_adapters.engine.models.causal.cutoff import HeadLayers, read_entry
 from bge_rerank_adapters.engine.models.causal.model import CausalModel, HeadRow
-from bge_rerank_adapters.engine.models.weights import open_weights
+from bge_rerank_adapters.engine.models.lora import open_weights
 from bge_rerank_adapters.engine.text.pairs import TokenPair
 from bge_rerank_adapters.errors import CheckpointError, SettingsError, UnsupportedCheckpointError
 
@@ -43,6 +44,7 @@ class LightweightModel(CausalModel):
         *,
         device: torch.device,
         dtype: torch.dtype,
+        adapter: Adapter | None = None,
         cutoff_layer: int | None = None,
         compress_ratio: int = 1,
         compress_layers: Sequence[int] | None = None,
@@ -54,6 +56,7 @@ class LightweightModel(CausalModel):
             folder: Holds its safetensors.
             device: Where to run.
             dtype: A floating-point dtype.
+            adapter: What is merged with the weights, if anything.
             cutoff_layer: After how many layers the logit is read; `None` is the last.
             compress_ratio: How many of a document's tokens become one.
             compress_layers: Before which layers, counted from 0, they do; `None` is layer 8,
@@ -78,7 +81,7 @@ class LightweightModel(CausalModel):
         layers = _check_compress_layers(compress_layers, parsed.layers)
         self._compress_at = frozenset(layers) if compress_ratio > 1 else frozenset()
         self._cap = _cap(config, folder)
-        with open_weights(folder) as weights:
+        with open_weights(folder, adapter) as weights:
             super().__init__(parsed, weights, device=device, dtype=dtype, depth=depth, head=_HEAD)
 
     def after_head(self, raw: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bge_rerank_adapters.engine.checkpoints.adapter import Adapter
 from bge_rerank_adapters.engine.models.base import default_pack_tokens
 from bge_rerank_adapters.engine.models.cpu.threads import ALONE, Helpers
 from bge_rerank_adapters.engine.models.encoder.calibration import SampleRun
@@ -22,7 +23,7 @@ from bge_rerank_adapters.engine.models.encoder.kit import choose_kit
 from bge_rerank_adapters.engine.models.encoder.layer import EncoderLayer, LayerSource
 from bge_rerank_adapters.engine.models.encoder.tensors import EncoderReader, check_tensors
 from bge_rerank_adapters.engine.models.layers.attention import Layout
-from bge_rerank_adapters.engine.models.weights import open_weights
+from bge_rerank_adapters.engine.models.lora import open_weights
 from bge_rerank_adapters.engine.text.pairs import TokenIds, TokenPair
 
 
@@ -49,6 +50,7 @@ class EncoderModel:
         *,
         device: torch.device,
         dtype: torch.dtype,
+        adapter: Adapter | None = None,
         sample: Callable[[], Sequence[TokenPair]],
     ) -> None:
         """Load the weights.
@@ -58,6 +60,7 @@ class EncoderModel:
             folder: Holds its safetensors.
             device: Where to run.
             dtype: A floating-point dtype, or int8.
+            adapter: What is merged with the weights, if anything.
             sample: Gives pairs like those to come, which tell 8-bit layers what is ordinary.
 
         Raises:
@@ -67,7 +70,7 @@ class EncoderModel:
         self.config = parse_config(config, folder=folder)
         self.device, self.dtype = device, dtype
         self.pack_tokens = default_pack_tokens(device)
-        with open_weights(folder) as weights:
+        with open_weights(folder, adapter) as weights:
             check_tensors(weights, self.config)
             self.kit = choose_kit(self.config, device, dtype)
             self._attend = self.kit.attention()

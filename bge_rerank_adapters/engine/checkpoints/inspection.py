@@ -1,0 +1,91 @@
+"""What a checkpoint's folder holds: looked at once, before anything of it is loaded."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bge_rerank_adapters.engine.checkpoints.adapter import Adapter, read_adapter
+from bge_rerank_adapters.engine.checkpoints.hub import find_folder
+from bge_rerank_adapters.engine.checkpoints.model_config import read_config
+from bge_rerank_adapters.engine.checkpoints.sentence_transformers import (
+    AuthorSettings,
+    read_author_settings,
+)
+from bge_rerank_adapters.errors import CheckpointError, CheckpointNotFoundError
+from bge_rerank_adapters.settings import EngineSettings
+
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "sentencepiece.bpe.model", "tokenizer.model", "vocab.txt", "vocab.json"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointFiles:
+    """Where the parts of a checkpoint are, and what its author says of them.
+
+    Attributes:
+        folder: Holds `config.json` and the weights; of an adapter, that of its base.
+        tokenizer_folder: Holds the tokenizer; an adapter may bring its own.
+        config: What `config.json` says.
+        author: How the author has pairs read.
+        adapter: What is merged with the weights, if anything.
+    """
+
+    folder: Path
+    tokenizer_folder: Path
+    config: dict[str, Any]
+    author: AuthorSettings
+    adapter: Adapter | None = None
+
+    def apply_author(self, settings: EngineSettings) -> EngineSettings:
+        """Return the settings with the author's prompt and length where the user left them open."""
+        prompt, limit = self.author.query_prompt, self.author.max_tokens
+        if prompt and settings.query_instruction is None:
+            settings = replace(settings, query_instruction=prompt)
+        if limit is not None and limit < settings.max_length:
+            settings = replace(settings, max_length=limit)
+        return settings
+
+
+def inspect_checkpoint(folder: Path, settings: EngineSettings) -> CheckpointFiles:
+    """Return what is in a folder, its adapter's base found or downloaded.
+
+    Args:
+        folder: The checkpoint's, or an adapter's.
+        settings: Say where to look for a base.
+
+    Raises:
+        CheckpointError: Something in it is missing or damaged.
+        UnsupportedCheckpointError: It is quantised, or asks for something that is not done here.
+    """
+    adapter = read_adapter(folder)
+    base = folder if adapter is None else _base_folder(adapter, settings)
+    config = read_config(base)
+    has_tokenizer = any((folder / name).is_file() for name in _TOKENIZER_FILES)
+    return CheckpointFiles(
+        folder=base,
+        tokenizer_folder=folder if has_tokenizer else base,
+        config=config,
+        author=read_author_settings(folder, config),
+        adapter=adapter,
+    )
+
+
+def _base_folder(adapter: Adapter, settings: EngineSettings) -> Path:
+    """Return the folder of what an adapter was trained on."""
+    wanted = replace(settings, model=adapter.base, revision=adapter.revision)
+    try:
+        folder = find_folder(wanted)
+    except CheckpointNotFoundError as error:
+        raise CheckpointNotFoundError(
+            f"{adapter.folder} is a LoRA adapter, whose base {adapter.base!r} is not there: "
+            f"{error} Or write the base's folder as base_model_name_or_path into its "
+            "adapter_config.json.",
+            error.cause,
+        ) from None
+    if read_adapter(folder) is not None:
+        raise CheckpointError(
+            f"{adapter.folder} is a LoRA adapter of {folder}, which is an adapter itself; merge "
+            "that one with peft's merge_and_unload() first, and save_pretrained() it."
+        )
+    return folder

@@ -1,0 +1,51 @@
+"""Reads a checkpoint's `config.json`, and says what is wrong with it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from bge_rerank_adapters.engine.checkpoints.formats import describe_folder
+from bge_rerank_adapters.engine.checkpoints.quantised import check_config_plain
+from bge_rerank_adapters.errors import CheckpointError
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the checkpoint's `config.json`.
+
+    Raises:
+        CheckpointError: It is not there, or not JSON.
+        UnsupportedCheckpointError: It says that the weights are quantised.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        found = describe_folder(folder)
+        raise CheckpointError(
+            f"{folder} has no config.json, so it is not a checkpoint's folder; give the folder "
+            "that holds config.json, tokenizer.json and model.safetensors."
+            + (f" It {found}." if found else "")
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, got a {type(config).__name__}.")
+    _check_kind(config, path)
+    check_config_plain(config, path)
+    return config
+
+
+def _check_kind(config: dict[str, Any], path: Path) -> None:
+    """Check that what tells the kind of model is there, and is text."""
+    model_type, architectures = config.get("model_type"), config.get("architectures") or []
+    if not isinstance(model_type, str | None):
+        raise CheckpointError(f"{path}: model_type must be a string, got {model_type!r}.")
+    if not isinstance(architectures, list) or not all(isinstance(n, str) for n in architectures):
+        raise CheckpointError(
+            f"{path}: architectures must be a list of strings, got {architectures!r}."
+        )
+    if model_type is None and not architectures:
+        raise CheckpointError(
+            f"{path} names neither a model_type nor architectures, so it is no model's config; "
+            "copy or download it again."
+        )

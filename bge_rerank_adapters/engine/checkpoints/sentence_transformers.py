@@ -1,0 +1,227 @@
+"""What a folder of sentence-transformers' `CrossEncoder` adds to a checkpoint.
+
+By the rules of its release 6.2 (`cross_encoder/model.py`, `base/model.py`,
+`base/modules/transformer.py`): `modules.json` says what is run, `config_sentence_transformers.json`
+which prompt stands before each query, and `sentence_bert_config.json` how texts are read. Without
+`modules.json` the other two count for nothing.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bge_rerank_adapters.engine.checkpoints.json_files import read_json
+from bge_rerank_adapters.errors import CheckpointError, UnsupportedCheckpointError
+
+_MODULES, _CONFIG = "modules.json", "config_sentence_transformers.json"
+# The first that is there counts; all but the first are of old releases.
+_TRANSFORMER_CONFIGS = tuple(
+    f"sentence_{kind}_config.json"
+    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+_RUN_IT_THERE = "run it with sentence-transformers' own CrossEncoder"
+# Torch's activations that rise everywhere, so that they leave the order of documents as it is.
+_RISING = (
+    *("Sigmoid", "Identity", "Tanh", "LogSigmoid", "Softplus", "Softsign"),
+    *("LeakyReLU", "ELU", "CELU", "SELU"),
+)
+# Entries of the transformer's config that change no score: how packs are padded or loaded, and
+# lengths for tasks that a CrossEncoder never asks for.
+_HARMLESS = ("unpad_inputs", "query_length", "document_length", "query_expansion")
+_HARMLESS_OF_TEXT = ("padding", "truncation", "max_length", "pad_to_multiple_of", "logits_to_keep")
+_HARMLESS_OF_LOADING = (
+    *("dtype", "torch_dtype", "attn_implementation", "device_map", "low_cpu_mem_usage"),
+    *("use_safetensors", "use_fast", "trust_remote_code", "token", "revision", "cache_dir"),
+    *("local_files_only", "model_max_length", "use_cache"),
+)
+# By their names in the file, of old releases second.
+_LOADING = (
+    *("model_kwargs", "model_args", "config_kwargs", "config_args"),
+    *("processor_kwargs", "tokenizer_args"),
+)
+# Tokenizers without a limit say a number of this size.
+_NO_LIMIT = 10**6
+
+
+@dataclass(frozen=True, slots=True)
+class AuthorSettings:
+    """How a checkpoint's author has its pairs read.
+
+    Attributes:
+        query_prompt: Stands before each query; `""` for nothing.
+        max_tokens: Most tokens of a pair; `None` where the author says nothing.
+        lowercase: Whether texts are put into lower case first.
+    """
+
+    query_prompt: str = ""
+    max_tokens: int | None = None
+    lowercase: bool = False
+
+
+def read_author_settings(folder: Path, config: dict[str, Any]) -> AuthorSettings:
+    """Return what a folder of sentence-transformers adds; nothing for any other folder.
+
+    Args:
+        folder: Holds the checkpoint.
+        config: Its `config.json`.
+
+    Raises:
+        CheckpointError: A file is damaged, or contradicts itself.
+        UnsupportedCheckpointError: It asks for something that is not done here; the message names
+            it.
+    """
+    _check_activation(folder / "config.json", _old_activation(config))
+    if not (folder / _MODULES).is_file():
+        saved = "sentence_transformers" in config
+        return AuthorSettings(max_tokens=_tokenizer_limit(folder) if saved else None)
+    _check_modules(folder / _MODULES)
+    kind = read_json(folder / _CONFIG)
+    if kind.get("model_type") != "CrossEncoder":
+        # It is loaded as any folder without these files.
+        return AuthorSettings()
+    _check_activation(folder / _CONFIG, kind.get("activation_fn"))
+    path, entries = _transformer_config(folder)
+    _check_transformer(path, entries)
+    return AuthorSettings(
+        query_prompt=_default_prompt(folder / _CONFIG, kind),
+        max_tokens=_limit(folder, entries),
+        lowercase=bool(entries.get("do_lower_case")),
+    )
+
+
+def _check_modules(path: Path) -> None:
+    """Refuse all but a single Transformer in the folder's root."""
+    modules = read_json(path, kind=list)
+    try:
+        names = [str(module["type"]).rpartition(".")[2] for module in modules]
+        places = [module["path"] for module in modules]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error!r}.") from error
+    if names != ["Transformer"] or not str(modules[0]["type"]).startswith("sentence_transformers."):
+        raise UnsupportedCheckpointError(
+            f"{path} lists the modules {', '.join(names) or 'none'}, which sentence-transformers "
+            "runs one after another; here a single Transformer with its own head runs, and no "
+            f"model of embeddings; {_RUN_IT_THERE}."
+        )
+    if places[0]:
+        raise UnsupportedCheckpointError(
+            f"{path} says that the model is in the subfolder {places[0]!r}; give that folder, or "
+            "save the model again with a newer sentence-transformers."
+        )
+
+
+def _default_prompt(path: Path, config: dict[str, Any]) -> str:
+    name, prompts = config.get("default_prompt_name"), config.get("prompts") or {}
+    if name is None:
+        return ""
+    if not isinstance(prompts, dict) or name not in prompts:
+        raise CheckpointError(
+            f"{path}: default_prompt_name {name!r} is none of its prompts ({', '.join(prompts)}); "
+            "name one of them, or null."
+        )
+    prompt = prompts[name] or ""
+    if not isinstance(prompt, str):
+        raise CheckpointError(f"{path}: the prompt {name!r} must be a string, got {prompt!r}.")
+    return prompt
+
+
+def _transformer_config(folder: Path) -> tuple[Path, dict[str, Any]]:
+    for name in _TRANSFORMER_CONFIGS:
+        if entries := read_json(folder / name):
+            return folder / name, entries
+    return folder / _TRANSFORMER_CONFIGS[0], {}
+
+
+def _check_transformer(path: Path, entries: dict[str, Any]) -> None:
+    """Refuse whatever would change scores and is not applied here."""
+    known: dict[str, Callable[[Any], bool]] = {
+        "transformer_task": lambda task: task == "sequence-classification",
+        "modality_config": _is_plain_text,
+        "module_output_name": lambda name: name == "scores",
+        "processing_kwargs": _reads_plainly,
+        "max_seq_length": lambda length: length is None or isinstance(length, int),
+        "do_lower_case": lambda value: isinstance(value, bool),
+        **dict.fromkeys(_HARMLESS, lambda _: True),
+        **dict.fromkeys(_LOADING, _loads_plainly),
+    }
+    # What a CrossEncoder has where the file says nothing would make it a model of embeddings.
+    entries = {"transformer_task": "feature-extraction"} | entries
+    for name, value in entries.items():
+        if name in known and not known[name](value):
+            raise _not_applied(path, name, value)
+        if name not in known and value not in (None, False, "", [], {}):
+            raise _not_applied(path, name, value)
+
+
+def _is_plain_text(modalities: Any) -> bool:
+    # "message" would put texts into a chat template.
+    return (
+        isinstance(modalities, dict)
+        and "message" not in modalities
+        and (modalities.get("text") or {}).get("method") == "forward"
+        and modalities["text"].get("method_output_name") == "logits"
+    )
+
+
+def _reads_plainly(options: Any) -> bool:
+    if not isinstance(options, dict | None):
+        return False
+    given = options or {}
+    return _only(given.get("text"), _HARMLESS_OF_TEXT) and _only(
+        given.get("common"), (*_HARMLESS_OF_TEXT, "return_tensors")
+    )
+
+
+def _loads_plainly(options: Any) -> bool:
+    return _only(options, _HARMLESS_OF_LOADING)
+
+
+def _only(options: Any, allowed: Iterable[str]) -> bool:
+    return options is None or (isinstance(options, dict) and set(options) <= set(allowed))
+
+
+def _not_applied(path: Path, name: str, value: object) -> UnsupportedCheckpointError:
+    return UnsupportedCheckpointError(
+        f"{path}: {name} {value!r} changes how sentence-transformers scores, and is not applied "
+        f"here; {_RUN_IT_THERE}."
+    )
+
+
+def _limit(folder: Path, entries: dict[str, Any]) -> int | None:
+    """Return the most tokens of a pair, by what counts first in sentence-transformers."""
+    of_text = (entries.get("processing_kwargs") or {}).get("text") or {}
+    of_loading = entries.get("processor_kwargs") or entries.get("tokenizer_args") or {}
+    given = (
+        of_text.get("max_length"),
+        of_loading.get("model_max_length"),
+        entries.get("max_seq_length"),
+    )
+    found = next((each for each in given if isinstance(each, int)), None)
+    return _tokenizer_limit(folder) if found is None else found
+
+
+def _tokenizer_limit(folder: Path) -> int | None:
+    limit = read_json(folder / "tokenizer_config.json").get("model_max_length")
+    return limit if isinstance(limit, int) and 0 < limit < _NO_LIMIT else None
+
+
+def _old_activation(config: dict[str, Any]) -> object:
+    """Return what `config.json` says, where releases 4 and 5, and 3 before them, wrote it."""
+    saved = config.get("sentence_transformers")
+    if isinstance(saved, dict) and "activation_fn" in saved:
+        return saved["activation_fn"]
+    return config.get("sbert_ce_default_activation_function")
+
+
+def _check_activation(path: Path, name: object) -> None:
+    """Refuse activations that change the order of documents; others leave logits as they are."""
+    # Those that are not torch's are code of the checkpoint's, which sentence-transformers leaves
+    # out as well.
+    if not isinstance(name, str) or not name.startswith("torch."):
+        return
+    if name.rpartition(".")[2] not in _RISING:
+        raise UnsupportedCheckpointError(
+            f"{path}: the activation {name} does not keep the order of the logits, by which "
+            f"documents are ranked here; {_RUN_IT_THERE}."
+        )
