@@ -20,7 +20,6 @@ import cohere
 import httpx
 import pytest
 import schemathesis
-import uvicorn
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
@@ -30,6 +29,7 @@ from bge_rerank_adapters import Reranker
 from bge_rerank_adapters.cli import app
 from bge_rerank_adapters.serve import ServerSettings, create_app
 from bge_rerank_adapters.serve.settings import _PARSERS, variable
+from bge_rerank_adapters.serve.transport.server import server_of
 from bge_rerank_adapters.settings import EngineSettings
 from tests.checkpoints import read_sentences
 from tests.test_cli import PLAIN, invoke, plain
@@ -47,10 +47,9 @@ WAIT_S = 60
 
 
 @contextlib.contextmanager
-def listening(app: Any) -> Iterator[int]:
-    """Serve an app from a thread, and give its port."""
-    config = uvicorn.Config(app, log_level="warning", ws="none")
-    server = uvicorn.Server(config)
+def listening(app: Any, **options: Any) -> Iterator[int]:
+    """Serve an app from a thread as the command does, and give its port."""
+    server = server_of(app, app.state.settings, log_level="warning", **options)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]

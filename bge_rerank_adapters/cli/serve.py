@@ -13,11 +13,6 @@ from rich.markup import escape
 from bge_rerank_adapters.cli import options
 from bge_rerank_adapters.errors import SettingsError
 
-# Longer than clients keep a connection for their next request, so that it is not us who close it
-# while one is on its way.
-_KEEP_ALIVE_S = 75
-_BACKLOG = 2048
-
 EXAMPLES = """
 Examples:
 
@@ -101,32 +96,20 @@ def _serve(settings: Any, listener: socket.socket, *, access_log: bool) -> None:
     from bge_rerank_adapters.serve.extra import require
 
     require("uvicorn")
-    import uvicorn
-
     from bge_rerank_adapters.engine.reranker import Reranker
     from bge_rerank_adapters.serve import create_app
+    from bge_rerank_adapters.serve.transport.server import server_of
 
     # Uvicorn raises the signal that ended it once more, so that it ends the program too.
     signal.signal(signal.SIGTERM, _end)
     # Loaded here and not by the app, so that a model that is not there is told in one line.
     with Reranker.from_settings(settings.engine) as engine:
         engine.warm_up()
-        config = uvicorn.Config(
-            create_app(settings, engine=engine),
-            ws="none",
-            lifespan="on",
-            access_log=access_log,
-            server_header=False,
-            proxy_headers=False,
-            timeout_keep_alive=_KEEP_ALIVE_S,
-            # No request takes longer than these two.
-            timeout_graceful_shutdown=int(settings.timeout_s + settings.body_timeout_s) + 1,
-            backlog=_BACKLOG,
-        )
+        server = server_of(create_app(settings, engine=engine), settings, access_log=access_log)
         told = f"Serving {settings.model_name} on {_address(listener)}, described at /docs"
         Console(stderr=True).print(escape(told), highlight=False, soft_wrap=True)
         with suppress(KeyboardInterrupt):
-            uvicorn.Server(config).run(sockets=[listener])
+            server.run(sockets=[listener])
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -14,6 +14,7 @@ from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.serve.about import key, keyed_router, open_router
 from bge_rerank_adapters.serve.gate import Gate
 from bge_rerank_adapters.serve.metrics import Metrics
+from bge_rerank_adapters.serve.places import Arriving
 from bge_rerank_adapters.serve.refusals import tell_problems
 from bge_rerank_adapters.serve.routes import scoring_router
 from bge_rerank_adapters.serve.service import Service
@@ -71,6 +72,9 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.settings, app.state.service, app.state.metrics = settings, service, metrics
+    app.state.arriving = Arriving(
+        max_requests=settings.max_reading_requests, max_bytes=settings.max_reading_bytes
+    )
     app.include_router(open_router)
     for router in (scoring_router, keyed_router):
         app.include_router(router, dependencies=[key] if settings.api_key else [])

@@ -15,7 +15,8 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 
-from bge_rerank_adapters.serve.refusals import CLIENT_GONE, Refusal
+from bge_rerank_adapters.serve.places import PLACE, Arriving, Body, Place
+from bge_rerank_adapters.serve.refusals import CLIENT_GONE, RETRY, Refusal
 from bge_rerank_adapters.serve.settings import ServerSettings
 
 # From here on a body is parsed in a thread, where Python's lock is passed on in between.
@@ -97,21 +98,30 @@ class JsonRequest(Request):
     async def _read(self) -> bytes:
         chunks: list[bytes] = []
         size = 0
+        arriving: Arriving = self.app.state.arriving
+        arrival: Body | None = None
         try:
-            async with asyncio.timeout(self._limits.body_timeout_s):
+            async with arriving.body(self._limits.body_timeout_s) as arrival:
                 async for chunk in self.stream():
                     size += len(chunk)
                     self._check_size(size)
+                    arrival.add(len(chunk))
                     chunks.append(chunk)
         except TimeoutError as error:
-            raise Refusal(
-                408,
-                f"The body did not arrive within {self._limits.body_timeout_s} seconds.",
-                headers={"Connection": "close"},
-            ) from error
+            raise self._too_slow(arrival) from error
         except ClientDisconnect as error:
             raise Refusal(CLIENT_GONE, "The client has gone.") from error
+        place: Place = self.scope[PLACE]
+        place.take()
         return b"".join(chunks)
+
+    def _too_slow(self, arrival: Body | None) -> Refusal:
+        headers = {"Connection": "close"}
+        if arrival is not None and arrival.given_up:
+            message = "Too many bodies are arriving at a time, and this one was the slowest."
+            return Refusal(429, message, headers=headers | RETRY)
+        limit = self._limits.body_timeout_s
+        return Refusal(408, f"The body did not arrive within {limit} seconds.", headers=headers)
 
 
 class JsonRoute(APIRoute):

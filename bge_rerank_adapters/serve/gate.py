@@ -16,7 +16,8 @@ from typing import Any
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from bge_rerank_adapters.serve.metrics import Metrics
-from bge_rerank_adapters.serve.refusals import Refusal, overloaded, path_of, response_of
+from bge_rerank_adapters.serve.places import PLACE, Place, Scored
+from bge_rerank_adapters.serve.refusals import Refusal, path_of, response_of
 from bge_rerank_adapters.serve.settings import ServerSettings, variable
 
 SCORING = ("/v1/rerank", "/v2/rerank", "/rerank")
@@ -39,9 +40,8 @@ class Gate:
     def __init__(self, app: ASGIApp, *, settings: ServerSettings, metrics: Metrics) -> None:
         """Stand before an app."""
         self._app, self._metrics = app, metrics
-        self._most = settings.max_concurrent_requests
+        self._scored = Scored(settings.max_concurrent_requests)
         self._body_timeout_s = settings.body_timeout_s
-        self._scoring = 0
         self._origins = frozenset(settings.cors_origins)
         key = settings.api_key
         self._key = None if key is None else _digest(key.encode("utf-8"))
@@ -54,7 +54,7 @@ class Gate:
         path = _canonical(path_of(scope))
         scope = _at(path, scope)
         body = _Body(receive)
-        answer = _Answer(scope, body, send)
+        answer = _Answer(scope, body, send, Place(self._scored))
         begin = time.perf_counter()
         try:
             with self._metrics.in_progress.track_inprogress():
@@ -83,17 +83,13 @@ class Gate:
             await response_of(path, failed)(scope, receive, answer)
 
     async def _score(self, scope: Scope, receive: Receive, answer: "_Answer") -> None:
-        # Bounds what bodies take of memory, before a byte of this one is read.
-        if self._scoring >= self._most:
-            raise overloaded(
-                f"{self._most} requests are served already, which is the most at a time; try again "
-                "later."
-            )
-        self._scoring += 1
+        # Before a byte of the body is read; the place itself is taken when all of it is there.
+        self._scored.check()
+        scope[PLACE] = answer.place
         try:
             await self._app(scope, receive, answer)
         finally:
-            self._scoring -= 1
+            answer.place.release()
 
     def _check_origin(self, scope: Scope) -> None:
         given = {value for name, value in scope["headers"] if name == b"origin"}
@@ -156,16 +152,19 @@ class _Answer:
 
     Attributes:
         status: Its status; `None` until it has begun.
+        place: The request's place among the scored, which an answer that has begun needs no more.
     """
 
-    def __init__(self, scope: Scope, body: _Body, send: Send) -> None:
+    def __init__(self, scope: Scope, body: _Body, send: Send, place: Place) -> None:
         self._scope, self._body, self._send = scope, body, send
+        self.place = place
         self.status: int | None = None
         self._closes = self._held_back = False
 
     async def __call__(self, message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
+            self.place.release()
             self._closes = _closes(self._scope, message.get("headers", ()))
         elif message["type"] == "http.response.body" and not message.get("more_body", False):
             self._held_back = self._closes and not self._body.ended

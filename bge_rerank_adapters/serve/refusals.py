@@ -24,7 +24,7 @@ TEI_ROUTE = "/rerank"
 TAGS = ("with documents", "with texts")
 # Of a request whose client has gone, so that nobody reads it; the number is nginx's.
 CLIENT_GONE = 499
-_RETRY = {"Retry-After": "1"}
+RETRY = {"Retry-After": "1"}
 # The words of text-embeddings-inference, where it has one.
 _TYPES = {
     401: "Unauthorized",
@@ -74,7 +74,7 @@ class Refusal(HTTPException):
 
 def overloaded(message: str) -> Refusal:
     """Return a refusal that asks to come again in a second."""
-    return Refusal(429, message, headers=_RETRY)
+    return Refusal(429, message, headers=RETRY)
 
 
 def unknown_fields(names: Iterable[str]) -> Refusal:
@@ -86,7 +86,7 @@ def unknown_fields(names: Iterable[str]) -> Refusal:
 
 def unavailable(message: str) -> Refusal:
     """Return a refusal that asks to come again in a second, or to go to another server."""
-    return Refusal(503, message, headers=_RETRY)
+    return Refusal(503, message, headers=RETRY)
 
 
 def refusal_of(error: RerankError) -> Refusal:

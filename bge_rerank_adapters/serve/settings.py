@@ -37,6 +37,9 @@ class ServerSettings:
         timeout_s: Seconds that scoring a request may take.
         body_timeout_s: Seconds that a body may take to arrive.
         max_concurrent_requests: Most requests for scores that are served at a time.
+        max_reading_requests: Most requests whose bodies are arriving at a time; one more takes the
+            place of the one that has been at it longest.
+        max_reading_bytes: Most bytes of all those bodies, likewise.
         strict: Whether fields of requests that mean nothing here are refused, not ignored.
         cors_origins: Origins whose web pages may send requests, such as `https://app.example.com`;
             `"*"` is all. None by default.
@@ -52,6 +55,8 @@ class ServerSettings:
     timeout_s: float = 60.0
     body_timeout_s: float = 30.0
     max_concurrent_requests: int = 256
+    max_reading_requests: int = 1024
+    max_reading_bytes: int = 256 * 1024 * 1024
     strict: bool = False
     cors_origins: tuple[str, ...] = ()
     api_key_left_out: bool = field(default=False, repr=False)
@@ -73,7 +78,8 @@ class ServerSettings:
         _check_key(self.api_key)
         for name in ("max_body_bytes", "max_documents", "max_characters"):
             _check_count(name, getattr(self, name))
-        _check_count("max_concurrent_requests", self.max_concurrent_requests)
+        for name in ("max_concurrent_requests", "max_reading_requests", "max_reading_bytes"):
+            _check_count(name, getattr(self, name))
         for name in ("timeout_s", "body_timeout_s"):
             _check_seconds(name, getattr(self, name))
         if self.api_key is not None:
@@ -289,6 +295,8 @@ _SERVER: dict[str, Callable[[str], Any]] = {
     "timeout_s": _number,
     "body_timeout_s": _number,
     "max_concurrent_requests": _whole,
+    "max_reading_requests": _whole,
+    "max_reading_bytes": _whole,
     "strict": _flag,
     "cors_origins": _texts,
 }

@@ -1,0 +1,49 @@
+"""The server that `bge-rerank serve` runs."""
+
+from typing import Any
+
+import uvicorn
+
+from bge_rerank_adapters.serve.settings import ServerSettings
+from bge_rerank_adapters.serve.transport.protocol import GuardedProtocol
+
+# Longer than clients keep a connection for their next request, so that it is not us who close it
+# while one is on its way.
+_KEEP_ALIVE_S = 75
+_BACKLOG = 2048
+_MOST_CONNECTIONS = 4096
+# Files that the process has open besides its connections.
+_OTHER_FILES = 128
+
+
+def server_of(app: Any, settings: ServerSettings, **options: Any) -> uvicorn.Server:
+    """Return a server of an app; `options` are uvicorn's, such as `access_log`."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            http=_protocol(),
+            ws="none",
+            lifespan="on",
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            # No request takes longer than these two.
+            timeout_graceful_shutdown=int(settings.timeout_s + settings.body_timeout_s) + 1,
+            backlog=_BACKLOG,
+            **options,
+        )
+    )
+
+
+def _protocol() -> type[GuardedProtocol]:
+    """Return the protocol, with as many connections as the process may open."""
+    return type("Connection", (GuardedProtocol,), {"most_connections": _most_connections()})
+
+
+def _most_connections() -> int:
+    try:
+        import resource
+    except ImportError:  # there is no such limit where there is no such module
+        return _MOST_CONNECTIONS
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return min(_MOST_CONNECTIONS, max(1, files - _OTHER_FILES))
