@@ -23,7 +23,18 @@ LAYERS = (
     ("cli",),
     ("__main__", "__init__"),
 )
+# Likewise the parts of the engine.
+ENGINE_LAYERS = (
+    ("text", "checkpoints", "stats"),
+    ("models",),
+    ("queue",),
+    ("reranker",),
+    ("shared",),
+    ("hosted",),
+)
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
+ENGINE_LEVEL = {part: level for level, parts in enumerate(ENGINE_LAYERS) for part in parts}
+MOST_LEVELS = 8
 HOSTS = {
     "langchain": ("langchain_core", "langchain"),
     "llama_index": ("llama_index", "llama-index"),
@@ -80,6 +91,33 @@ def part(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
+def engine_part(path: Path) -> str:
+    """Return the part of the engine that one of its files belongs to."""
+    return path.relative_to(PACKAGE / "engine").parts[0].removesuffix(".py")
+
+
+def part_levels() -> dict[str, int]:
+    """Return how many parts follow one another in the longest chain of imports below each part.
+
+    Those within functions are left out, since they are not made when a module is imported.
+    """
+
+    def part_of(name: str) -> str:
+        first, *rest = name.split(".")[1:] or ["__init__"]
+        return f"engine.{rest[0]}" if first == "engine" and rest else first
+
+    below: dict[str, set[str]] = {}
+    for path in FILES:
+        own = part_of(".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts))
+        inner = {part_of(n) for n in imported(path, nested=False) if n.startswith(f"{NAME}.")}
+        below.setdefault(own, set()).update(inner - {own})
+
+    def level(part: str) -> int:
+        return 1 + max(map(level, below[part]), default=0)
+
+    return {part: level(part) for part in below}
+
+
 def test_every_module_has_its_layer():
     assert {part(path) for path in FILES} == set(LEVEL)
 
@@ -90,6 +128,26 @@ def test_imports_point_downwards(path):
     inner = {name.split(".")[1] for name in imported(path) if name.startswith(f"{NAME}.")}
     upwards = {name for name in inner if LEVEL[name] >= LEVEL[own] and name != own}
     assert upwards == set()
+
+
+ENGINE_FILES = [path for path in (PACKAGE / "engine").rglob("*.py") if path.stem != "__init__"]
+
+
+def test_every_module_of_the_engine_has_its_layer():
+    assert {engine_part(path) for path in ENGINE_FILES} == set(ENGINE_LEVEL)
+
+
+@pytest.mark.parametrize("path", ENGINE_FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_within_the_engine_point_downwards(path):
+    own, engine = engine_part(path), f"{NAME}.engine."
+    names = {name.split(".")[2] for name in imported(path) if name.startswith(engine)}
+    upwards = {name for name in names if ENGINE_LEVEL[name] >= ENGINE_LEVEL[own] and name != own}
+    assert upwards == set()
+
+
+def test_imports_run_through_few_levels():
+    levels = part_levels()
+    assert max(levels.values()) <= MOST_LEVELS, levels
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
