@@ -24,17 +24,12 @@ from bge_rerank_adapters.engine.hosted.lazy import LazyEngine
 from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.settings import EngineSettings, setting_names
 from bge_rerank_adapters.settings.engine import FurtherOptions
+from bge_rerank_adapters.settings.families import FAMILY_SETTINGS
 from bge_rerank_adapters.settings.options import check_options, shows_options
 
 _QUERY_MAX_LENGTH = 256
-# FlagEmbedding's names of the families (`inference/reranker/model_mapping.py`).
-_FAMILIES = {
-    None: None,
-    "encoder-only-base": "encoder",
-    "decoder-only-base": "decoder",
-    "decoder-only-layerwise": "layerwise",
-    "decoder-only-lightweight": "lightweight",
-}
+# By FlagEmbedding's names.
+_FAMILIES = {None: None} | {row.flag_name: row.name for row in FAMILY_SETTINGS.values()}
 
 
 @dataclass(slots=True, repr=False)

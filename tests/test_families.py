@@ -14,9 +14,15 @@ from typer.testing import CliRunner
 from bge_rerank_adapters import CheckpointError, Reranker, SettingsError, UnsupportedCheckpointError
 from bge_rerank_adapters.cli import app, verification
 from bge_rerank_adapters.engine.checkpoints.published import PublishedScores
+from bge_rerank_adapters.engine.models.causal.config import ARCHITECTURES
+from bge_rerank_adapters.engine.models.encoder.config import ENCODER_TYPES
+from bge_rerank_adapters.engine.models.families import FAMILIES as MODEL_FAMILIES
+from bge_rerank_adapters.engine.models.families import family_of
 from bge_rerank_adapters.langchain import BGEDocumentCompressor
 from bge_rerank_adapters.llama_index import BGENodePostprocessor
 from bge_rerank_adapters.milvus import BGERerankFunction
+from bge_rerank_adapters.settings import setting_names
+from bge_rerank_adapters.settings.families import FAMILY_SETTINGS
 from tests.family_checkpoints import CASES, build_family, case_pairs
 
 REFERENCE = json.loads((Path(__file__).parent / "reference" / "families.json").read_text("utf-8"))
@@ -378,3 +384,15 @@ def test_lengths_that_leave_no_room_are_refused(tmp_path):
     folder = build_family(tmp_path, "decoder")
     with pytest.raises(SettingsError, match="no room for a document"):
         Reranker(str(folder), device="cpu", prompt="", max_length=20, query_max_length=19)
+
+
+def test_settings_and_models_know_the_same_families():
+    assert list(MODEL_FAMILIES) == list(FAMILY_SETTINGS)
+    kinds = [kind for family in MODEL_FAMILIES.values() for kind in family.model_types]
+    assert len(kinds) == len(set(kinds))
+    for kind in kinds:
+        assert kind in family_of({"model_type": kind}).model_types
+    assert set(ARCHITECTURES) | set(ENCODER_TYPES) == set(kinds)
+    assert family_of({"model_type": "llama"}) is None
+    owned = {name for row in FAMILY_SETTINGS.values() for name in row.own}
+    assert owned <= set(setting_names())

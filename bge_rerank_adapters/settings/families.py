@@ -1,20 +1,45 @@
-"""The families of BGE rerankers, and which settings belong to which."""
+"""The families of BGE rerankers as users set them up: one row each."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from bge_rerank_adapters.errors import SettingsError
 
 BACKENDS = ("native", "flagembedding")
-FAMILIES = ("encoder", "decoder", "layerwise", "lightweight")
-_DECODERS = ("decoder", "layerwise", "lightweight")
-# Settings that only some families have; all others belong to every one.
-_BELONGS = {
-    "prompt": _DECODERS,
-    "cutoff_layers": ("layerwise", "lightweight"),
-    "compress_ratio": ("lightweight",),
-    "compress_layers": ("lightweight",),
-}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FamilySettings:
+    """What may be set for a family; how its models are run is in `engine.models.families`.
+
+    Attributes:
+        name: The family's.
+        own: Settings that only some families have, this one among them.
+        int8: Whether its models run in 8 bits.
+        flag_name: FlagEmbedding's name of it (`inference/reranker/model_mapping.py`).
+    """
+
+    name: str
+    own: tuple[str, ...] = ()
+    int8: bool = False
+    flag_name: str
+
+
+_ROWS = (
+    FamilySettings(name="encoder", int8=True, flag_name="encoder-only-base"),
+    FamilySettings(name="decoder", own=("prompt",), flag_name="decoder-only-base"),
+    FamilySettings(
+        name="layerwise", own=("prompt", "cutoff_layers"), flag_name="decoder-only-layerwise"
+    ),
+    FamilySettings(
+        name="lightweight",
+        own=("prompt", "cutoff_layers", "compress_ratio", "compress_layers"),
+        flag_name="decoder-only-lightweight",
+    ),
+)
+FAMILY_SETTINGS = {row.name: row for row in _ROWS}
+FAMILIES = tuple(FAMILY_SETTINGS)
 
 
 def check_family_settings(family: str, settings: Mapping[str, Any]) -> None:
@@ -27,16 +52,19 @@ def check_family_settings(family: str, settings: Mapping[str, Any]) -> None:
     Raises:
         SettingsError: One does not; the message names it.
     """
-    for name, families in _BELONGS.items():
-        if settings[name] is not None and family not in families:
+    row = FAMILY_SETTINGS[family]
+    for name in dict.fromkeys(name for each in _ROWS for name in each.own):
+        if settings[name] is not None and name not in row.own:
+            families = [each.name for each in _ROWS if name in each.own]
             raise SettingsError(
                 f"{name}={settings[name]!r} is a setting of the {' and '.join(families)} "
                 f"{'family' if len(families) == 1 else 'families'}, but this checkpoint is of the "
                 f"{family} family; leave {name} out."
             )
-    if settings["dtype"] == "int8" and family != "encoder":
+    if settings["dtype"] == "int8" and not row.int8:
+        able = " and ".join(each.name for each in _ROWS if each.int8)
         raise SettingsError(
-            f"dtype 'int8' runs checkpoints of the encoder family alone, not of the {family} "
+            f"dtype 'int8' runs checkpoints of the {able} family alone, not of the {family} "
             'family; use dtype="auto", "bfloat16" or "float32".'
         )
 
