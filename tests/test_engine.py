@@ -1,4 +1,4 @@
-"""The engine through its public names: results, doors, time limits, closing and sharing."""
+"""The engine through its public names: results, async, time limits, closing and sharing."""
 
 import asyncio
 import copy
@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -31,6 +31,8 @@ from bge_rerank_adapters import (
     SettingsError,
     WorkerDiedError,
 )
+from bge_rerank_adapters.calls.items import Bad, Item, rank_items
+from bge_rerank_adapters.calls.limits import Limits
 from bge_rerank_adapters.engine.shared import shared_reranker
 from bge_rerank_adapters.engine.text.pairs import TokenPair
 from bge_rerank_adapters.settings import EngineSettings
@@ -318,6 +320,25 @@ def test_the_progress_bar_ends_even_if_the_call_fails(make, capfd):
     assert "3/3" in capfd.readouterr().err
 
 
+def test_a_bulk_run_with_a_bad_item_is_not_refused_because_others_fill_the_queue(make, monkeypatch):
+    engine = make(max_queued_pairs=4)
+    tokenize = engine._tokenizer.tokenize
+
+    def failing(pairs):
+        if any(text == "bad" for _, text in pairs):
+            raise RuntimeError("it cannot be read")
+        return tokenize(pairs)
+
+    monkeypatch.setattr(engine._tokenizer, "tokenize", failing)
+    engine._core.reserve(Future(), 4)
+    texts = [DOCUMENTS, ["fine", "bad"], DOCUMENTS[:2]]
+    items = [Item(n, QUERY, each, [{}] * len(each)) for n, each in enumerate(texts, start=1)]
+    first, second, third = rank_items(engine, items, limits=Limits(top_k=2))
+    assert (len(first), len(third)) == (2, 2)
+    assert isinstance(second, Bad)
+    assert "it cannot be read" in second.reason
+
+
 # Time limits and cancelling
 
 
@@ -331,6 +352,29 @@ def test_a_call_that_runs_out_of_time_says_so_and_the_engine_goes_on(make):
     assert len(engine.rerank(QUERY, DOCUMENTS, timeout_s=WAIT_S)) == 4
     assert time.monotonic() - begin < WAIT_S
     assert len(engine._core._backlog) == 0
+
+
+@pytest.mark.parametrize("step", ["reserve", "add_requests", "tokenize", "submit"])
+def test_an_interrupt_right_after_any_step_of_a_call_gives_its_room_back(make, monkeypatch, step):
+    """Ctrl-C raises wherever a call of a function has just returned."""
+    engine = make()
+    owners = {"add_requests": engine._core.tally, "tokenize": engine._tokenizer}
+    owner = owners.get(step, engine._core)
+    work = getattr(owner, step)
+
+    def interrupted(*args, **kwargs):
+        work(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, step, interrupted)
+        for call in (engine.rerank, engine.logits):
+            with pytest.raises(KeyboardInterrupt):
+                call(QUERY, DOCUMENTS)
+        with pytest.raises(KeyboardInterrupt):
+            engine.rerank_many(requests_of(3))
+    assert len(engine._core._backlog) == 0
+    assert len(engine.rerank(QUERY, DOCUMENTS, timeout_s=WAIT_S)) == len(DOCUMENTS)
 
 
 async def test_an_async_call_that_runs_out_of_time_says_so_and_the_engine_goes_on(make):
@@ -657,8 +701,9 @@ def test_pickling_carries_settings_and_no_token_and_rebuilds(folder):
             assert other.logits(QUERY, DOCUMENTS) == engine.logits(QUERY, DOCUMENTS)
 
 
-def test_a_deep_copy_is_the_engine_itself(reranker):
+def test_a_copy_is_the_engine_itself(reranker):
     assert copy.deepcopy({"nested": [reranker]})["nested"][0] is reranker
+    assert copy.copy(reranker) is reranker, "another model was loaded"
 
 
 def test_the_repr_names_model_device_and_dtype_and_whether_it_is_closed(make, folder):

@@ -487,6 +487,7 @@ def test_a_pickle_carries_the_settings(server):
         reranker.rerank("q", TEXTS)
         again = pickle.loads(pickle.dumps(reranker))  # noqa: S301
         assert copy.deepcopy(reranker) is reranker
+        assert copy.copy(reranker) is reranker
     assert again.settings == RemoteSettings(url=f"{server.url}/v1", model="m", timeout_s=7.0)
     assert len(again.rerank("q", TEXTS)) == 3
     again.close()

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 
 import pytest
 
-from bge_rerank_adapters import ClosedError, RerankTimeoutError, SettingsError
+from bge_rerank_adapters import ClosedError, RerankError, RerankTimeoutError, SettingsError
 from bge_rerank_adapters.calls.runner import AsyncRunner, Call, map_in_turns, run
 
 WAIT_S = 60
@@ -104,6 +104,29 @@ def test_a_future_that_comes_too_late_is_a_timeout_and_cancelled():
     assert future.cancelled()
 
 
+class LateFuture(Future):
+    """A future whose result, or error, comes just as the time to wait for it runs out."""
+
+    def __init__(self, outcome):
+        super().__init__()
+        self.outcome = outcome
+
+    def result(self, timeout=None):
+        if self.done():
+            return super().result(timeout)
+        if isinstance(self.outcome, Exception):
+            self.set_exception(self.outcome)
+        else:
+            self.set_result(self.outcome)
+        raise TimeoutError
+
+
+def test_a_result_that_comes_as_the_time_runs_out_is_the_result():
+    assert run(lambda _: waiting_for(LateFuture([1.0]), []), timeout_s=0.01) == [1.0]
+    with pytest.raises(TimeoutError, match="the future's own"):
+        run(lambda _: waiting_for(LateFuture(TimeoutError("the future's own")), []), timeout_s=1)
+
+
 async def test_the_same_on_an_event_loop(runner):
     future = Future()
     with pytest.raises(RerankTimeoutError, match=r"timeout_s=0\.01"):
@@ -151,6 +174,19 @@ async def test_a_closed_runner_says_so(runner):
     runner.close()
     with pytest.raises(ClosedError, match="closed"):
         await runner.run(lambda _: waiting_for(Future(), []), timeout_s=None, long=False)
+
+
+def test_another_kind_of_event_loop_is_refused_by_name(runner):
+    """Trio's, for instance, in which there is no asyncio loop to be found either."""
+    seen = []
+    calls = [
+        runner.run(lambda _: waiting_for(Future(), seen), timeout_s=1, long=False),
+        map_in_turns(str, [1, 2, 3]),
+    ]
+    for call in calls:
+        with pytest.raises(RerankError, match=r"run on asyncio.*a thread"):
+            call.send(None)
+    assert seen == []
 
 
 async def test_mapping_in_turns_gives_all_values_in_order_and_others_their_turns():

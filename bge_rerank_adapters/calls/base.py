@@ -268,10 +268,22 @@ class BaseReranker(ABC, Generic[SettingsT]):
         request = Request.checked(query, documents)
         return self._run(lambda reservations: self._score(request, reservations)).scores
 
+    def _rerank_unbounded(self, query: str, documents: Sequence[str], limits: Limits) -> Ranking:
+        """Return what `rerank` returns; for bulk runs, which wait however much others ask for."""
+        request = Request.checked(query, documents)
+        return self._run(
+            lambda reservations: self._rerank(request, limits, reservations, bounded=False)
+        )
+
     def _rerank(
-        self, request: Request, limits: Limits, reservations: Reservations
+        self,
+        request: Request,
+        limits: Limits,
+        reservations: Reservations,
+        *,
+        bounded: bool = True,
     ) -> Call[Ranking]:
-        scored = yield from self._score(request, reservations)
+        scored = yield from self._score(request, reservations, bounded=bounded)
         return scored.rank(limits)
 
     def _rerank_many(

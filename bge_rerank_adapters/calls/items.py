@@ -131,7 +131,8 @@ def rank_items(
 
 def _rank_alone(engine: BaseReranker[Any], item: Item, limits: Limits) -> Ranking | Bad:
     try:
-        return engine.rerank(item.query, item.texts, **limits.to_dict())
+        # Not `rerank`, which other callers of the engine could have refused as `Overloaded`.
+        return engine._rerank_unbounded(item.query, item.texts, limits)  # noqa: SLF001 - its layer
     except ScoringError as error:
         return Bad(item.line, str(error), item.source)
 

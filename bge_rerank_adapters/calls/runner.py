@@ -14,7 +14,12 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from bge_rerank_adapters.errors import ClosedError, RerankTimeoutError, SettingsError
+from bge_rerank_adapters.errors import (
+    ClosedError,
+    RerankError,
+    RerankTimeoutError,
+    SettingsError,
+)
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -141,10 +146,12 @@ class AsyncRunner:
             long: Whether its work may take its time.
 
         Raises:
+            RerankError: The event loop is not asyncio's.
             SettingsError: `timeout_s` is no number above 0.
             RerankTimeoutError: It ran out.
             ClosedError: The runner was closed meanwhile.
         """
+        _check_event_loop()
         pool = self._long if long else self._short
         timer = asyncio.timeout(_check_timeout(timeout_s))
         reservations = Reservations()
@@ -189,7 +196,12 @@ async def _step(pool: ThreadPoolExecutor, call: Call[Any], result: Any) -> Step:
 
 
 async def map_in_turns(function: Callable[[S], T], items: Sequence[S]) -> list[T]:
-    """Return the function's values for the items, while the event loop's other tasks have turns."""
+    """Return the function's values for the items, while the event loop's other tasks have turns.
+
+    Raises:
+        RerankError: The event loop is not asyncio's.
+    """
+    _check_event_loop()
     values: list[T] = []
     for start in range(0, len(items), _ITEMS_PER_TURN):
         values += map(function, items[start : start + _ITEMS_PER_TURN])
@@ -209,8 +221,20 @@ def _wait(future: Future[Any], deadline: float | None, timeout_s: float | None) 
         return future.result(left)
     except FutureTimeoutError as error:
         if future.done():
-            raise  # not ours: what was waited for ended with it
+            # It ended just as the time ran out, or with such an error of its own.
+            return future.result()
         raise _timed_out(timeout_s) from error
+
+
+def _check_event_loop() -> None:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError as error:
+        raise RerankError(
+            "The asynchronous methods run on asyncio, and no asyncio event loop runs here. On "
+            "another kind, such as trio's, call the synchronous method in a thread: "
+            "await trio.to_thread.run_sync(reranker.rerank, query, documents)."
+        ) from error
 
 
 def _check_timeout(timeout_s: Any) -> float | None:
