@@ -8,7 +8,7 @@ RerankError
 │   ├── CheckpointNotFoundError (also FileNotFoundError)
 │   │                                     neither a folder, nor in the cache, nor on the hub
 │   └── UnsupportedCheckpointError        readable, but not a reranker that can be run here
-├── DeviceError                           the device asked for is not there
+├── DeviceError                           the device is not there, full, or lost
 ├── ScoringError                          the model failed while it was scoring
 │   ├── NonFiniteLogitError               the model gave NaN or infinity for a pair
 │   └── RemoteError                       a server was not reached, refused, or answered wrongly
@@ -62,7 +62,7 @@ class UnsupportedCheckpointError(CheckpointError):
 
 
 class DeviceError(RerankError):
-    """The device asked for is not present, or cannot run the dtype asked for."""
+    """The device is not present, cannot run the dtype, is full, or cannot be used any more."""
 
 
 class ScoringError(RerankError):

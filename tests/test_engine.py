@@ -33,6 +33,7 @@ from bge_rerank_adapters import (
 )
 from bge_rerank_adapters.calls.items import Bad, Item, rank_items
 from bge_rerank_adapters.calls.limits import Limits
+from bge_rerank_adapters.engine.models import loading
 from bge_rerank_adapters.engine.shared import shared_reranker
 from bge_rerank_adapters.engine.text.pairs import TokenPair
 from bge_rerank_adapters.settings import EngineSettings
@@ -580,12 +581,12 @@ def test_unlike_devices_have_each_their_own_budget_and_dtype(folder, monkeypatch
         device, dtype = torch.device("cuda:0"), torch.float16
         streams, pack_tokens = 1, 16_384
 
-    load, made = engine_module.load_model, [Accelerated()]
+    load, made = loading.load_model, [Accelerated()]
 
     def load_one(*args, **options):
         return made.pop() if made else load(*args, **options)
 
-    monkeypatch.setattr(engine_module, "load_model", load_one)
+    monkeypatch.setattr(loading, "load_model", load_one)
     with Reranker(folder, device=["cpu", "cpu"], dtype="float32") as engine:
         assert engine.device == "cuda:0, cpu"
         assert engine.dtype == "float16, float32"

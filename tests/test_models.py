@@ -324,18 +324,3 @@ def test_a_dtype_far_from_the_limit_is_not_timed_further(monkeypatch):
     )
     assert devices._seconds(torch.device("cpu"), torch.float32, 1e-9) == float("inf")
     assert len(runs) == 2
-
-
-@pytest.mark.parametrize(
-    ("error", "is_memory"),
-    [
-        (torch.OutOfMemoryError("x"), True),
-        (MemoryError(), True),
-        (RuntimeError("CUDA out of memory. Tried"), True),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True),
-        (RuntimeError("shapes differ"), False),
-        (ValueError("out of memory"), False),
-    ],
-)
-def test_lack_of_memory_is_recognised(error, is_memory):
-    assert devices.is_out_of_memory(error) is is_memory

@@ -335,17 +335,52 @@ def test_an_error_reaches_the_jobs_of_its_pack_alone_and_names_its_cause(make_co
     assert len(model.threads) == 1
 
 
-def test_jobs_that_share_the_failing_pack_each_hear_of_it(make_core):
+def test_of_calls_that_share_a_failing_pack_only_the_one_to_blame_hears_of_it(make_core):
     model = FakeModel(fail_on_bad(ValueError("a bad pair")))
     core = make_core(model)
     held = hold_up(core, model)
-    sharing = [submit(core, pairs(*ids)).future for ids in ((7,), (BAD,), (8, 9))]
+    sharing = [submit(core, pairs(*ids)).future for ids in ((7,), (BAD, 10), (8, 9))]
     model.gate.set()
     assert held.result(WAIT_S) == [1.0]
+    assert sharing[0].result(WAIT_S) == [7.0]
+    assert isinstance(failure(sharing[1]), ScoringError)
+    assert sharing[2].result(WAIT_S) == [8.0, 9.0]
+    # All together, then each call's alone, and no more.
+    assert sorted(map(sorted, model.packs[1:])) == [[7], [7, 8, 9, 10, BAD], [8, 9], [10, BAD]]
+
+
+def test_calls_of_a_pack_that_all_fail_each_hear_of_it_once(make_core):
+    def fault(ids: list[int]) -> None:
+        if ids != [1]:
+            raise ValueError("a bad model")
+
+    model = FakeModel(fault)
+    core = make_core(model)
+    hold_up(core, model)
+    sharing = [submit(core, pairs(*ids)).future for ids in ((7,), (8, 9), (10,), (11,))]
+    model.gate.set()
     errors = [failure(future) for future in sharing]
     assert all(isinstance(error, ScoringError) for error in errors)
     # Each has its own, since raising one in two threads would mix their tracebacks.
-    assert len({id(error) for error in errors}) == 3
+    assert len({id(error) for error in errors}) == 4
+    assert len(model.packs) == 1 + 1 + 4
+
+
+def test_calls_given_up_while_their_pack_failed_are_not_tried_again(make_core):
+    model = FakeModel(fail_on_bad(ValueError("a bad pair")))
+    core = make_core(model)
+    sharing: list[Future[list[float]]] = []
+    held = hold_up(core, model)
+    sharing += [submit(core, pairs(*ids)).future for ids in ((7,), (BAD,))]
+    model.entered.clear()
+    model.gate.set()
+    model.gate.clear()
+    assert held.result(WAIT_S) == [1.0]
+    assert model.entered.wait(WAIT_S)
+    assert sharing[0].cancel()
+    model.gate.set()
+    assert isinstance(failure(sharing[1]), ScoringError)
+    assert sorted(map(sorted, model.packs[1:])) == [[7, BAD], [BAD]]
 
 
 def test_the_rest_of_a_failed_job_is_not_scored(make_core):

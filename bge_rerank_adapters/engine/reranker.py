@@ -17,9 +17,10 @@ from bge_rerank_adapters.calls.runner import AsyncRunner, Call, Reservations, St
 from bge_rerank_adapters.engine.checkpoints.hub import find_folder
 from bge_rerank_adapters.engine.models.base import Model
 from bge_rerank_adapters.engine.models.cpu.threads import settle_threads
+from bge_rerank_adapters.engine.models.device_faults import check_usable
 from bge_rerank_adapters.engine.models.devices import resolve_device
 from bge_rerank_adapters.engine.models.loading import (
-    load_model,
+    load_models,
     load_pair_tokenizer,
     read_checkpoint,
 )
@@ -79,7 +80,8 @@ class Reranker(BaseReranker[EngineSettings]):
             TypeError: There is no setting of that name.
             SettingsError: A setting has a value that is not allowed.
             CheckpointError: The checkpoint cannot be found or used.
-            DeviceError: The device is not there.
+            DeviceError: The device is not there, has too little memory, or cannot be used by this
+                process any more.
         """
         check_options(Reranker, options)
         self._set_up(EngineSettings(model=model, **options))
@@ -87,14 +89,13 @@ class Reranker(BaseReranker[EngineSettings]):
     def _set_up(self, settings: EngineSettings) -> None:
         begin = time.monotonic()
         devices = [resolve_device(name) for name in settings.devices]
+        for device in devices:
+            check_usable(device)
         folder = find_folder(settings)
         checkpoint = read_checkpoint(folder, settings)
         tokenizer = self._tokenizer = load_pair_tokenizer(checkpoint, settings)
         models = _in_fresh_thread(
-            lambda: [
-                load_model(checkpoint, settings, tokenizer=tokenizer, device=each)
-                for each in devices
-            ]
+            lambda: load_models(checkpoint, settings, tokenizer=tokenizer, devices=devices)
         )
         self.settings = settings.without_token()
         self.device = ", ".join(str(model.device) for model in models)

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional
 
 from bge_rerank_adapters.engine.models.cpu.onednn.int8 import int8_works
+from bge_rerank_adapters.engine.models.device_faults import check_not_forked
 from bge_rerank_adapters.errors import DeviceError
 
 # A faster dtype costs some exactness, so it has to be worth it.
@@ -24,7 +25,7 @@ def resolve_device(name: str) -> torch.device:
         name: `"auto"` takes an accelerator if there is one, the first of its kind.
 
     Raises:
-        DeviceError: The device is not there.
+        DeviceError: The device is not there, or cannot be used in a forked process.
     """
     if name == "auto":
         return torch.device(_accelerator() or "cpu")
@@ -81,24 +82,6 @@ def _check_int8(device: torch.device) -> None:
         )
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether the error says that the device has no memory left for the pack."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and (
-        "out of memory" in text or "can't allocate memory" in text
-    )
-
-
-def release_memory(device: torch.device) -> None:
-    """Give cached blocks back to the device."""
-    module = getattr(torch, device.type, None)
-    empty_cache = getattr(module, "empty_cache", None)
-    if device.type != "cpu" and empty_cache is not None:
-        empty_cache()
-
-
 def device_name(device: torch.device) -> str:
     """Return what a device is called, or how many threads a processor computes with."""
     if device.type == "cuda":
@@ -120,6 +103,7 @@ def _accelerator() -> str | None:
 
 
 def _device_count(kind: str) -> int:
+    check_not_forked(kind)
     if kind == "mps":
         return int(torch.backends.mps.is_available())
     module = getattr(torch, kind, None)

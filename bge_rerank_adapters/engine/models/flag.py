@@ -19,7 +19,7 @@ import torch
 
 from bge_rerank_adapters.engine.checkpoints.model_config import read_config
 from bge_rerank_adapters.engine.models.base import default_pack_tokens
-from bge_rerank_adapters.engine.models.devices import is_out_of_memory
+from bge_rerank_adapters.engine.models.device_faults import is_out_of_memory
 from bge_rerank_adapters.engine.models.encoder.config import parse_config
 from bge_rerank_adapters.engine.models.encoder.tensors import check_one_label
 from bge_rerank_adapters.engine.models.families import Family

@@ -1,6 +1,7 @@
 """From a checkpoint's folder to models that are ready to run."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from bge_rerank_adapters.engine.checkpoints.inspection import (
     inspect_checkpoint,
 )
 from bge_rerank_adapters.engine.models.base import Model
+from bge_rerank_adapters.engine.models.device_faults import told_as_device_errors
 from bge_rerank_adapters.engine.models.devices import resolve_dtype
 from bge_rerank_adapters.engine.models.families import (
     FAMILIES,
@@ -109,6 +111,21 @@ def load_pair_tokenizer(checkpoint: LocalCheckpoint, settings: EngineSettings) -
     return tokenizer
 
 
+def load_models(
+    checkpoint: LocalCheckpoint,
+    settings: EngineSettings,
+    *,
+    tokenizer: PairTokenizer,
+    devices: Sequence[torch.device],
+) -> list[Model]:
+    """Return a copy of the model on each device; errors as of `load_model`."""
+    models = []
+    for device in devices:
+        with told_as_device_errors(device):
+            models.append(load_model(checkpoint, settings, tokenizer=tokenizer, device=device))
+    return models
+
+
 def load_model(
     checkpoint: LocalCheckpoint,
     settings: EngineSettings,
@@ -122,7 +139,7 @@ def load_model(
         CheckpointError: Its weights are missing, damaged or do not fit the config.
         UnsupportedCheckpointError: It is no one-label reranker.
         SettingsError: A layer is asked for that the model has not.
-        DeviceError: The device cannot run the dtype.
+        DeviceError: The device cannot run the dtype, or has too little memory.
     """
     family, files = checkpoint.family, checkpoint.files
     settings = files.apply_author(settings)

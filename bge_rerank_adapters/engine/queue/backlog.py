@@ -27,6 +27,7 @@ class Backlog:
         """Begin with nobody waiting, and room for `max_queued_pairs` pairs."""
         self._max_queued_pairs = max_queued_pairs
         self.closed = False
+        self._closed_because: str | None = None
         self._pid = os.getpid()
         self._begin_empty()
 
@@ -52,7 +53,7 @@ class Backlog:
             WorkerDiedError: It was made before a fork.
         """
         if self.closed:
-            raise ClosedError("The engine is closed; make a new Reranker.")
+            raise ClosedError(self._closed_because or "The engine is closed; make a new Reranker.")
         if self.is_of_parent:
             raise WorkerDiedError(
                 "The engine was made before this process was forked, and its scoring thread did "
@@ -120,15 +121,27 @@ class Backlog:
         with self.changed:
             return self._queue.take(max_tokens, multiple=multiple)
 
+    def refuse(self, *, because: str | None = None) -> None:
+        """Let nobody in from now on; calls that wait are left to `close`.
+
+        Args:
+            because: What went wrong, for an engine that closes itself.
+        """
+        with self.changed:
+            if not self.closed and because:
+                self._closed_because = f"The engine closed itself: {because}"
+            self.closed = True
+            self.changed.notify_all()
+
     def close(self) -> None:
         """Let nobody in, and fail all who wait with `ClosedError`."""
         with self.changed:
-            self.closed = True
+            self.refuse()
             futures = [*self._reserved, *self._jobs]
             self._queue.clear()
-            self.changed.notify_all()
+        reason = self._closed_because or "The engine was closed before the call had been scored."
         for future in futures:
-            fail(future, ClosedError("The engine was closed before the call had been scored."))
+            fail(future, ClosedError(reason))
 
     def take_all(self) -> list[Logits]:
         """Empty the queue; return the futures of all calls that were put and have no logits."""

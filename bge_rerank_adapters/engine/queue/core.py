@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Sequence
 
 from bge_rerank_adapters.engine.models.base import Model
-from bge_rerank_adapters.engine.models.devices import release_memory
+from bge_rerank_adapters.engine.models.device_faults import release_memory
 from bge_rerank_adapters.engine.queue.backlog import Backlog, Logits, TokenJob
 from bge_rerank_adapters.engine.queue.packs import Job
 from bge_rerank_adapters.engine.queue.worker import DeviceWorker, scoring_threads
@@ -138,7 +138,10 @@ _live_cores: "weakref.WeakSet[ScoringCore]" = weakref.WeakSet()
 def _end_threads() -> None:
     # A daemon thread inside torch while the interpreter goes away can crash the process.
     for core in list(_live_cores):
-        core.close()
+        try:
+            core.close()
+        except Exception:  # noqa: BLE001 - the others are to be closed all the same
+            _log.exception("An engine could not be closed at the end of the program")
     for thread in list(scoring_threads):
         if thread.is_alive():
             thread.join(_JOIN_TIMEOUT_S)

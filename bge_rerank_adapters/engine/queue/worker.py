@@ -11,7 +11,12 @@ from collections.abc import Sequence
 
 from bge_rerank_adapters.engine.models.base import Model
 from bge_rerank_adapters.engine.models.cpu.threads import settle_threads
-from bge_rerank_adapters.engine.models.devices import is_out_of_memory, release_memory
+from bge_rerank_adapters.engine.models.device_faults import (
+    is_lost,
+    is_out_of_memory,
+    release_memory,
+    remember_lost,
+)
 from bge_rerank_adapters.engine.queue.backlog import Backlog, TokenJob, TokenPack, fail, finish
 from bge_rerank_adapters.engine.stats import Tally
 from bge_rerank_adapters.engine.text.pairs import TokenPair
@@ -111,8 +116,7 @@ class DeviceWorker:
                 job.queued_at = None
 
     def _score(self, pack: TokenPack) -> None:
-        """Run a pack, in halves as long as the device has too little memory for it."""
-        scored: list[tuple[tuple[TokenJob, int], float]] | None = None
+        """Run a pack; where that fails, parts of it that may do better."""
         begin = time.perf_counter()
         try:
             logits = self.model.logits([job.pairs[position] for job, position in pack])
@@ -120,17 +124,44 @@ class DeviceWorker:
         except Exception as error:  # noqa: BLE001 - belongs to the callers whose pairs these were
             # Its frames hold tensors, which the next packs may need the room of.
             traceback.clear_frames(error.__traceback__)
-            if len(pack) == 1 or not is_out_of_memory(error):
-                _fail_pack(pack, error)
-                return
-        if scored is None:
-            self._make_room(pack)
-            middle = len(pack) // 2
-            self._score(pack[:middle])
-            self._score(pack[middle:])
+            parts = self._parts_of_failed(pack, error)
         else:
             self._count(pack, time.perf_counter() - begin)
             self._store(scored)
+            return
+        if parts:
+            release_memory(self.model.device)
+        for part in parts:
+            self._score(part)
+
+    def _parts_of_failed(self, pack: TokenPack, error: Exception) -> list[TokenPack]:
+        """Return the packs to run instead of one that failed; none once its callers are told."""
+        if is_lost(error, self.model.device):
+            self._close_engine(pack, error)
+            return []
+        if is_out_of_memory(error) and len(pack) > 1:
+            self._shrink_budget(pack)
+            middle = len(pack) // 2
+            return [pack[:middle], pack[middle:]]
+        jobs = _jobs(pack)
+        if len(jobs) == 1:
+            _fail_pack(pack, error)
+            return []
+        # Each call's pairs alone, so that only the one whose pairs fail hears of it.
+        return [
+            [place for place in pack if place[0] is job] for job in jobs if not job.future.done()
+        ]
+
+    def _close_engine(self, pack: TokenPack, error: Exception) -> None:
+        """Close the engine, whose device is lost; the pack's callers get the error itself."""
+        message = remember_lost(self.model.device, error)
+        _log.error("The engine closes itself: %s", message, exc_info=error)
+        self._backlog.refuse(because=message)
+        for job in _jobs(pack):
+            failure = ScoringError(f"The model failed: {message}")
+            failure.__cause__ = error
+            fail(job.future, failure)
+        self._backlog.close()
 
     def _count(self, pack: TokenPack, seconds: float) -> None:
         truncated = sum(job.pairs[position].truncated for job, position in pack)
@@ -139,7 +170,7 @@ class DeviceWorker:
         )
         self.budget = min(self._pack_tokens, self.budget + self.budget // _REGROWTH + 1)
 
-    def _make_room(self, pack: TokenPack) -> None:
+    def _shrink_budget(self, pack: TokenPack) -> None:
         """Halve the budget of the packs to come, so that they need not fail in their turn."""
         tokens = _tokens(pack)
         self.budget = max(1, min(self.budget, tokens) // 2)
@@ -151,7 +182,6 @@ class DeviceWorker:
             tokens,
             self.budget,
         )
-        release_memory(self.model.device)
 
     def _store(self, scored: Sequence[tuple[tuple[TokenJob, int], float]]) -> None:
         """Hand logits to their jobs, and to their callers what is complete."""
