@@ -120,7 +120,7 @@ def test_bad_lines_are_put_aside_and_the_rest_is_done(tmp_path):
         assert each["input"] == text
         assert f"line {each['line']}: {reason}" in plain(result.output)
     assert {path.name for path in tmp_path.iterdir()} == {
-        *("in.jsonl", "out.jsonl", "out.jsonl.bad.jsonl")
+        *("in.jsonl", "out.jsonl", "out.jsonl.bad.jsonl", "out.jsonl.settings.json")
     }
 
 
@@ -221,7 +221,7 @@ def test_bad_runs_are_told_by_line(text, message):
     ("arguments", "message"),
     [
         (("missing.jsonl",), "missing.jsonl cannot be read: No such file"),
-        (("--window-tokens", "9"), "window_tokens had no effect"),
+        (("--window-tokens", "9"), "--window-tokens had no effect"),
         (("--collection", "nowhere"), "corpus.jsonl cannot be read"),
     ],
 )
@@ -236,8 +236,8 @@ def test_wrong_options_are_told_in_one_line(arguments, message):
     ("arguments", "message"),
     [
         (("--resume",), "needs --output"),
-        (("--top-k", "0"), "top_k must be at least 1, got 0"),
-        (("--score-threshold", "2"), "score_threshold must be from 0 to 1"),
+        (("--top-k", "0"), "--top-k: must be at least 1, got 0"),
+        (("--score-threshold", "2"), "--score-threshold: must be from 0 to 1"),
     ],
 )
 def test_wrong_usage_has_an_exit_code_of_its_own(arguments, message):
@@ -501,7 +501,7 @@ def test_an_unfinished_run_is_neither_overwritten_nor_mixed(tmp_path):
     assert refused.returncode == 1
     assert "is of an unfinished run; continue it with --resume" in refused.stderr
     other = command(*arguments, "--resume", "--top-k", "2")
-    assert "differs in top_k" in other.stderr
+    assert "differs in --top-k" in other.stderr
     source.write_text(line())
     assert command(*arguments, "--resume").returncode == 0
     assert len(rows(output.read_text())) == 1

@@ -1,5 +1,10 @@
 """The command line: `bge-rerank`."""
 
+import os
+import sys
+from importlib.metadata import version
+from typing import Annotated, NoReturn
+
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -8,20 +13,36 @@ from bge_rerank_adapters.cli import evaluate as evaluate_command
 from bge_rerank_adapters.cli import options
 from bge_rerank_adapters.cli import rerank as rerank_command
 from bge_rerank_adapters.cli import serve as serve_command
+from bge_rerank_adapters.cli.bulk import INTERRUPTED
 from bge_rerank_adapters.cli.info import info
+from bge_rerank_adapters.cli.words import in_shell_words
 from bge_rerank_adapters.errors import RerankError
 from bge_rerank_adapters.settings.checkpoints import DEFAULT_MODEL, TINY
+
+_TRACEBACK = "BGE_RERANK_TRACEBACK"
 
 app = typer.Typer(
     help="Score how well documents answer a query with BAAI's BGE rerankers.",
     no_args_is_help=True,
     add_completion=False,
-    pretty_exceptions_show_locals=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"bge-rerank {version('bge-rerank-adapters')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _commands() -> None:
+def _commands(
+    asked: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
     """Score how well documents answer a query with BAAI's BGE rerankers."""
 
 
@@ -73,10 +94,32 @@ app.command()(info)
 
 
 def main() -> None:
-    """Run the command line; the package's own errors are told in one line."""
+    """Run the command line; every error is told in one line, in the words of a shell."""
     try:
         app()
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            _leave_at_once()
+        raise
     except (RerankError, ImportError) as error:
-        told = f"[red]error:[/red] {escape(str(error))}"
-        Console(stderr=True).print(told, highlight=False, soft_wrap=True)
-        raise SystemExit(1) from error
+        _fail(in_shell_words(str(error)), error)
+    except OSError as error:
+        _fail(f"{error.filename or 'The system'}: {error.strerror or error}", error)
+    except Exception as error:
+        if _TRACEBACK in os.environ:
+            raise
+        kind = type(error).__name__
+        _fail(f"{kind}: {error} (this is a bug; {_TRACEBACK}=1 shows where)", error)
+
+
+def _leave_at_once() -> NoReturn:
+    # A model may be loading in another thread, and C++ aborts a process that ends under it.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(INTERRUPTED)
+
+
+def _fail(text: str, error: Exception) -> NoReturn:
+    told = f"[red]error:[/red] {escape(text)}"
+    Console(stderr=True).print(told, highlight=False, soft_wrap=True)
+    raise SystemExit(1) from error

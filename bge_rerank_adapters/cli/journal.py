@@ -28,10 +28,13 @@ class Mark:
 class Journal:
     """Keeps the last mark of a run in a file that is replaced as a whole.
 
+    When the run is finished, `output` with ".settings.json" tells what it was asked for.
+
     Attributes:
         output: What the run writes.
         bad: What is put aside: `output` with ".bad.jsonl".
         mark: How far an earlier run came; the beginning where there is none to be continued.
+        begun: Whether there is anything of the run yet.
         finished: Whether there is nothing to continue, as the output is whole.
     """
 
@@ -48,14 +51,15 @@ class Journal:
                 run, and it is not to be continued, or was asked for otherwise.
         """
         self.output = output
+        self._check_folder()
         self.bad = output.with_name(output.name + ".bad.jsonl")
+        self._made_with = output.with_name(output.name + ".settings.json")
         self._path = output.with_name(output.name + ".progress")
         self._following = output.with_name(output.name + ".progress.new")
         self._asked = json.loads(json.dumps(asked))
-        self._check_folder()
-        self._begun = self._path.exists()
-        self.finished = resume and output.exists() and not self._begun
-        self.mark = self._kept(resume=resume) if self._begun else Mark()
+        self.begun = self._path.exists()
+        self.finished = resume and output.exists() and not self.begun
+        self.mark = self._kept(resume=resume) if self.begun else Mark()
 
     def refuse_inputs(self, inputs: Iterable[os.stat_result]) -> None:
         """Refuse to write over what is read.
@@ -81,14 +85,16 @@ class Journal:
             SettingsError: A file cannot be written, or is shorter than the mark says.
         """
         try:
-            if self._begun:
+            if self.begun:
                 _cut(self.output, self.mark.bytes)
                 _cut(self.bad, self.mark.bad_bytes)
                 return
             # The journal first: an output without one is that of a finished run.
             self.set(self.mark)
+            self.begun = True
             self.output.write_bytes(b"")
             self.bad.unlink(missing_ok=True)
+            self._made_with.unlink(missing_ok=True)
         except OSError as error:
             raise SettingsError(
                 f"{error.filename} cannot be written ({error.strerror}); give --output a file in a "
@@ -106,8 +112,27 @@ class Journal:
         self._following.replace(self._path)
 
     def finish(self) -> None:
-        """Forget the journal: the output is complete."""
+        """Forget the journal, as the output is complete; keep what it was asked for."""
+        self._made_with.write_text(json.dumps(self._asked, indent=1) + "\n", encoding="utf-8")
         self._path.unlink(missing_ok=True)
+
+    def same_settings(self) -> str:
+        """Return what to tell of the settings of an output that is finished.
+
+        Raises:
+            SettingsError: It was asked for otherwise than now.
+        """
+        try:
+            made_with = dict(json.loads(self._made_with.read_bytes()))
+        except (OSError, ValueError, TypeError):
+            return ", whatever its options were"
+        changed = _differences(made_with, self._asked)
+        if changed:
+            raise SettingsError(
+                f"{self.output} is complete, but was made with another {', '.join(changed)}; "
+                "delete it to rerank anew, or give --output another name."
+            )
+        return ", with the same options"
 
     def _check_folder(self) -> None:
         if not self.output.parent.is_dir():
@@ -132,14 +157,24 @@ class Journal:
                 f"{self._path} is damaged ({type(error).__name__}: {error}), so the run cannot be "
                 "continued; delete it to begin anew."
             ) from error
-        if asked != self._asked:
-            names = {*self._asked, *asked}
-            changed = sorted(n for n in names if asked.get(n) != self._asked.get(n))
+        changed = _differences(asked, self._asked)
+        if changed:
             raise SettingsError(
                 f"{self.output} is of a run that differs in {', '.join(changed)}; give the same "
                 f"options, or delete {self._path} to begin anew."
             )
         return mark
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return by name what was asked for otherwise, and of the engine's settings each."""
+    before, now = _flat(before), _flat(now)
+    return sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+
+
+def _flat(asked: dict[str, Any]) -> dict[str, Any]:
+    settings = asked.get("settings")
+    return {**asked, "settings": None, **(settings if isinstance(settings, dict) else {})}
 
 
 def _cut(path: Path, length: int) -> None:

@@ -1,36 +1,41 @@
-"""`bge-rerank rerank`: a file or a stream of queries with documents, reranked."""
+"""`bge-rerank rerank`: a file or a stream of queries with documents, or one question, reranked."""
 
 import os
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, suppress
 from enum import StrEnum
-from itertools import islice
 from pathlib import Path
 from typing import IO, Annotated
 
 import typer
 
-from bge_rerank_adapters.calls.items import Bad, Item, rank_and_write, read_jsonl, with_own_names
+from bge_rerank_adapters.calls.items import Item, read_jsonl, with_own_names
 from bge_rerank_adapters.calls.limits import Limits
-from bge_rerank_adapters.calls.progress import ProgressBar
-from bge_rerank_adapters.calls.ranking import RankedDocument
 from bge_rerank_adapters.cli import options
-from bge_rerank_adapters.cli.journal import Journal, Mark
+from bge_rerank_adapters.cli.bulk import (
+    OnError,
+    Task,
+    count_queries,
+    run_into_file,
+    run_into_stream,
+)
+from bge_rerank_adapters.cli.journal import Journal
+from bge_rerank_adapters.cli.question import answer, documents_of
 from bge_rerank_adapters.cli.trec_input import RunReader
-from bge_rerank_adapters.errors import RerankError, SettingsError
-from bge_rerank_adapters.settings import EngineSettings
+from bge_rerank_adapters.cli.words import in_shell_words
+from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.settings.checkpoints import DEFAULT_MODEL
 
-# What is read before anything is scored; memory is bounded by it, and by the longest line.
-_CHUNK_PAIRS = 1024
-_CHUNK_SIZE = 4_000_000
 PUT_ASIDE = 3
 """Exit code of a run that finished, but put something aside."""
 
 EXAMPLES = """
 Examples:
+
+    bge-rerank rerank --query "Who wrote Faust?" "Goethe wrote Faust." "It rains in Weimar."
+
+    grep -i faust notes.txt | bge-rerank rerank --query "Who wrote Faust?" --top-k 5
 
     bge-rerank rerank questions.jsonl -o ranked.jsonl --top-k 3
 
@@ -47,15 +52,9 @@ Bad lines that --on-error skip put aside can be mended and given again:
 
     jq -r .input ranked.jsonl.bad.jsonl > again.jsonl
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but bad lines were put aside.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but bad lines were put aside, 130 stopped by
+Ctrl-C.
 """
-
-
-class OnError(StrEnum):
-    """What becomes of a run that meets a bad line."""
-
-    STOP = "stop"
-    SKIP = "skip"
 
 
 class Format(StrEnum):
@@ -65,28 +64,18 @@ class Format(StrEnum):
     TREC = "trec"
 
 
-@dataclass(frozen=True, slots=True)
-class _Task:
-    """What to do with the items, and how to tell it."""
-
-    settings: EngineSettings
-    limits: Limits
-    on_error: OnError
-    write: Callable[[Item, Iterable[RankedDocument]], bytes]
-    quiet: bool
-    cluster: str | None
-    actors: int | None
-
-
-Chunk = list[Item | Bad]
-# Yields each chunk with what to write for its items, or why there is nothing to write.
-_Rank = Callable[[Iterator[Chunk]], Iterator[tuple[Chunk, list[bytes | Bad]]]]
-
-
 @options.with_engine_options
 def rerank(
-    source: Annotated[
-        Path | None, typer.Argument(help="JSONL, or a TREC run; - or nothing for standard input.")
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[FILE | DOCUMENT...]",
+            help="JSONL, or a TREC run; - or nothing for standard input. With --query the "
+            "documents, or nothing for lines of standard input.",
+        ),
+    ] = None,
+    query: Annotated[
+        str | None, typer.Option(help="One question; the result is a table of its documents.")
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File to write; else standard output.")
@@ -129,25 +118,40 @@ def rerank(
     *,
     engine: options.Asked,
 ) -> None:
-    """Rerank the documents of each query of a file or a stream."""
-    if actors is not None and cluster is None:
-        raise typer.BadParameter("needs --ray, the cluster they are for", param_hint="--actors")
-    if resume and output is None:
-        raise typer.BadParameter(
-            "needs --output: a stream cannot be continued", param_hint="--resume"
-        )
+    """Rerank the documents of one question, or of each query of a file or a stream."""
+    _check_usage(resume, output, actors, cluster)
     limits = _limits(top_k, score_threshold)
     settings = options.engine_settings(model, device=device, dtype=dtype, engine=engine)
+    if query is not None:
+        given = {"-o": output, "--collection": collection, "--resume": resume, "--ray": cluster}
+        _refuse_beside_query(given, output_format)
+        documents = documents_of(_checked_input(arguments))
+        answer(query, documents, settings, limits=limits, as_json=output_format is not None)
+        return
+    source = _one_source(arguments)
     kind = output_format or (Format.JSONL if collection is None else Format.TREC)
     write = Item.to_json if kind is Format.JSONL else Item.to_trec
-    task = _Task(settings, limits, on_error, write, quiet, cluster, actors)
     with ExitStack() as files:
         lines = _opened(source, files)
         run = None if collection is None else files.enter_context(RunReader(collection))
         items = read_jsonl(lines) if run is None else run.read(lines)
         items = items if kind is Format.JSONL else with_own_names(items)
+        task = Task(
+            settings,
+            limits,
+            on_error,
+            write,
+            quiet=quiet,
+            cluster=cluster,
+            actors=actors,
+            count=lambda: (
+                count_queries(source, is_run=run is not None)
+                if source is not None and source.is_file()
+                else None
+            ),
+        )
         if output is None:
-            bad = _run_into_stream(task, items)
+            bad = run_into_stream(task, items)
         else:
             asked = {
                 "settings": settings.to_dict(),
@@ -158,9 +162,51 @@ def rerank(
             }
             journal = Journal(output, asked=asked, resume=resume)
             journal.refuse_inputs(_inputs(lines, run))
-            bad = _run_into_file(task, items, journal)
+            bad = run_into_file(task, items, journal)
     if bad:
         raise typer.Exit(code=PUT_ASIDE)
+
+
+def _check_usage(
+    resume: bool, output: Path | None, actors: int | None, cluster: str | None
+) -> None:
+    if actors is not None and cluster is None:
+        raise typer.BadParameter("needs --ray, the cluster they are for", param_hint="--actors")
+    if resume and output is None:
+        raise typer.BadParameter(
+            "needs --output: a stream cannot be continued", param_hint="--resume"
+        )
+
+
+def _refuse_beside_query(given: Mapping[str, object], output_format: Format | None) -> None:
+    found = next((name for name, value in given.items() if value), None)
+    if found is not None or output_format is Format.TREC:
+        raise typer.BadParameter(
+            "is for files and streams of queries, not for one --query",
+            param_hint=found or "--format trec",
+        )
+
+
+def _checked_input(arguments: list[str] | None) -> list[str]:
+    """Return the arguments; refuse to wait for a person to type what belongs into a file."""
+    if not arguments and sys.stdin.isatty():
+        raise typer.BadParameter(
+            "nothing to rerank: give a file, or --query QUERY and documents, or pipe lines in; "
+            "`bge-rerank rerank -h` shows examples",
+            param_hint="[FILE | DOCUMENT...]",
+        )
+    return arguments or []
+
+
+def _one_source(arguments: list[str] | None) -> Path | None:
+    """Return the file to read; `None` for standard input."""
+    given = _checked_input(arguments)
+    if len(given) > 1:
+        raise typer.BadParameter(
+            f"one file at a time, got {len(given)}; documents of one question go with --query",
+            param_hint="[FILE | DOCUMENT...]",
+        )
+    return Path(given[0]) if given and given[0] != "-" else None
 
 
 def _limits(top_k: int | None, score_threshold: float | None) -> Limits:
@@ -169,16 +215,18 @@ def _limits(top_k: int | None, score_threshold: float | None) -> Limits:
         return Limits(top_k, score_threshold)
     except SettingsError as error:
         hint = "--top-k" if str(error).startswith("top_k") else "--score-threshold"
-        raise typer.BadParameter(str(error), param_hint=hint) from error
+        text = in_shell_words(str(error)).removeprefix(f"{hint} ")
+        text = text.replace("None returns all documents", "leave it out for all")
+        raise typer.BadParameter(text, param_hint=hint) from error
 
 
 def _named(path: Path | None) -> str | None:
     """Return what a journal calls an input; `None` for a stream, or for none."""
-    return None if path is None or str(path) == "-" else str(path.resolve())
+    return None if path is None else str(path.resolve())
 
 
 def _opened(source: Path | None, files: ExitStack) -> IO[bytes]:
-    if source is None or str(source) == "-":
+    if source is None:
         return sys.stdin.buffer
     try:
         return files.enter_context(source.open("rb"))
@@ -193,125 +241,3 @@ def _inputs(lines: IO[bytes], run: RunReader | None) -> Iterator[os.stat_result]
         yield os.fstat(lines.fileno())
     for path in run.files if run is not None else ():
         yield path.stat()
-
-
-def _run_into_stream(task: _Task, items: Iterator[Item | Bad]) -> bool:
-    results = sys.stdout.buffer
-    with _ranker(task) as rank:
-        return _run(task, rank, items, results) > 0
-
-
-def _run_into_file(task: _Task, items: Iterator[Item | Bad], journal: Journal) -> bool:
-    """Rerank what the journal has not; return whether anything was ever put aside."""
-    if journal.finished:
-        _tell(
-            task,
-            f"{journal.output} is complete already, whatever its options were; delete it to "
-            "rerank anew.",
-        )
-        return journal.bad.exists()
-    done = sum(1 for _ in islice(items, journal.mark.items))
-    if done < journal.mark.items:
-        raise SettingsError(
-            f"The input ends after {done} queries, but {journal.mark.items} of it are done "
-            "already; give the input that the run began with."
-        )
-    # The model comes first: one that cannot be loaded must not cost an earlier output.
-    with _ranker(task) as rank:
-        journal.begin()
-        with journal.output.open("ab") as results, journal.bad.open("ab") as put_aside:
-            _run(task, rank, items, results, put_aside=put_aside, journal=journal)
-    bad = journal.mark.bad_bytes > 0
-    if not bad:
-        journal.bad.unlink()
-    journal.finish()
-    return bad
-
-
-@contextmanager
-def _ranker(task: _Task) -> Generator[_Rank, None, None]:
-    """Load the model, here or in the cluster."""
-    if task.cluster is not None:
-        # Imported here, since it is an extra.
-        from bge_rerank_adapters.ray.cluster import chunk_ranker, connected
-
-        # Ray tells of its troubles on standard output, where only results belong.
-        with (
-            redirect_stdout(sys.stderr),
-            connected(task.cluster),
-            chunk_ranker(
-                task.settings, limits=task.limits, write=task.write, actors=task.actors
-            ) as ranker,
-        ):
-            yield ranker.rank
-        return
-    # Imported here, since torch takes seconds.
-    from bge_rerank_adapters.engine.reranker import Reranker
-
-    with Reranker.from_settings(task.settings) as engine:
-        yield lambda chunks: (
-            (chunk, rank_and_write(engine, chunk, limits=task.limits, write=task.write))
-            for chunk in chunks
-        )
-
-
-def _run(
-    task: _Task,
-    rank: _Rank,
-    items: Iterator[Item | Bad],
-    results: IO[bytes],
-    *,
-    put_aside: IO[bytes] | None = None,
-    journal: Journal | None = None,
-) -> int:
-    """Rerank all items; return how many were bad."""
-    bad = pairs = count = 0
-    shown = not task.quiet and sys.stderr.isatty()
-    with ProgressBar(items, shown=shown) as bar:
-        for chunk, lines in rank(_chunks(items)):
-            for told in lines:
-                if isinstance(told, Bad):
-                    bad += 1
-                    _refuse_or_report(task, told)
-                    if put_aside is not None:
-                        put_aside.write(told.to_json())
-                else:
-                    results.write(told)
-            results.flush()
-            count += len(chunk)
-            pairs += sum(len(each.texts) for each in chunk if isinstance(each, Item))
-            if journal is not None and put_aside is not None:
-                put_aside.flush()
-                items_done = journal.mark.items + len(chunk)
-                journal.set(Mark(items_done, results.tell(), put_aside.tell()))
-            bar.advance(len(chunk))
-    _tell(task, f"{count} queries, {pairs} pairs" + (f", {bad} put aside" if bad else "") + ".")
-    return bad
-
-
-def _chunks(items: Iterator[Item | Bad]) -> Iterator[Chunk]:
-    chunk: Chunk = []
-    pairs = size = 0
-    for item in items:
-        chunk.append(item)
-        if isinstance(item, Item):
-            pairs += len(item.texts)
-            size += item.size
-        if pairs >= _CHUNK_PAIRS or size >= _CHUNK_SIZE or len(chunk) >= _CHUNK_PAIRS:
-            yield chunk
-            chunk, pairs, size = [], 0, 0
-    if chunk:
-        yield chunk
-
-
-def _refuse_or_report(task: _Task, bad: Bad) -> None:
-    told = f"line {bad.line}: {bad.reason}"
-    if task.on_error is OnError.STOP:
-        raise RerankError(f"{told} (--on-error skip puts such lines aside and goes on.)")
-    if not task.quiet:
-        typer.echo(told, err=True)
-
-
-def _tell(task: _Task, text: str) -> None:
-    if not task.quiet:
-        typer.echo(text, err=True)
