@@ -251,7 +251,7 @@ def test_a_bad_document_of_many_requests_is_named_with_its_request(reranker):
     message(info, "requests[1]", "documents[1]", "None")
 
 
-async def test_the_async_door_refuses_the_same(reranker):
+async def test_the_async_method_refuses_the_same(reranker):
     with pytest.raises(InputTypeError) as info:
         await reranker.arerank(QUERY, ["fine", None])
     message(info, "documents[1]", "None")

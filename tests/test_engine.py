@@ -290,7 +290,7 @@ def test_an_iterator_of_requests_is_read_as_it_goes(make, monkeypatch):
     assert engine.rerank_many([]) == engine.rerank_many(iter(())) == []
 
 
-async def test_many_requests_give_the_same_through_the_async_door(make):
+async def test_many_requests_give_the_same_asynchronously(make):
     engine, requests = make(), requests_of(12)
     assert await engine.arerank_many(iter(requests), top_k=2) == engine.rerank_many(
         requests, top_k=2
@@ -389,7 +389,7 @@ async def test_an_async_call_that_runs_out_of_time_says_so_and_the_engine_goes_o
     wait_for(lambda: len(engine._core._backlog) == 0)
 
 
-async def test_a_bad_time_limit_is_refused_by_the_async_doors(make):
+async def test_a_bad_time_limit_is_refused_by_the_async_methods(make):
     engine = make()
     with pytest.raises(SettingsError, match="timeout_s"):
         await engine.arerank(QUERY, DOCUMENTS, timeout_s=-1)
@@ -468,7 +468,7 @@ async def test_cancelling_before_anything_is_queued_leaves_nothing_behind(make):
 # Threads and event loops
 
 
-async def test_the_async_door_gives_what_the_sync_one_gives(reranker):
+async def test_the_async_method_gives_what_the_sync_one_gives(reranker):
     results = await reranker.arerank(QUERY, DOCUMENTS, top_k=3, score_threshold=0.1)
     assert results == reranker.rerank(QUERY, DOCUMENTS, top_k=3, score_threshold=0.1)
     assert await reranker.arerank(QUERY, []) == []
@@ -813,7 +813,7 @@ def in_forked_child(ask: Callable[[], object]) -> str:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks are for Linux")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_forked_child_is_told_to_make_its_own_engine_by_either_door(make):
+def test_a_forked_child_is_told_to_make_its_own_engine_by_either_method(make):
     engine = make()
     engine.rerank(QUERY, DOCUMENTS)
     asyncio.run(engine.arerank(QUERY, DOCUMENTS))

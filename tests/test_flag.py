@@ -1,4 +1,4 @@
-"""Models run through FlagEmbedding itself, behind the engine's own doors."""
+"""Models run through FlagEmbedding itself, behind the engine's own methods."""
 
 import json
 import sys

@@ -80,7 +80,7 @@ class Broken:
 
 
 class Stuck(Broken):
-    """A scorer that never answers; its sync door would fail."""
+    """A scorer that never answers; its synchronous method would fail."""
 
     async def arerank(self, query, documents, *, top_k=None, score_threshold=None):
         await asyncio.Event().wait()

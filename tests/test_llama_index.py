@@ -102,7 +102,7 @@ class Broken:
 
 
 class Stuck(Broken):
-    """A scorer that never answers; its sync door would fail."""
+    """A scorer that never answers; its synchronous method would fail."""
 
     def __init__(self):
         self.asked = asyncio.Event()
@@ -208,7 +208,7 @@ async def ask(engine, door, query=QUERY):
 
 
 async def rerank(postprocessor, found, door):
-    """Rerank through the host's public method of that door."""
+    """Rerank through the host's public method for that way of asking."""
     if door == "query":
         return postprocessor.postprocess_nodes(found, query_str=QUERY)
     return await postprocessor.apostprocess_nodes(found, query_str=QUERY)
@@ -637,7 +637,7 @@ def test_callback_manager_can_be_given(callbacks, reranker):
 # ---------------------------------------------------------------- the event loop
 
 
-async def test_async_asks_the_async_door(reranker):
+async def test_async_asks_the_async_method(reranker):
     postprocessor = BGENodePostprocessor(reranker=Stuck())
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(postprocessor.apostprocess_nodes(nodes(), query_str=QUERY), 0.05)

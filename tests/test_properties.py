@@ -89,7 +89,7 @@ def test_neither_company_nor_calls_in_parts_move_a_logit(
     top_k=top_ks,
     score_threshold=thresholds,
 )
-def test_every_door_gives_the_head_of_one_ranking_in_which_duplicates_tie(
+def test_every_method_gives_the_head_of_one_ranking_in_which_duplicates_tie(
     engine, query, given_documents, copies, top_k, score_threshold
 ):
     asked = [*given_documents, *(given_documents[i] for i in copies if i < len(given_documents))]

@@ -188,7 +188,7 @@ def test_short_documents_score_as_without_windows(windowed, reranker):
         assert result.logit == pytest.approx(wanted.logit, abs=1e-5)
 
 
-async def test_all_doors_agree(windowed):
+async def test_all_methods_agree(windowed):
     documents = [long_document(45), *FILLER[:3], long_document(45), ""]
     ranked = windowed.rerank(QUERY, documents)
     assert [each.index for each in ranked][:2] == [0, 4], "repeats tie exactly"

@@ -54,7 +54,7 @@ class BaseReranker(ABC, Generic[SettingsT]):
 
         Returns:
             At most n `RankedDocument`, highest logit first, equal ones in input order; `[]` for no
-            documents. From a server that tells no logits: highest score first, equal ones in the
+            documents. From a server that gives no logits: highest score first, equal ones in the
             server's order.
 
         Raises:
@@ -96,7 +96,7 @@ class BaseReranker(ABC, Generic[SettingsT]):
         """Return the documents' logits in input order: unbounded floats, `[]` for no documents.
 
         Raises:
-            RemoteError: The server tells scores alone.
+            RemoteError: The server gives scores alone.
             RerankError: As `rerank`.
         """
         scores = self._scores(query, documents)

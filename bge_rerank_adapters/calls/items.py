@@ -11,8 +11,8 @@ from bge_rerank_adapters.calls.ranking import RankedDocument, Ranking
 from bge_rerank_adapters.calls.trec import parse_run, run_lines
 from bge_rerank_adapters.errors import InputTypeError, ScoringError, SettingsError
 
-# What a result tells of a document.
-_TOLD = ("index", "score", "logit", "truncated", "span")
+# What a result says of a document.
+_RESULT_FIELDS = ("index", "score", "logit", "truncated", "span")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +38,9 @@ class Item:
     size: int = 0
 
     def to_json(self, ranked: Iterable[RankedDocument], *, with_text: bool = True) -> bytes:
-        """Return the line that tells the results, with all else that was in the input."""
+        """Return the line with the results, and with all else that was in the input."""
         results = [
-            {**_kept(self.documents[each.index]), "text": each.text, **_told(each)}
+            {**_kept(self.documents[each.index]), "text": each.text, **_result_fields(each)}
             for each in ranked
         ]
         if not with_text:
@@ -147,15 +147,15 @@ def rank_and_write(
     """Return what to write for each item of a chunk, in order, or why there is nothing to write."""
     good = [item for item in chunk if isinstance(item, Item)]
     ranked = iter(rank_items(engine, good, limits=limits))
-    told: list[bytes | Bad] = []
+    outcomes: list[bytes | Bad] = []
     for item in chunk:
         outcome = item if isinstance(item, Bad) else next(ranked)
-        told.append(outcome if isinstance(outcome, Bad) else write(item, outcome))  # type: ignore[arg-type]
-    return told
+        outcomes.append(outcome if isinstance(outcome, Bad) else write(item, outcome))  # type: ignore[arg-type]
+    return outcomes
 
 
 def with_own_names(items: Iterable[Item | Bad]) -> Iterator[Item | Bad]:
-    """Yield the items that a TREC run can tell apart; others as what is bad about them.
+    """Yield the items that a TREC run can distinguish, and `Bad` in place of the others.
 
     A run knows queries and documents by their ids alone: equal ones would be one.
     """
@@ -192,7 +192,7 @@ def _run_hint(line: str) -> str:
 
 
 def parse_item(number: int, row: Any) -> Item:
-    """Return the item that a row tells: its query and documents, and all its other fields.
+    """Return the item of a row: its query and documents, and all its other fields.
 
     Raises:
         InputTypeError: The row is none; the message says what is wrong with it.
@@ -226,18 +226,18 @@ def _line(row: dict[str, Any]) -> bytes:
         return (json.dumps(row) + "\n").encode()
 
 
-def _told(ranked: RankedDocument) -> dict[str, Any]:
-    told: dict[str, Any] = {"index": ranked.index, "score": ranked.score, "logit": ranked.logit}
+def _result_fields(ranked: RankedDocument) -> dict[str, Any]:
+    fields: dict[str, Any] = {"index": ranked.index, "score": ranked.score, "logit": ranked.logit}
     if ranked.truncated:
-        told["truncated"] = True
+        fields["truncated"] = True
     if ranked.span is not None:
-        told["span"] = list(ranked.span)
-    return told
+        fields["span"] = list(ranked.span)
+    return fields
 
 
 def _kept(document: dict[str, Any]) -> dict[str, Any]:
-    """Return a document's fields but what an earlier ranking said, of which the score is kept."""
-    kept = {name: value for name, value in document.items() if name not in _TOLD}
+    """Return a document's fields without those of an earlier ranking, but for its score."""
+    kept = {name: value for name, value in document.items() if name not in _RESULT_FIELDS}
     if "score" in document:
         kept.setdefault("retrieval_score", document["score"])
     return kept

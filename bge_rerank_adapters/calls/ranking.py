@@ -19,7 +19,7 @@ class RankedDocument:
         score: `sigmoid(logit)`, in [0, 1].
         text: The document as it was given.
         logit: The model's raw output for the pair, unbounded; what rankings are ordered by.
-            `None` only where a remote server tells scores alone.
+            `None` only where a remote server gives scores alone.
         truncated: Whether the end of the document was cut off to fit the model.
         span: With windows, the characters of the one that scored best, as (start, end) in `text`;
             of a document that needed none, all of them. `None` without windows.
@@ -108,7 +108,7 @@ class PairScore(NamedTuple):
 
     Attributes:
         score: In [0, 1].
-        logit: Unbounded; `None` where a server tells scores alone.
+        logit: Unbounded; `None` where a server gives scores alone.
         truncated: Whether the end of the document was cut off.
         span: The characters of the document's best window; `None` without windows.
     """

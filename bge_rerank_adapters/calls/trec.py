@@ -85,7 +85,7 @@ def check_file_names(names: Iterable[str]) -> None:
     """Refuse engines' names of which two would write the same file, or the first stage's.
 
     Raises:
-        SettingsError: Two would; capital letters tell no files apart on many systems.
+        SettingsError: Two would; many systems ignore the case of file names.
     """
     taken = {file_name(FIRST_STAGE): FIRST_STAGE}
     for name in names:

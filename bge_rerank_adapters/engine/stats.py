@@ -9,7 +9,7 @@ from typing import Any
 class EngineStats:
     """What an engine has done since it was loaded; `Reranker.stats()` returns it.
 
-    All but `queued_pairs` and `pack_fill` only ever grow, so two readings tell a rate. Times are
+    All but `queued_pairs` and `pack_fill` only ever grow, so two readings give a rate. Times are
     sums over threads and devices, and may grow by more than a second in a second.
 
     Attributes:

@@ -93,7 +93,7 @@ def _remote_score(row: object, *, scale: str, server: str) -> RemoteScore:
         raise _wrong(
             server,
             row,
-            'has a score outside [0, 1]; if the server tells logits, say scale="logit"',
+            'has a score outside [0, 1]; if the server gives logits, say scale="logit"',
         )
     return RemoteScore(
         index,

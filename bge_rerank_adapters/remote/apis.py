@@ -1,4 +1,4 @@
-"""The HTTP interfaces that rerank servers speak: a frozen table, and how an address tells one.
+"""The HTTP interfaces that rerank servers speak: a frozen table, and how one is found.
 
 Sources, besides our own server: text-embeddings-inference `router/src/http/types.rs` and
 `server.rs`; vLLM `vllm/entrypoints/pooling/scoring/protocol.py`; infinity_emb 0.0.78
@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 AUTO = "auto"
-# Hosts that speak one interface; all others are asked, or told by their path.
+# Hosts that speak one interface; all others are known by their path, or asked.
 _HOSTS = {"api.cohere.com": "cohere", "api.cohere.ai": "cohere", "api.jina.ai": "jina"}
 _VERSION = re.compile(r"/v\d+$")
 
@@ -28,7 +28,7 @@ class Api:
         raw: What asks for logits in place of scores; `None` where there is no way to.
         scale: What its numbers are where the user leaves it open: `"score"` or `"logit"`.
         max_documents: Most documents of a request where the user leaves it open.
-        tells_limit: Whether `GET /info` tells `max_client_batch_size`.
+        states_limit: Whether `GET /info` has `max_client_batch_size`.
         most_documents: Most documents of a request whatever the server allows: parts of a long
             call are better sent side by side.
     """
@@ -39,7 +39,7 @@ class Api:
     raw: Mapping[str, Any] | None = None
     scale: str = "score"
     max_documents: int = 1000
-    tells_limit: bool = False
+    states_limit: bool = False
     most_documents: int = 1000
 
     def request(
@@ -58,7 +58,7 @@ class Api:
 
 
 APIS: Mapping[str, Api] = {
-    "bge": Api(("/v1/rerank",), constants={"return_details": True}, tells_limit=True),
+    "bge": Api(("/v1/rerank",), constants={"return_details": True}, states_limit=True),
     "tei": Api(
         ("/rerank",),
         texts="texts",
@@ -66,7 +66,7 @@ APIS: Mapping[str, Api] = {
         raw={"raw_scores": True},
         scale="logit",
         max_documents=32,
-        tells_limit=True,
+        states_limit=True,
     ),
     # -1 cuts to the model's length; left out, a pair that is too long is an error there.
     "vllm": Api(
@@ -84,9 +84,9 @@ NAMES = (AUTO, *APIS)
 
 
 def api_of_address(url: str) -> Api | None:
-    """Return the interface that an address alone tells, or `None` where the server must be asked.
+    """Return the interface that an address alone implies, or `None` where the server must be asked.
 
-    A known host tells its own, a path such as `/v1/rerank` or `/v1` the common one.
+    A known host has its own; a path such as `/v1/rerank` or `/v1` means the common one.
     """
     parts = urlsplit(url)
     if parts.hostname in _HOSTS:
@@ -105,25 +105,25 @@ def addresses(url: str, api: Api) -> tuple[str, ...]:
     return tuple(f"{url}{each}" for each in api.paths)
 
 
-def api_of_info(told: object) -> Api:
-    """Return the interface of a server from what its `/info` tells; `None` for no answer."""
-    if not isinstance(told, dict):
+def api_of_info(info: object) -> Api:
+    """Return the interface of a server from its `/info`; `None` for no answer."""
+    if not isinstance(info, dict):
         return COMMON
-    if told.get("server") == OUR_NAME:
+    if info.get("server") == OUR_NAME:
         return APIS["bge"]
-    return APIS["tei"] if "max_client_batch_size" in told else COMMON
+    return APIS["tei"] if "max_client_batch_size" in info else COMMON
 
 
-def limit_of_info(told: object, api: Api) -> int:
-    """Return the most documents of a request, from what `/info` tells or else by default."""
-    limit = told.get("max_client_batch_size") if isinstance(told, dict) else None
+def limit_of_info(info: object, api: Api) -> int:
+    """Return the most documents of a request, from its `/info` or else by default."""
+    limit = info.get("max_client_batch_size") if isinstance(info, dict) else None
     if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
         return api.max_documents
     return min(limit, api.most_documents)
 
 
 def info_address(url: str) -> str:
-    """Return where our server and text-embeddings-inference tell what they are."""
+    """Return where our server and text-embeddings-inference say what they are."""
     parts = urlsplit(url)
     base = _VERSION.sub("", parts.path.removesuffix("/rerank"))
     return urlunsplit(parts._replace(path=f"{base}/info"))

@@ -180,7 +180,7 @@ class Connections:
         api = APIS.get(settings.api) or api_of_address(settings.url)
         info = None
         limit_wanted = settings.max_documents_per_request is None
-        if api is None or (api.tells_limit and limit_wanted):
+        if api is None or (api.states_limit and limit_wanted):
             info = await self._info(deadline)
         if api is None:
             api = api_of_info(info)

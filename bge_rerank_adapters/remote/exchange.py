@@ -107,8 +107,8 @@ class Exchange:
             answer = await self._once(method, url, body, longest)
         except _NOT_SENT as error:
             why = f"cannot be reached ({_named(error)})"
-            told = f"{url} {why}; is the server running, and the address right?"
-            return _Again(why, RemoteError(told), error)
+            message = f"{url} {why}; is the server running, and the address right?"
+            return _Again(why, RemoteError(message), error)
         except _BROKEN as error:
             why = f"broke the connection off ({_named(error)})"
             return _Again(why, RemoteError(f"{url} {why}; its log may say why."), error)

@@ -27,15 +27,15 @@ class Answer:
 
 def refusal(answer: Answer, url: str, settings: RemoteSettings) -> RerankError:
     """Return the error for an answer that is not 200, with the server's own message, bounded."""
-    message = _message(answer.body)
+    said = _message(answer.body)
     if settings.api_key:
         # Some servers repeat the key that they refuse.
-        message = message.replace(settings.api_key, "***")
-    told = f"{url} answered {answer.status}{_advice(answer, settings)}"
-    told += f" The server says: {shortened(message)}" if message else ""
+        said = said.replace(settings.api_key, "***")
+    message = f"{url} answered {answer.status}{_advice(answer, settings)}"
+    message += f" The server says: {shortened(said)}" if said else ""
     if answer.status == 429:
-        return Overloaded(told)
-    return RemoteError(told, status_code=answer.status)
+        return Overloaded(message)
+    return RemoteError(message, status_code=answer.status)
 
 
 def _advice(answer: Answer, settings: RemoteSettings) -> str:

@@ -53,13 +53,13 @@ class RemoteReranker(BaseReranker[RemoteSettings]):
     sends nothing. After a fork the child opens connections of its own.
 
     With `api="auto"` a known host (Cohere's, Jina's) and a path with a version (`/v1/rerank`, or
-    `/v1`) tell what the server speaks, the latter Cohere's form, that all but
+    `/v1`) say what the server speaks, the latter Cohere's form, that all but
     text-embeddings-inference share. Any other address is asked once for `/info`, which our server
     and text-embeddings-inference answer, before the first request; where there is none, Cohere's
     form is sent to `/rerank`, `/v1/rerank` or `/v2/rerank`, the first that is there.
 
     What comes back: all scores are asked for, and threshold and `top_k` are applied here. Our
-    server and text-embeddings-inference tell logits; of others `logit` is `None`, and results are
+    server and text-embeddings-inference give logits; of others `logit` is `None`, and results are
     ordered by score. What is equal keeps the server's order. `truncated` and `span` are known of
     our server alone. Identical documents of a call are sent once.
 
@@ -110,7 +110,7 @@ class RemoteReranker(BaseReranker[RemoteSettings]):
                 waits; `None` is for ever. A call of many documents may be several requests.
             max_retries: How often a request is sent again at most.
             max_documents_per_request: Longer calls go in several requests, side by side; `None`
-                is the server's limit where it tells one (32 or more for
+                is the server's limit where it states one (32 or more for
                 text-embeddings-inference), and at most 1000.
             max_connections: Most HTTP requests under way at once; one call uses half of them.
 
