@@ -14,16 +14,15 @@ from bge_rerank_adapters.cli import app, verification
 from bge_rerank_adapters.engine.checkpoints import published
 from bge_rerank_adapters.engine.checkpoints.published import PublishedScores
 from bge_rerank_adapters.engine.models.encoder.kit import KITS
+from bge_rerank_adapters.settings import EngineSettings
+from bge_rerank_adapters.settings.table import rows
 from tests.checkpoints import XQUAD, build_xlm_roberta, read_queries, read_sentences
 from tests.test_imports import PACKAGE, run_python
 from tests.texts import DOCUMENTS, QUERY
 
 PLAIN = {"NO_COLOR": "1", "TERM": "dumb", "COLUMNS": "160"}
 ENGINE_OPTIONS = {
-    *("--model", "--device", "--dtype", "--max-length", "--query-max-length", "--long-documents"),
-    *("--window-tokens", "--window-overlap-tokens", "--family", "--prompt", "--query-instruction"),
-    *("--passage-instruction", "--cutoff-layers", "--compress-ratio", "--compress-layers"),
-    *("--backend", "--revision", "--cache-dir", "--local-files-only"),
+    f"--{name.replace('_', '-')}" for name, row in rows(EngineSettings).items() if not row.secret
 }
 DEMO = """
 from rich.console import Console
@@ -86,6 +85,29 @@ def test_every_command_hands_the_engine_settings_over(name):
     assert "compress_ratio=2 is a setting of the lightweight family" in str(result.exception)
     result = invoke(name, *arguments, "--backend", "onnx")
     assert "backend must be one of 'native', 'flagembedding', got 'onnx'" in str(result.exception)
+
+
+def test_options_are_read_as_the_settings_they_are():
+    with_a_list = invoke("verify", "--model", "tiny", "--device", "cpu,gpu")
+    assert "device 'gpu' is not known" in str(with_a_list.exception)
+    no_number = invoke("verify", "--model", "tiny", "--pack-tokens", "many")
+    assert no_number.exit_code == 2
+    assert "must be a whole number, got 'many'" in plain(no_number.output)
+    refused = invoke("verify", "--model", "tiny", "--device", "gpu", "--pack-tokens", "4096")
+    assert "device 'gpu' is not known" in str(refused.exception)
+    assert "--token" not in ENGINE_OPTIONS
+
+
+def test_the_server_has_an_option_for_each_setting_that_is_not_left_to_its_environment():
+    pytest.importorskip("fastapi")
+    from bge_rerank_adapters.serve import ServerSettings
+
+    shown = set(re.findall(r"--([\w-]+)", plain(invoke("serve", "--help").output)))
+    left = {"api_key", "body_timeout_s", "max_reading_requests", "max_reading_bytes"}
+    left |= {"strict", "cors_origins"}
+    wanted = {name for name in rows(ServerSettings) if name.replace("_", "-") not in shown}
+    assert wanted == left
+    assert {each.removeprefix("--") for each in ENGINE_OPTIONS} <= shown
 
 
 def test_the_engine_settings_change_what_is_computed(tmp_path):

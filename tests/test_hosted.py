@@ -74,10 +74,11 @@ def test_an_engine_that_another_user_closed_is_loaded_again(loads):
 
 def test_close_lets_go_of_its_own_hold_alone():
     one = LazyEngine(SETTINGS)
-    two, third = copy.copy(one), LazyEngine(SETTINGS)
+    two, third = copy.copy(one), LazyEngine(EngineSettings(model="tiny", max_length=64))
     one.warm_up()
     two.share(one)
-    third.share(LazyEngine(EngineSettings(model="tiny", max_length=64)))
+    third.share(one)
+    assert third.get() is not one.get()
     engine = weakref.ref(one.get())
     one.close()
     one.close()

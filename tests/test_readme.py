@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from bge_rerank_adapters.settings import EngineSettings
+from bge_rerank_adapters.settings.table import Row, rows
 from tests.rerank_servers import serving
 
 README = Path(__file__).parent.parent / "README.md"
@@ -41,3 +43,17 @@ def test_the_experiment_runs(capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert "10 queries, 600 documents, 5 candidates" in shown
     assert "p_value" in shown
+
+
+def line(row: Row) -> str:
+    """A setting's line in the README."""
+    default = f"{row.default:,}" if type(row.default) is int else f"`{row.default}`"
+    default = f'`"{row.default}"`' if isinstance(row.default, str) else default
+    return f"| `{row.name}` | {row.none or default} | {row.text} |"
+
+
+def test_the_table_of_settings_is_that_of_the_code():
+    table = [line(row) for row in rows(EngineSettings).values()]
+    head = "| setting | default | |\n|---|---|---|"
+    wanted = "\n".join([head, *table, ""])
+    assert wanted in README.read_text("utf-8"), f"put this under Settings:\n{wanted}"

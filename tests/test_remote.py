@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -31,6 +31,7 @@ from bge_rerank_adapters import (
 )
 from bge_rerank_adapters.remote import RemoteSettings
 from bge_rerank_adapters.remote.apis import APIS, COMMON, api_of_address
+from bge_rerank_adapters.settings.table import rows
 from tests.rerank_servers import (
     NOT_FOUND,
     Asked,
@@ -452,6 +453,15 @@ def test_a_setting_that_is_not_allowed_is_named(given, told):
     with pytest.raises(SettingsError, match=told) as error:
         RemoteReranker(**{"url": "http://host"} | given)
     assert str(error.value).startswith(next(iter(given)))
+
+
+def test_the_constructor_takes_each_setting():
+    taken = list(inspect.signature(RemoteReranker).parameters.values())
+    kept = get_type_hints(RemoteSettings)
+    assert {each.name: (each.annotation, each.default) for each in taken[1:]} == {
+        name: (kept[name], row.default) for name, row in list(rows(RemoteSettings).items())[1:]
+    }
+    assert (taken[0].name, taken[0].default) == ("url", inspect.Parameter.empty)
 
 
 def test_a_password_in_the_address_is_refused_and_not_shown():

@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from bge_rerank_adapters.cli import options
 from bge_rerank_adapters.errors import SettingsError
+from bge_rerank_adapters.settings.parsing import ONE_OR_MORE
 
 EXAMPLES = """
 Examples:
@@ -56,9 +57,6 @@ def serve(
     max_concurrent_requests: Annotated[
         int | None, _option("Most requests at a time; else 256.", min=1)
     ] = None,
-    max_queued_pairs: Annotated[
-        int | None, _option("Most pairs that may wait; else 100000.", min=1)
-    ] = None,
     timeout_s: Annotated[
         float | None, _option("Seconds that scoring a request may take; else 60.")
     ] = None,
@@ -70,23 +68,19 @@ def serve(
 ) -> None:
     """Serve the model over HTTP: the rerank APIs of Cohere, Jina and text-embeddings-inference."""
     from bge_rerank_adapters.serve import ServerSettings
-    from bge_rerank_adapters.serve.settings import one_or_more
 
     own: options.Asked = {
         "model": model,
-        "device": device,
+        "device": options.read("device", device),
         "dtype": dtype,
-        "served_model": None if served_model is None else one_or_more(served_model),
+        "served_model": served_model and ONE_OR_MORE.read(served_model),
         "max_documents": max_documents,
         "max_characters": max_characters,
         "max_body_bytes": max_body_bytes,
         "max_concurrent_requests": max_concurrent_requests,
-        "max_queued_pairs": max_queued_pairs,
         "timeout_s": timeout_s,
     }
-    given = options.plain(engine) | {
-        name: value for name, value in own.items() if value is not None
-    }
+    given = engine | {name: value for name, value in own.items() if value is not None}
     settings = ServerSettings.from_environment(given=given)
     with closing(_bind(host, port)) as listener:
         _serve(settings, listener, access_log=access_log)

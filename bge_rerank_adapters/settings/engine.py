@@ -191,7 +191,11 @@ class EngineSettings(Table):
         False, checks.flag, "Never ask the hub: folders and the cache alone", format=FLAG
     )
     token: str | None = setting(
-        None, checks.secret, "Secret for private and gated checkpoints on the hub", secret=True
+        None,
+        checks.secret,
+        "Secret for private and gated checkpoints on the hub",
+        none="the one that the hub library knows, if any",
+        secret=True,
     )
     backend: str = setting(
         "native",
@@ -207,7 +211,7 @@ class EngineSettings(Table):
     prompt: str | None = setting(
         None,
         checks.any_text_or_none,
-        "What a decoder is asked after the document",
+        "What a decoder is asked after the document (all families but encoders)",
         none="the family's own",
     )
     query_instruction: str | None = setting(

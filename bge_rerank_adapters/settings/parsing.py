@@ -47,6 +47,11 @@ def _texts(value: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in value.split(","))
 
 
+def _one_or_more(value: str) -> str | tuple[str, ...]:
+    texts = _texts(value)
+    return texts if len(texts) > 1 else texts[0]
+
+
 def _wholes(value: str) -> tuple[int, ...]:
     return tuple(_whole(part) for part in value.split(","))
 
@@ -57,6 +62,7 @@ def _auto_or_whole(value: str) -> str | int:
 
 TEXT = TextFormat(str, str)
 TEXTS = TextFormat(_texts, str)
+ONE_OR_MORE = TextFormat(_one_or_more, str)
 FLAG = TextFormat(_flag, bool)
 WHOLE = TextFormat(_whole, int, least=0)
 COUNT = TextFormat(_whole, int, least=1)

@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from textwrap import fill, indent
-from types import MappingProxyType
 from typing import Any, TypeVar
 
 from bge_rerank_adapters.settings.checks import Check
@@ -61,14 +60,13 @@ def row(check: Check, text: str, **more: Any) -> Mapping[str, Any]:
     return {"row": {"check": check, "text": text, **more}}
 
 
-def rows(table: type) -> Mapping[str, Row]:
+def rows(table: type) -> dict[str, Row]:
     """Return the rows of a table by their names, in order."""
-    found = {
+    return {
         each.name: Row(name=each.name, default=each.default, **each.metadata["row"])
         for each in fields(table)
         if "row" in each.metadata
     }
-    return MappingProxyType(found)
 
 
 @dataclass(frozen=True)
