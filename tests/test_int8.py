@@ -16,15 +16,15 @@ from torch.nn import functional
 from bge_rerank_adapters import CheckpointError, DeviceError, Reranker
 from bge_rerank_adapters.engine.models import devices, families
 from bge_rerank_adapters.engine.models.cpu.amx import kit as amx_kit
-from bge_rerank_adapters.engine.models.cpu.onednn import int8, timing
+from bge_rerank_adapters.engine.models.cpu.onednn import int8, ranges, timing
 from bge_rerank_adapters.engine.models.cpu.onednn import kit as onednn_kit
 from bge_rerank_adapters.engine.models.cpu.onednn.int8 import (
     Int8FeedForward,
     Int8Linear,
     fused_works,
-    int8_works,
     smoothing,
 )
+from bge_rerank_adapters.engine.models.cpu.onednn.ranges import int8_works
 from tests.checkpoints import build_xlm_roberta, read_queries, read_sentences
 
 CPU = torch.device("cpu")
@@ -368,12 +368,12 @@ def test_int8_of_the_bundled_checkpoint_is_near_float32():
 _SATURATION = """
 import torch
 from torch.nn import functional
-from bge_rerank_adapters.engine.models.cpu.onednn import int8
+from bge_rerank_adapters.engine.models.cpu.onednn import int8, ranges
 weight, states = torch.full((32, 64), 1.0), torch.full((4, 64), 1.0)
 layer = int8.Int8Linear(weight, torch.zeros(32))
 settled = int8.Int8Linear(weight, torch.zeros(32))
 settled.settle(states)
-limit = settled.range.scale * (int8._steps() - settled.range.zero)
+limit = settled.range.scale * (ranges.steps() - settled.range.zero)
 largest = torch.full((4, 64), limit)
 up = int8.Int8Linear(torch.eye(64), torch.zeros(64), functional.gelu)
 down = int8.Int8Linear(weight, torch.zeros(32), after_gelu=True)
@@ -381,7 +381,7 @@ up.settle(states * 4)
 down.settle(states * 4)
 inner, beyond = up.gelu_codes(up.encode(states * 4)[0], down.range)
 print(
-    int8._steps(),
+    ranges.steps(),
     float((layer(states) - 64.0).abs().max()),
     float((settled(largest) - 64.0 * limit).abs().max()),
     int(settled.encode(largest)[0].max()),
@@ -457,13 +457,13 @@ def test_no_sum_saturates_on_a_processor_without_8_bit_sums(isa):
 
 
 def test_no_range_is_settled_with_few_steps(monkeypatch):
-    monkeypatch.setattr(int8, "_steps", lambda: 127)
+    monkeypatch.setattr(int8, "steps", lambda: 127)
     assert not fused_works.__wrapped__(torch.float32)
 
 
 def test_a_sum_that_saturates_is_noticed(monkeypatch):
-    monkeypatch.setattr(int8, "_exact_up_to", lambda largest: largest < 255)
-    assert int8._steps.__wrapped__() == 127
+    monkeypatch.setattr(ranges, "_exact_up_to", lambda largest: largest < 255)
+    assert ranges.steps.__wrapped__() == 127
 
 
 @needs_int8

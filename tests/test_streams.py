@@ -11,7 +11,7 @@ import torch
 from bge_rerank_adapters import Reranker
 from bge_rerank_adapters.engine.models.cpu import streams
 from bge_rerank_adapters.engine.models.cpu import threads as cpu_threads
-from bge_rerank_adapters.engine.models.cpu.onednn.int8 import int8_works
+from bge_rerank_adapters.engine.models.cpu.onednn.ranges import int8_works
 from bge_rerank_adapters.engine.models.cpu.streams import (
     StreamedModel,
     one_thread_stream_count,

@@ -1,1 +1,1 @@
-"""The models: the only part of the package that imports torch."""
+"""The models of all families and devices: the only part of the package that imports torch."""

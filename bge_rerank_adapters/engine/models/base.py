@@ -1,4 +1,4 @@
-"""What the engine needs of a model, and what a model of this package offers beyond that."""
+"""What the engine needs of a model, and what this package's own models offer beyond that."""
 
 from collections.abc import Sequence
 from typing import Protocol

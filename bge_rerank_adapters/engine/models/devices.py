@@ -6,7 +6,7 @@ from functools import cache
 import torch
 from torch.nn import functional
 
-from bge_rerank_adapters.engine.models.cpu.onednn.int8 import int8_works
+from bge_rerank_adapters.engine.models.cpu.onednn.ranges import int8_works
 from bge_rerank_adapters.engine.models.device_faults import check_not_forked
 from bge_rerank_adapters.errors import DeviceError
 
@@ -48,8 +48,8 @@ def resolve_dtype(name: str, device: torch.device, *, wide_range: bool = False) 
     """Return the dtype of a name; `"auto"` is the fastest that the device runs natively.
 
     Half types are taken where a short timing finds them faster than float32 by a third at least;
-    bfloat16 before float16 on a processor, the other way round elsewhere, since float16 keeps
-    three more bits of the logit. int8 is for processors, and only where it is asked for.
+    bfloat16 before float16 on a CPU, the other way round elsewhere, since float16 keeps
+    three more bits of the logit. int8 is for CPUs, and only where it is asked for.
 
     Args:
         name: `"auto"`, `"int8"`, or torch's name of a floating-point dtype.
@@ -72,18 +72,18 @@ def resolve_dtype(name: str, device: torch.device, *, wide_range: bool = False) 
 def _check_int8(device: torch.device) -> None:
     if device.type != "cpu":
         raise DeviceError(
-            f"dtype 'int8' runs on a processor alone, not on {str(device)!r}; "
+            f"dtype 'int8' runs on a CPU alone, not on {str(device)!r}; "
             'use device="cpu", or dtype="auto".'
         )
     if not int8_works():
         raise DeviceError(
             "dtype 'int8' needs oneDNN's 8-bit product, which this build of torch or this "
-            'processor lacks; use dtype="auto".'
+            'CPU lacks; use dtype="auto".'
         )
 
 
 def device_name(device: torch.device) -> str:
-    """Return what a device is called, or how many threads a processor computes with."""
+    """Return what a device is called, or how many threads a CPU computes with."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{torch.get_num_threads()} threads" if device.type == "cpu" else device.type

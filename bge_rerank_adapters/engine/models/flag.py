@@ -113,13 +113,13 @@ class FlagModel:
             "query_max_length": query_max_length,
         }
         # The lightweight class ends the process where its modelling code cannot be imported.
-        with _told_as_unsupported(folder, family), _without_loading_bar():
+        with _unsupported_errors(folder, family), _without_loading_bar():
             self._reranker = make(str(folder), **options)
             self._reranker.use_fp16 = self.dtype == torch.float16
             # transformers 5 keeps the dtype in which the weights are stored.
             self._reranker.model.to(self.dtype)
         _check_labels(folder, family, self._reranker.model.config)
-        with _told_as_unsupported(folder, family):
+        with _unsupported_errors(folder, family):
             # Some classes can be made, and fail when they are run.
             self._score([("query", "document")])
 
@@ -148,7 +148,7 @@ def _check_weights(folder: Path, family: Family) -> None:
 
 
 def _check_labels(folder: Path, family: Family, config: Any) -> None:
-    """Refuse several labels, of which FlagEmbedding would give each pair some other's."""
+    """Refuse several labels: FlagEmbedding would give each pair the logit of another one."""
     labels = getattr(config, "num_labels", 1)
     if family.classifier and labels != 1:
         raise UnsupportedCheckpointError(
@@ -203,7 +203,7 @@ def _dtype(name: str, family: Family, device: torch.device) -> torch.dtype:
     dtype: torch.dtype = getattr(torch, name)
     if device.type == "cpu" and dtype == torch.float16:
         raise DeviceError(
-            "FlagEmbedding runs float32 on a processor where it is asked for float16; "
+            "FlagEmbedding runs float32 on a CPU where it is asked for float16; "
             'use dtype="float32".'
         )
     if family.classifier and dtype == torch.bfloat16:
@@ -215,7 +215,7 @@ def _dtype(name: str, family: Family, device: torch.device) -> torch.dtype:
 
 
 @contextmanager
-def _told_as_unsupported(folder: Path, family: Family) -> Iterator[None]:
+def _unsupported_errors(folder: Path, family: Family) -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as error:

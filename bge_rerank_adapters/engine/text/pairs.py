@@ -51,9 +51,9 @@ class TokenizedPairs:
     windows: list[range] | None = None
 
     def winners(self, logits: Sequence[float]) -> list[int]:
-        """Return for each of the caller's n pairs the position of what speaks for it.
+        """Return for each of the caller's n pairs the position of its row in `distinct`.
 
-        That is its window with the highest logit, the first of equals.
+        With windows it is the window with the highest logit, the first of equals.
 
         Args:
             logits: m logits, of `distinct`.

@@ -39,7 +39,7 @@ class Heads:
 
     Attributes:
         queries: Number of query heads.
-        keys: Number of key and value heads, of which each serves `queries / keys` query heads.
+        keys: Number of key and value heads; each serves `queries / keys` query heads.
         scale: Factor of the products of query and key.
         window: How many tokens a token sees, itself included; `None` is all before it.
     """

@@ -1,7 +1,7 @@
 """The lightweight family: Gemma 2 whose document tokens are made fewer on the way.
 
 As FlagEmbedding 1.4.2 computes it (`inference/reranker/decoder_only/lightweight.py` and
-`models/gemma_model.py`), two habits included which published scores were made with:
+`models/gemma_model.py`), including two details that the published scores depend on:
 
 - Whatever layer is asked for, its output goes through the first head. The heads stand in a list,
   one for each layer from `start_layer` on, and are taken by their place among the layers that are

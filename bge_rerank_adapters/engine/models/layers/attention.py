@@ -92,7 +92,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, pairs: int, heads: int) -
 def product_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, heads: int
 ) -> Tensor:
-    """Attend by plain matrix products, one pair at a time: for bfloat16 on some processors.
+    """Attend by plain matrix products, one pair at a time: for bfloat16 on some CPUs.
 
     With AVX512 alone torch's fused kernel takes nearly twice as long as oneDNN's own products,
     which run here; with AMX it takes half as long. In float32, and for short pairs, it is as fast.

@@ -17,7 +17,7 @@ Activation = Callable[[Tensor], Tensor]
 
 
 def few_sizes(rows: int) -> int:
-    """Return the next number of rows, at least as many, that products on a processor use.
+    """Return the next number of rows, at least as many, that products on a CPU use.
 
     oneDNN makes code of its own for each number of rows and keeps that of the last thousand
     products: two megabytes for each size of pack, half a gigabyte in a few hundred packs. So sizes
@@ -64,7 +64,7 @@ class PlainLinear:
 
 
 class PackedLinear:
-    """A layer on a processor whose weight lies in oneDNN's own order, activation included."""
+    """A layer on a CPU whose weight is kept in oneDNN's own order, activation included."""
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None, activation: Activation | None = None
@@ -130,7 +130,7 @@ def packed_works(dtype: torch.dtype) -> bool:
 def linear_maker(device: torch.device, dtype: torch.dtype) -> Callable[..., Linear]:
     """Return the fastest kind of layer for weights of this dtype on this device.
 
-    On a processor oneDNN's prepacked product measured 1.2 to 1.4 times as fast as torch's own, in
+    On a CPU oneDNN's prepacked product measured 1.2 to 1.4 times as fast as torch's own, in
     float32 and bfloat16 (benchmarks/NOTES.md).
     """
     if device.type == "cpu" and packed_works(dtype):

@@ -11,31 +11,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bge_rerank_adapters.engine.models.cpu.onednn.ranges import (
+    ROUNDING,
+    ROUNDING_BITS,
+    Range,
+    ordinary_range,
+    quantise,
+    steps,
+)
 from bge_rerank_adapters.engine.models.layers.calibration import smoothing
-from bge_rerank_adapters.engine.models.layers.linear import Activation, filled_up, has_onednn
+from bge_rerank_adapters.engine.models.layers.linear import Activation, filled_up
 
 # Rows that are taken through several steps at a time: what lies between steps stays in the cache.
 # Without blocks it cost as much as the integers saved. Smaller ones take more steps, each of which
 # waits for threads to wake where another thread of the process uses torch.
 _BLOCK_ROWS = 512
 _ENCODED_ROWS = 256
-# Added to a float32 below 2**22 in size, it leaves no room for a fraction, so that the sum's last
-# bits are the nearest integer: rounding for the price of an addition, where round() takes ten.
-_ROUNDING = 1.5 * 2**23
-_ROUNDING_BITS = 0x4B400000
-# A settled range reaches so many times as far as the median row of the sample does. With less room
-# some row of most packs is beyond it, with more there are fewer steps for all.
-_ROOM = 2.5
 # What a GELU gives at least, rounded down.
 _LEAST_GELU = -0.17
-
-
-@dataclass(frozen=True, slots=True)
-class Range:
-    """Steps for all rows: a value is about (code - zero) * scale."""
-
-    scale: float
-    zero: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +108,7 @@ class Int8Linear:
         return None if self._settled is None else self._settled.range
 
     def by_row(self, states: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Return the outputs likewise, each row in a range of its own."""
+        """Return the same outputs, computed with a range of its own for each row."""
         out = states.new_empty(len(states), len(self._scale))
         blocks = zip(*(torch.split(each, _BLOCK_ROWS) for each in (states, out)), strict=True)
         for block, block_out in blocks:
@@ -124,7 +117,7 @@ class Int8Linear:
 
     def settle(self, sample: Tensor) -> None:
         """Fix the range of ordinary rows, unless all of the sample are zero or not finite."""
-        found = _ordinary_range(_divided(sample, self._divisor), self._least)
+        found = ordinary_range(_divided(sample, self._divisor), self._least)
         if found is not None:
             inverse = 1.0 / found.scale if self._divisor is None else self._divisor / found.scale
             bias = self._bias - found.zero * found.scale * self._sums
@@ -132,8 +125,8 @@ class Int8Linear:
 
     def encode(self, states: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return states in the settled range as uint8, and which rows it does not hold, if any."""
-        settled, last = self._get_settled(), _steps()
-        shift = settled.range.zero + _ROUNDING
+        settled, last = self._get_settled(), steps()
+        shift = settled.range.zero + ROUNDING
         codes = torch.empty(states.shape, dtype=torch.uint8)
         # In place, since memory taken anew costs more than the sums.
         scratch = torch.empty(min(_ENCODED_ROWS, len(states)), states.shape[1])
@@ -142,7 +135,7 @@ class Int8Linear:
         for block, block_codes in blocks:
             scratch[: len(block)].copy_(block).mul_(settled.inverse).add_(shift)
             # As bits, which are ordered as positive numbers are and have NaN at an end.
-            block_codes.copy_(bits[: len(block)].clamp_(_ROUNDING_BITS, _ROUNDING_BITS + last))
+            block_codes.copy_(bits[: len(block)].clamp_(ROUNDING_BITS, ROUNDING_BITS + last))
         # What is beyond has become the first code or the last.
         if int(codes.amin()) > 0 and int(codes.amax()) < last:
             return codes, None
@@ -170,7 +163,7 @@ class Int8Linear:
             *(target.scale, target.zero, torch.uint8, "gelu", [], "none"),
         )
         out = out[: len(codes)]
-        return out, _outside(out.amax(1) < _steps())
+        return out, _outside(out.amax(1) < steps())
 
     def _given(self, codes: Tensor) -> tuple[Tensor, float, int, Tensor, Tensor, Tensor]:
         scale = self._get_settled().range.scale
@@ -183,12 +176,12 @@ class Int8Linear:
 
     def _block(self, states: Tensor) -> Tensor:
         """Return the outputs for some rows, in float32, which is rounded once at the end."""
-        quantised, scale, zero = _quantise(_divided(states, self._divisor))
+        quantised, scale, zero = quantise(_divided(states, self._divisor))
         product: Tensor = torch.ops.onednn.qlinear_pointwise(
             *(filled_up(quantised), 1.0, 0, self._weight, self._scale, self._zeros),
             *(None, 1.0, 0, torch.float32, "none", [], ""),
         )
-        # A state is (q - zero) * scale, so a sum of them times weights is likewise.
+        # A state is (q - zero) * scale, and so is a sum of states times weights.
         out = product[: len(states)].addcmul_(zero, self._sums, value=-1.0)
         out = out.mul_(scale).add_(self._bias)
         return out if self.activation is None else self.activation(out)
@@ -224,54 +217,8 @@ def _divided(states: Tensor, inverse: Tensor | None) -> Tensor:
 
 
 def _outside(inside: Tensor) -> Tensor | None:
-    """Return the rows that are not inside, of which there are mostly none."""
+    """Return the rows that are not inside; `None` where all are, as mostly."""
     return None if bool(inside.all()) else inside.logical_not_().nonzero().squeeze(1)
-
-
-def _ordinary_range(states: Tensor, least: float | None) -> Range | None:
-    """Return a range for ordinary rows like those of a sample; `None` if none are finite.
-
-    Args:
-        states: The sample, shape (rows, inputs).
-        least: What no state is below; `None` is for the sample to tell.
-    """
-    high = _reach(states.amax(dim=1).float())
-    low = _reach(states.amin(dim=1).float().neg_()) if least is None else -least
-    if high + low == 0.0:
-        return None
-    # The first and the last step are for what is beyond.
-    scale = (high + low) / (_steps() - 3)
-    return Range(scale, 1 + round(low / scale))
-
-
-def _reach(largest: Tensor) -> float:
-    """Return how far a range should reach for rows that reach so far; 0 if none is finite."""
-    largest = largest[largest.isfinite()].clamp_min_(0.0)
-    return _ROOM * float(largest.median()) if len(largest) else 0.0
-
-
-def _quantise(states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Spread each row's range, from its least to its largest value or zero, over the steps.
-
-    Returns:
-        q as uint8, and in float32, of shape (rows, 1), each row's scale and zero, an integer: a
-        state is about (q - zero) * scale. Scale and zero of a row with NaN are NaN.
-    """
-    least = states.amin(dim=1, keepdim=True).float().clamp_max(0.0)
-    largest = states.amax(dim=1, keepdim=True).float().clamp_min(0.0)
-    # One step less than there are, since zero is rounded too.
-    scale = (largest - least) / (_steps() - 1)
-    scale = scale.clamp_min(torch.finfo(torch.float32).tiny)
-    inverse = scale.reciprocal()
-    zero = (least * -inverse).round_()
-    sums = (states * inverse).add_(zero + _ROUNDING)
-    return sums.view(torch.int32).to(torch.uint8), scale, zero
-
-
-@cache
-def int8_works() -> bool:
-    """Return whether the 8-bit product runs here, and is exact."""
-    return has_onednn() and _exact_up_to(127)
 
 
 @cache
@@ -280,7 +227,7 @@ def fused_works(dtype: torch.dtype) -> bool:
 
     Not with 127 steps, which leave no room: nDCG@10 fell by 0.005 (benchmarks/NOTES.md).
     """
-    if _steps() < 255:
+    if steps() < 255:
         return False
     generator = torch.Generator().manual_seed(0)
     weight, states = (torch.randn(16, 16, generator=generator) for _ in range(2))
@@ -299,28 +246,3 @@ def fused_works(dtype: torch.dtype) -> bool:
         out.dtype == dtype and bool((out - each).norm() < 0.05 * each.norm())
         for out, each in zip(outs, exact, strict=True)
     )
-
-
-@cache
-def _steps() -> int:
-    """Return how many steps a state may have: 255, or 127 where 255 overflow.
-
-    Processors without VNNI add pairs of 8-bit products in 16 bits, which 255 * 127 * 2 does not
-    fit but 127 * 127 * 2 does (Intel's oneDNN guide, "Nuances of int8 computations").
-    """
-    return 255 if _exact_up_to(255) else 127
-
-
-def _exact_up_to(largest: int) -> bool:
-    """Return whether a product of the largest values is exact."""
-    weight = torch.full((32, 64), 127, dtype=torch.int8)
-    states = torch.full((8, 64), largest, dtype=torch.uint8)
-    ones, zeros = torch.ones(32), torch.zeros(32, dtype=torch.int32)
-    try:
-        packed = torch.ops.onednn.qlinear_prepack(weight, None)
-        out = torch.ops.onednn.qlinear_pointwise(
-            states, 1.0, 0, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], ""
-        )
-    except (AttributeError, RuntimeError):
-        return False
-    return bool((out == 64.0 * 127 * largest).all())

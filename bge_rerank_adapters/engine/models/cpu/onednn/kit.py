@@ -5,8 +5,8 @@ from torch.nn import functional
 from bge_rerank_adapters.engine.models.cpu.onednn.int8 import (
     Int8FeedForward,
     Int8Linear,
-    int8_works,
 )
+from bge_rerank_adapters.engine.models.cpu.onednn.ranges import int8_works
 from bge_rerank_adapters.engine.models.cpu.onednn.timing import int8_pays
 from bge_rerank_adapters.engine.models.encoder.layer import LayerSource, LinearLayer, linear_layer
 from bge_rerank_adapters.engine.models.encoder.plain import KitRequest, PlainKit
@@ -50,9 +50,8 @@ class OneDnnInt8Kit(PlainKit):
         config = request.config
         sizes = config.hidden, config.intermediate
         if not int8_pays(request.dtype, *sizes, ACTIVATIONS[config.activation]):
-            return (
-                f"they are no faster here than those in {str(request.dtype).removeprefix('torch.')}"
-            )
+            plain = str(request.dtype).removeprefix("torch.")
+            return f"they are no faster here than those in {plain}"
         return None
 
     def layer(self, source: LayerSource) -> LinearLayer:
