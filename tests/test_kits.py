@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from bge_rerank_adapters import Reranker
+from bge_rerank_adapters.engine.checkpoints.model_config import read_config
 from bge_rerank_adapters.engine.models.cpu.onednn import kit as onednn
 from bge_rerank_adapters.engine.models.cpu.streams import StreamedModel
 from bge_rerank_adapters.engine.models.encoder import kit as kits
 from bge_rerank_adapters.engine.models.encoder.config import parse_config
 from bge_rerank_adapters.engine.models.encoder.kit import KITS, choose_kit, describe_kits
 from bge_rerank_adapters.engine.models.encoder.plain import PlainKit
-from bge_rerank_adapters.engine.models.weights import read_config
 from tests.checkpoints import build_xlm_roberta, read_sentences
 
 CPU = torch.device("cpu")
