@@ -68,7 +68,7 @@ class BGEDocumentCompressor(AdapterSettings, BaseDocumentCompressor):
         Args:
             documents: What the first stage found; neither they nor their metadata are changed.
             query: What they should answer.
-            callbacks: Who hears of the run; `None` is those of the run that this happens in.
+            callbacks: What follows the run; `None` is those of the run that this happens in.
 
         Returns:
             At most `top_k` documents with ids and metadata kept, to which are added

@@ -65,7 +65,7 @@ class BGENodePostprocessor(AdapterSettings, BaseNodePostprocessor):
     as `[start, end]` in characters. None of these reaches an embedding, a prompt or the text that
     is scored.
 
-    Every reranking is told to LlamaIndex's instrumentation (`ReRankStartEvent`, `ReRankEndEvent`)
+    LlamaIndex's instrumentation hears of every reranking (`ReRankStartEvent`, `ReRankEndEvent`)
     and its callbacks (`RERANKING`), in pairs, for no nodes too. When it fails the callback still
     ends, and an `ExceptionEvent` stands in for the end event.
 
