@@ -24,7 +24,10 @@ from bge_rerank_adapters.engine.models.cpu.onednn.int8 import (
     fused_works,
     smoothing,
 )
-from bge_rerank_adapters.engine.models.cpu.onednn.ranges import int8_works
+from bge_rerank_adapters.engine.models.cpu.onednn.ranges import int8_works, steps
+from bge_rerank_adapters.engine.models.encoder import calibration
+from bge_rerank_adapters.engine.models.encoder import kit as encoder_kit
+from bge_rerank_adapters.engine.models.layers.linear import packed_works
 from tests.checkpoints import build_xlm_roberta, read_queries, read_sentences
 
 CPU = torch.device("cpu")
@@ -35,6 +38,9 @@ needs_fused = pytest.mark.skipif(
     not int8_works() or not fused_works(torch.float32) or not fused_works(torch.bfloat16),
     reason="this torch or processor has no 8-bit product that scales",
 )
+# Found before a test sets another default dtype.
+FUSED_WORKS = int8_works() and fused_works(torch.float32)
+PAIRS = next(iter(read_queries().values())), list(read_sentences().values())[:20]
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
@@ -514,3 +520,72 @@ def test_int8_is_for_processors_alone(monkeypatch):
     monkeypatch.setattr(devices, "int8_works", lambda: False)
     with pytest.raises(DeviceError, match="oneDNN"):
         devices.resolve_dtype("int8", torch.device("cpu"))
+
+
+@needs_int8
+def test_int8_is_settled_in_one_thread_however_many_there_are(monkeypatch):
+    """Threads that meet after each small product of the sample take ten times as long if busy."""
+    threads: set[int] = set()
+    through = calibration.SampleRun.through
+
+    def counted(self, tensors):
+        threads.add(torch.get_num_threads())
+        return through(self, tensors)
+
+    monkeypatch.setattr(calibration.SampleRun, "through", counted)
+    # Where 8-bit layers are not faster they are not made.
+    monkeypatch.setattr(onednn_kit, "int8_pays", lambda *_, **__: True)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with Reranker("tiny", device="cpu", dtype="int8"):
+            assert threads == {1}
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture(params=[torch.float16, torch.bfloat16, torch.float64], ids=str)
+def _other_default_dtype(request):
+    """The host's, such as transformers sets while it loads a model in another thread."""
+    before = torch.get_default_dtype()
+    probes = (int8_works, fused_works, steps, timing.int8_pays, packed_works)
+    for probe in probes:
+        probe.cache_clear()
+    torch.set_default_dtype(request.param)
+    yield
+    torch.set_default_dtype(before)
+    for probe in probes:
+        probe.cache_clear()
+
+
+@needs_int8
+@pytest.mark.usefixtures("_other_default_dtype")
+@pytest.mark.parametrize("dtype", ["int8", "bfloat16", "float32"])
+def test_the_hosts_default_dtype_changes_no_logit(dtype, expected_logits):
+    assert logits_in(dtype) == pytest.approx(expected_logits[dtype], abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def expected_logits():
+    return {dtype: logits_in(dtype) for dtype in ("int8", "bfloat16", "float32")}
+
+
+def logits_in(dtype):
+    """Return the logits of an engine that timings have no say in."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(onednn_kit, "int8_pays", lambda *_, **__: True)
+        patched.setattr(encoder_kit, "resolve_dtype", lambda *_, **__: torch.float32)
+        with Reranker("tiny", device="cpu", dtype=dtype) as engine:
+            return engine.logits(*PAIRS)
+
+
+@needs_int8
+@pytest.mark.usefixtures("_other_default_dtype")
+def test_the_hosts_default_dtype_changes_no_8_bit_layer():
+    weight, bias, states = (each.float() for each in parts())
+    exact = functional.linear(states, weight, bias)
+    layer = Int8Linear(weight, bias, sample=states)
+    assert relative_error(layer(states), exact) < 0.03
+    assert int8_works()
+    assert fused_works(torch.float32) is FUSED_WORKS

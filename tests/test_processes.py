@@ -23,7 +23,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 each_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 
 
-def run_script(code: str, folder: Path, dtype: str = "float32") -> subprocess.CompletedProcess[str]:
+def run_script(
+    code: str, folder: Path, dtype: str = "float32", **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run code after an engine has been made and used, and return how the process ended."""
     begin = f"""
     import asyncio, os, sys, threading, time
@@ -53,7 +55,7 @@ def run_script(code: str, folder: Path, dtype: str = "float32") -> subprocess.Co
         check=False,
         cwd=ROOT,
         # More than one, so that torch has threads of its own, which a fork leaves behind.
-        env={**os.environ, "OMP_NUM_THREADS": "2"},
+        env={**os.environ, "OMP_NUM_THREADS": "2", **environment},
     )
 
 
@@ -160,6 +162,35 @@ def test_a_child_forked_while_all_locks_are_held_ends_cleanly_and_loads_its_own(
     sys.stdout.flush()
     """
     assert_clean(run_script(code, folder, dtype), out="told\ntold\n3\nchild 0\n")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks are for Linux")
+@pytest.mark.parametrize("parallelism", ["true", "1"])
+def test_a_child_forked_where_tokenizers_are_told_to_use_threads_scores(folder, parallelism):
+    """Those of the parent, which a batch would wait for without end."""
+    code = """
+    import warnings
+    warnings.simplefilter("ignore", DeprecationWarning)
+    logits = engine.logits("query", LONG[:20])
+    pid = os.fork()
+    if pid:
+        deadline = time.monotonic() + 60
+        while not (ended := os.waitpid(pid, os.WNOHANG))[0] and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if not ended[0]:
+            os.kill(pid, 9)
+        print("child", "hung" if not ended[0] else ended[1])
+        sys.stdout.flush()
+    else:
+        settings = {"device": "cpu", "dtype": "float32"}
+        with Reranker(engine.settings.model, **settings) as own:
+            pairs = zip(own.logits("query", LONG[:20]), logits, strict=True)
+            assert max(abs(a - b) for a, b in pairs) < 1e-5
+        with Reranker(engine.settings.model, **settings, long_documents="window") as own:
+            assert len(own.score("query", [LONG[0] * 3, LONG[1] * 3])) == 2
+    """
+    done = run_script(code, folder, TOKENIZERS_PARALLELISM=parallelism)
+    assert_clean(done, out="child 0\n")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are for POSIX")

@@ -12,6 +12,7 @@ from tokenizers import Regex, pre_tokenizers
 
 from bge_rerank_adapters import Reranker
 from bge_rerank_adapters.engine.checkpoints.hub import TINY_FOLDER
+from bge_rerank_adapters.engine.text import windows
 from bge_rerank_adapters.engine.text.tokenizer_files import load_tokenizer
 from bge_rerank_adapters.engine.text.windows import WindowTokenizer, cut_windows
 from bge_rerank_adapters.errors import SettingsError
@@ -284,3 +285,32 @@ def test_the_milvus_function_takes_windows():
     assert function.reranker.settings.long_documents == "window"
     (best, _) = function(QUERY, [" ".join(FILLER), long_document(45)])
     assert best.index == 1
+
+
+def test_the_places_of_tokens_are_read_once_from_a_document(monkeypatch):
+    """Each reading makes a list of those of all tokens."""
+    reads: list[int] = []
+
+    class Counted:
+        def __init__(self, encoding):
+            self.ids, self._encoding = encoding.ids, encoding
+
+        @property
+        def offsets(self):
+            reads.append(len(self.ids))
+            return self._encoding.offsets
+
+    encode = windows.encode_texts
+    monkeypatch.setattr(
+        windows, "encode_texts", lambda *args, **options: map(Counted, encode(*args, **options))
+    )
+    with Reranker(
+        "tiny",
+        device="cpu",
+        dtype="float32",
+        long_documents="window",
+        window_tokens=64,
+        passage_instruction="Read this passage with care, please, before you answer: ",
+    ) as engine:
+        engine.score(QUERY, [long_document(0), long_document(30)])
+    assert len(reads) == 2

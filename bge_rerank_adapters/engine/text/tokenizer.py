@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
+from bge_rerank_adapters.engine.text.batches import encode_texts
 from bge_rerank_adapters.engine.text.pairs import PairTemplate, TokenIds, TokenizedPairs, TokenPair
 from bge_rerank_adapters.errors import CheckpointError, SettingsError
 
@@ -157,16 +158,14 @@ class PairTokenizer:
         return encoded
 
     def _encode_batch(self, texts: list[str]) -> list[Encoding]:
-        fast = getattr(self._tokenizer, "encode_batch_fast", None)
-        if fast is None:
+        if not hasattr(self._tokenizer, "encode_batch_fast"):
             # tokenizers before 0.20, which reads surrogates in a way of its own.
-            valid = [without_surrogates(text) for text in texts]
-            return list(self._tokenizer.encode_batch(valid, add_special_tokens=False))
+            texts = [without_surrogates(text) for text in texts]
         try:
-            return list(fast(texts, add_special_tokens=False))
+            return encode_texts(self._tokenizer, texts, offsets=False)
         except (TypeError, UnicodeEncodeError):
             valid = [without_surrogates(text) for text in texts]
-            return list(fast(valid, add_special_tokens=False))
+            return encode_texts(self._tokenizer, valid, offsets=False)
 
 
 def without_surrogates(text: str) -> str:

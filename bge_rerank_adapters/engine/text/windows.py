@@ -5,11 +5,11 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
+from bge_rerank_adapters.engine.text.batches import encode_texts
 from bge_rerank_adapters.engine.text.pairs import PairTemplate, TokenIds, TokenizedPairs, TokenPair
 from bge_rerank_adapters.engine.text.tokenizer import PairTokenizer, without_surrogates
 from bge_rerank_adapters.errors import SettingsError
@@ -171,26 +171,28 @@ class WindowTokenizer(PairTokenizer):
         """Return a text's tokens, parted from those of the instruction before it."""
         ids = np.asarray(encoding.ids, dtype=np.int64)
         bare, skipped = len(self._instruction.rstrip()), len(self._instruction)
-        before = 0
-        while (
-            before < min(self._instruction_tokens, len(ids)) and encoding.offsets[before][1] <= bare
-        ):
+        before, longest_before = 0, min(self._instruction_tokens, len(ids))
+        # Read once and only where needed: the library makes a list of all tokens' each time.
+        offsets: list[Span] = []
+        if longest_before or len(ids) > longest_whole:
+            offsets = encoding.offsets
+        while before < longest_before and offsets[before][1] <= bare:
             before += 1
         spans: list[Span] = []
         if len(ids) - before > longest_whole:
             spans = [
                 (max(0, start - skipped), max(0, end - skipped))
-                for start, end in _spans(self._instruction + text, encoding)
+                for start, end in _spans(self._instruction + text, offsets)
             ][before:]
         return _Document(ids[before:], ids[:before], text, spans)
 
     def _encode_with_offsets(self, documents: list[str]) -> list[Encoding]:
         texts = [self._instruction + document for document in documents]
         try:
-            return self._tokenizer.encode_batch(texts, add_special_tokens=False)
+            return encode_texts(self._tokenizer, texts, offsets=True)
         except (TypeError, UnicodeEncodeError):
             valid = [without_surrogates(text) for text in texts]
-            return self._tokenizer.encode_batch(valid, add_special_tokens=False)
+            return encode_texts(self._tokenizer, valid, offsets=True)
 
 
 def tokenizer_maker(settings: EngineSettings) -> Callable[..., PairTokenizer]:
@@ -264,12 +266,12 @@ def _is_mark(character: str) -> bool:
     return unicodedata.category(character).startswith("M")
 
 
-def _spans(text: str, encoding: Encoding) -> list[Span]:
-    spans: Any = encoding.offsets
+def _spans(text: str, offsets: list[Span]) -> list[Span]:
+    """Return the characters in `text` of offsets in `without_surrogates(text)`."""
     if not _SURROGATE_PAIR.search(text):
-        return list(spans)
+        return offsets
     origins = _origins(text)
-    return [(origins[start], origins[end]) for start, end in spans]
+    return [(origins[start], origins[end]) for start, end in offsets]
 
 
 def _origins(text: str) -> list[int]:

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from bge_rerank_adapters.engine.checkpoints.adapter import Adapter
 from bge_rerank_adapters.engine.models.base import default_pack_tokens
-from bge_rerank_adapters.engine.models.cpu.threads import ALONE, Helpers
+from bge_rerank_adapters.engine.models.cpu.threads import ALONE, Helpers, in_one_thread
 from bge_rerank_adapters.engine.models.encoder.calibration import SampleRun
 from bge_rerank_adapters.engine.models.encoder.config import parse_config
 from bge_rerank_adapters.engine.models.encoder.kit import choose_kit
@@ -126,8 +126,15 @@ class EncoderModel:
     def _layers_of(self, read: EncoderReader) -> list[EncoderLayer]:
         return [self.kit.layer(self._source(read, index)) for index in range(self.config.layers)]
 
-    @torch.inference_mode()
     def _int8_layers(self, read: EncoderReader, sample: Sequence[TokenPair]) -> list[EncoderLayer]:
+        # Threads that share each of the sample's many small products wait for one another after
+        # each, which takes ten times as long where other programs keep the CPU busy.
+        return in_one_thread(lambda: self._calibrated_layers(read, sample))
+
+    @torch.inference_mode()
+    def _calibrated_layers(
+        self, read: EncoderReader, sample: Sequence[TokenPair]
+    ) -> list[EncoderLayer]:
         run = SampleRun(self.config, self._embed(sample), [len(pair) for pair in sample])
         layers = []
         for index in range(self.config.layers):

@@ -229,7 +229,8 @@ PROBE_LENGTHS = (40, 3)
 def probe_states(width: int, device: torch.device, dtype: torch.dtype, *, seed: int = 0) -> Tensor:
     """Return random states of a pack of `PROBE_LENGTHS`, the same each time; shape (43, width)."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    return torch.randn(sum(PROBE_LENGTHS), width, generator=generator).to(device, dtype)
+    states = torch.randn(sum(PROBE_LENGTHS), width, generator=generator, dtype=torch.float32)
+    return states.to(device, dtype)
 
 
 def agree(

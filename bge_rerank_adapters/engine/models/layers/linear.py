@@ -112,7 +112,7 @@ def packed_works(dtype: torch.dtype) -> bool:
     """Return whether oneDNN's prepacked product runs in this dtype here, and is right."""
     if dtype not in (torch.float32, torch.bfloat16) or not has_onednn():
         return False
-    weight = (torch.arange(32.0 * 16).reshape(32, 16) % 7 - 3).to(dtype)
+    weight = (torch.arange(32 * 16).reshape(32, 16) % 7 - 3).to(dtype)
     states, bias = weight[:8].contiguous(), weight[:, 0].contiguous()
     residual = weight.reshape(16, 32)[:8].contiguous()
 

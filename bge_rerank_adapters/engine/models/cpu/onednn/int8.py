@@ -129,7 +129,7 @@ class Int8Linear:
         shift = settled.range.zero + ROUNDING
         codes = torch.empty(states.shape, dtype=torch.uint8)
         # In place, since memory taken anew costs more than the sums.
-        scratch = torch.empty(min(_ENCODED_ROWS, len(states)), states.shape[1])
+        scratch = torch.empty(min(_ENCODED_ROWS, len(states)), states.shape[1], dtype=torch.float32)
         bits = scratch.view(torch.int32)
         blocks = zip(*(torch.split(each, _ENCODED_ROWS) for each in (states, codes)), strict=True)
         for block, block_codes in blocks:
@@ -230,7 +230,9 @@ def fused_works(dtype: torch.dtype) -> bool:
     if steps() < 255:
         return False
     generator = torch.Generator().manual_seed(0)
-    weight, states = (torch.randn(16, 16, generator=generator) for _ in range(2))
+    weight, states = (
+        torch.randn(16, 16, generator=generator, dtype=torch.float32) for _ in range(2)
+    )
     bias, states = weight[0].clone(), states.to(dtype)
     up = Int8Linear(weight, bias, functional.gelu)
     down = Int8Linear(weight, bias, after_gelu=True)

@@ -85,7 +85,7 @@ def _exact_up_to(largest: int) -> bool:
     """Return whether a product of the largest values is exact."""
     weight = torch.full((32, 64), 127, dtype=torch.int8)
     states = torch.full((8, 64), largest, dtype=torch.uint8)
-    ones, zeros = torch.ones(32), torch.zeros(32, dtype=torch.int32)
+    ones, zeros = torch.ones(32, dtype=torch.float32), torch.zeros(32, dtype=torch.int32)
     try:
         packed = torch.ops.onednn.qlinear_prepack(weight, None)
         out = torch.ops.onednn.qlinear_pointwise(

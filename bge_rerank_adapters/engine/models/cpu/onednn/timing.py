@@ -58,9 +58,11 @@ def _feed_forwards(
     """Return blocks of equal size of both kinds, and states for them."""
     generator = torch.Generator().manual_seed(0)
     sizes = (_TIMED_ROWS, hidden), (intermediate, hidden), (hidden, intermediate)
-    states, up, down = (torch.randn(size, generator=generator) / 8 for size in sizes)
+    states, up, down = (
+        torch.randn(size, generator=generator, dtype=torch.float32) / 8 for size in sizes
+    )
     states = states.to(dtype)
-    up_bias, down_bias = torch.zeros(intermediate), torch.zeros(hidden)
+    up_bias, down_bias = (torch.zeros(size, dtype=torch.float32) for size in (intermediate, hidden))
     make = linear_maker(torch.device("cpu"), dtype)
     plain = FeedForward(
         make(up.to(dtype), up_bias.to(dtype), activation),
