@@ -263,7 +263,7 @@ class Reranker(BaseReranker[EngineSettings]):
         begin = time.perf_counter()
         try:
             return self._tokenizer.tokenize(pairs)
-        except (KeyboardInterrupt, SystemExit):
+        except (KeyboardInterrupt, SystemExit, ScoringError):
             raise
         except BaseException as error:  # what Rust panics with is no Exception
             raise ScoringError(

@@ -24,6 +24,7 @@ from bge_rerank_adapters.engine.models.encoder.config import parse_config
 from bge_rerank_adapters.engine.models.encoder.tensors import check_one_label
 from bge_rerank_adapters.engine.models.families import Family
 from bge_rerank_adapters.engine.models.lora import open_weights
+from bge_rerank_adapters.engine.models.made_up import made_up_error, made_up_weights
 from bge_rerank_adapters.engine.text.pairs import TokenizedPairs, TokenPair
 from bge_rerank_adapters.engine.text.tokenizer import PairTokenizer, without_surrogates
 from bge_rerank_adapters.errors import DeviceError, UnsupportedCheckpointError
@@ -107,7 +108,7 @@ class FlagModel:
         self.device, self.pack_tokens = device, default_pack_tokens(device)
         self.dtype = _dtype(settings.dtype, family, device)
         make = _flag_class(family)
-        _check_weights(folder, family)
+        prefix = _check_weights(folder, family)
         options = _options(settings, family, self.dtype, device) | {
             "max_length": max_length,
             "query_max_length": query_max_length,
@@ -118,10 +119,20 @@ class FlagModel:
             self._reranker.use_fp16 = self.dtype == torch.float16
             # transformers 5 keeps the dtype in which the weights are stored.
             self._reranker.model.to(self.dtype)
+        self._check_nothing_made_up(folder, family, prefix)
         _check_labels(folder, family, self._reranker.model.config)
         with _unsupported_errors(folder, family):
             # Some classes can be made, and fail when they are run.
             self._score([("query", "document")])
+
+    def _check_nothing_made_up(self, folder: Path, family: Family, prefix: str) -> None:
+        """Refuse a checkpoint that lacks any of the model's weights, above all its head."""
+        model = self._reranker.model
+        with _unsupported_errors(folder, family), _without_loading_bar():
+            names = made_up_weights(model, folder)
+        if names:
+            config = read_config(folder)
+            raise made_up_error(names, folder, model=model, config=config, prefix=prefix)
 
     def logits(self, pairs: Sequence[TokenPair]) -> list[float]:
         """Return the logit of each pair of a pack.
@@ -139,12 +150,13 @@ class FlagModel:
         return [float(score) for score in scores]
 
 
-def _check_weights(folder: Path, family: Family) -> None:
-    """Refuse what FlagEmbedding would run and should not: pickles, and heads made up at random."""
+def _check_weights(folder: Path, family: Family) -> str:
+    """Refuse what is no safetensors or quantised; return what training left before all names."""
     config = read_config(folder)
     with open_weights(folder) as weights:
         if family.classifier and config.get("model_type") in family.model_types:
             check_one_label(weights, parse_config(config, folder=folder))
+        return weights.prefix
 
 
 def _check_labels(folder: Path, family: Family, config: Any) -> None:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,6 +23,7 @@ from bge_rerank_adapters.engine.models.families import (
     family_of,
 )
 from bge_rerank_adapters.engine.models.flag import FlagModel, TextPairTokenizer
+from bge_rerank_adapters.engine.models.unsupported import unsupported_message
 from bge_rerank_adapters.engine.text.tokenizer import PairTokenizer
 from bge_rerank_adapters.engine.text.tokenizer_files import load_tokenizer
 from bge_rerank_adapters.engine.text.windows import tokenizer_maker
@@ -60,7 +60,10 @@ def read_checkpoint(folder: Path, settings: EngineSettings) -> LocalCheckpoint:
         # It has encoders of many more kinds.
         family = family or FAMILIES["encoder"]
     elif family is None or config.get("model_type") not in family.model_types:
-        raise UnsupportedCheckpointError(_not_supported(folder, config, settings.family))
+        types = {name: each.model_types for name, each in FAMILIES.items()}
+        raise UnsupportedCheckpointError(
+            unsupported_message(folder, config, families=types, asked=settings.family)
+        )
     check_family_settings(
         family.name, {each.name: getattr(settings, each.name) for each in fields(settings)}
     )
@@ -103,11 +106,10 @@ def load_pair_tokenizer(checkpoint: LocalCheckpoint, settings: EngineSettings) -
             TextPairTokenizer if settings.backend == "flagembedding" else tokenizer_maker(settings)
         ),
     )
-    if tokenizer.vocabulary > sizes.vocabulary:
-        raise CheckpointError(
-            f"{folder}: the tokenizer has ids up to {tokenizer.vocabulary - 1}, but the model has "
-            f"embeddings for {sizes.vocabulary}; tokenizer and weights are not of one checkpoint."
-        )
+    try:
+        tokenizer.limit_ids(sizes.vocabulary)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
     return tokenizer
 
 
@@ -171,14 +173,3 @@ def _sizes(checkpoint: LocalCheckpoint) -> Sizes:
     if config.get("model_type") not in family.model_types:
         return _UnknownSizes()
     return family.read_sizes(config, folder=checkpoint.files.folder)
-
-
-def _not_supported(folder: Path, config: dict[str, Any], asked: str | None) -> str:
-    kind = config.get("model_type", "model of unknown type")
-    named = ", ".join(config.get("architectures") or ["no architecture named"])
-    types = "; ".join(f"{name}: {', '.join(each.model_types)}" for name, each in FAMILIES.items())
-    wanted = "" if asked is None else f" as one of the {asked} family, which family= asks for"
-    return (
-        f"{folder} is a {kind!r} model ({named}), which is not supported{wanted}; supported are "
-        f"these model types of each family: {types}."
-    )

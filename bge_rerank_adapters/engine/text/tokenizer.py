@@ -1,5 +1,6 @@
 """Texts to token ids, by FlagEmbedding's truncation rule, with every text read once."""
 
+import sys
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -7,7 +8,7 @@ from tokenizers import Encoding, Tokenizer
 
 from bge_rerank_adapters.engine.text.batches import encode_texts
 from bge_rerank_adapters.engine.text.pairs import PairTemplate, TokenIds, TokenizedPairs, TokenPair
-from bge_rerank_adapters.errors import CheckpointError, SettingsError
+from bge_rerank_adapters.errors import CheckpointError, ScoringError, SettingsError
 
 # Bounds the memory that the tokenizer's own records take for a call with very many documents.
 _TEXTS_PER_BATCH = 1024
@@ -72,11 +73,30 @@ class PairTokenizer:
         # more than is kept tells that a text was cut.
         tokenizer.enable_truncation(max_length + 1)
         self._tokenizer = tokenizer
+        self._embeddings = sys.maxsize
 
-    @property
-    def vocabulary(self) -> int:
-        """One more than the highest id that a text can get."""
-        return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    def limit_ids(self, embeddings: int) -> None:
+        """Have texts refused whose tokens the model does not know.
+
+        Tokens that were added to a tokenizer and never trained are common, and do no harm as long
+        as no text has one.
+
+        Args:
+            embeddings: How many tokens the model knows.
+
+        Raises:
+            CheckpointError: It lacks some of the vocabulary itself, or of what stands around pairs.
+        """
+        highest = max(self._tokenizer.get_vocab(with_added_tokens=False).values(), default=-1)
+        template = self._template
+        around = np.concatenate((template.before, template.between, template.after))
+        if max(highest, around.max(initial=-1)) >= embeddings:
+            raise CheckpointError(
+                f"the tokenizer has ids up to {max(highest, around.max(initial=-1))}, but the "
+                f"model has embeddings for {embeddings}; tokenizer and weights are not of one "
+                "checkpoint."
+            )
+        self._embeddings = embeddings
 
     def first_id(self, text: str) -> int:
         """Return the first token id of a text.
@@ -84,8 +104,8 @@ class PairTokenizer:
         Raises:
             CheckpointError: The tokenizer makes no token of it.
         """
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        if not ids:
+        ids = self._ids(self._tokenizer.encode(text, add_special_tokens=False))
+        if not len(ids):
             raise CheckpointError(f"The tokenizer makes no token of {text!r}, which is needed.")
         return int(ids[0])
 
@@ -154,8 +174,25 @@ class PairTokenizer:
             batch = remaining[start : start + _TEXTS_PER_BATCH]
             whole = [instruction + text for text in batch] if instruction else batch
             for text, encoding in zip(batch, self._encode_batch(whole), strict=True):
-                encoded[text] = np.asarray(encoding.ids, dtype=np.int64)
+                encoded[text] = self._ids(encoding)
         return encoded
+
+    def _ids(self, encoding: Encoding) -> TokenIds:
+        """Return a text's ids.
+
+        Raises:
+            ScoringError: The model has no embedding for one.
+        """
+        ids = np.asarray(encoding.ids, dtype=np.int64)
+        if ids.max(initial=-1) >= self._embeddings:
+            highest = int(ids.max())
+            raise ScoringError(
+                f"a text has the token {self._tokenizer.id_to_token(highest)!r} of id {highest}, "
+                "which was added to the tokenizer, but the model has embeddings for "
+                f"{self._embeddings} ids; take it out of the text, or give a checkpoint that was "
+                "trained with it."
+            )
+        return ids
 
     def _encode_batch(self, texts: list[str]) -> list[Encoding]:
         if not hasattr(self._tokenizer, "encode_batch_fast"):

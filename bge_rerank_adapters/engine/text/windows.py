@@ -169,7 +169,7 @@ class WindowTokenizer(PairTokenizer):
 
     def _document(self, text: str, encoding: Encoding, *, longest_whole: int) -> _Document:
         """Return a text's tokens, parted from those of the instruction before it."""
-        ids = np.asarray(encoding.ids, dtype=np.int64)
+        ids = self._ids(encoding)
         bare, skipped = len(self._instruction.rstrip()), len(self._instruction)
         before, longest_before = 0, min(self._instruction_tokens, len(ids))
         # Read once and only where needed: the library makes a list of all tokens' each time.
