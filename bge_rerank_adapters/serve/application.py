@@ -14,6 +14,7 @@ from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.serve.about import key, keyed_router, open_router
 from bge_rerank_adapters.serve.gate import Gate
 from bge_rerank_adapters.serve.metrics import Metrics
+from bge_rerank_adapters.serve.page.routes import page_router
 from bge_rerank_adapters.serve.places import Arriving
 from bge_rerank_adapters.serve.refusals import tell_problems
 from bge_rerank_adapters.serve.routes import scoring_router
@@ -67,6 +68,7 @@ def create_app(
         version=bge_rerank_adapters.__version__,
         description="Ranks documents by how well they answer a query, with a BGE reranker.",
         lifespan=life,
+        docs_url=None,
         redoc_url=None,
         # A redirect would repeat the Host that a request claims.
         redirect_slashes=False,
@@ -76,6 +78,7 @@ def create_app(
         max_requests=settings.max_reading_requests, max_bytes=settings.max_reading_bytes
     )
     app.include_router(open_router)
+    app.include_router(page_router())
     for router in (scoring_router, keyed_router):
         app.include_router(router, dependencies=[key] if settings.api_key else [])
     app.add_middleware(Gate, settings=settings, metrics=metrics)

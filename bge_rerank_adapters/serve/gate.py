@@ -21,7 +21,7 @@ from bge_rerank_adapters.serve.refusals import Refusal, path_of, response_of
 from bge_rerank_adapters.serve.settings import ServerSettings, variable
 
 SCORING = ("/v1/rerank", "/v2/rerank", "/rerank")
-_OPEN = ("/health", "/docs", "/openapi.json")
+_OPEN = ("/", "/health", "/docs", "/openapi.json")
 _ROUTES = frozenset((*SCORING, *_OPEN, "/metrics", "/info", "/v1/models"))
 # As llama.cpp has them beside the others.
 _ALIASES = {"/reranking": "/rerank", "/v1/reranking": "/v1/rerank"}
