@@ -1,8 +1,10 @@
 """`bge-rerank serve`: a reranking server in this process."""
 
+import ipaddress
+import os
 import signal
 import socket
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from types import FrameType
 from typing import Annotated, Any
 
@@ -91,19 +93,45 @@ def _serve(settings: Any, listener: socket.socket, *, access_log: bool) -> None:
 
     require("uvicorn")
     from bge_rerank_adapters.engine.reranker import Reranker
-    from bge_rerank_adapters.serve import create_app
+    from bge_rerank_adapters.serve import create_app, tracing
     from bge_rerank_adapters.serve.transport.server import server_of
 
+    _keep_to_quota()
     # Uvicorn raises the signal that ended it once more, so that it ends the program too.
     signal.signal(signal.SIGTERM, _end)
     # Loaded here and not by the app, so that a model that is not there is told in one line.
-    with Reranker.from_settings(settings.engine) as engine:
+    with ExitStack() as stack:
+        if tracing.is_asked_for():
+            stack.callback(tracing.export())
+        engine = stack.enter_context(Reranker.from_settings(settings.engine))
         engine.warm_up()
         server = server_of(create_app(settings, engine=engine), settings, access_log=access_log)
+        _warn_if_open(settings, listener)
         told = f"Serving {settings.model_name} on {_address(listener)}, described at /docs"
         Console(stderr=True).print(escape(told), highlight=False, soft_wrap=True)
         with suppress(KeyboardInterrupt):
             server.run(sockets=[listener])
+
+
+def _keep_to_quota() -> None:
+    """Start no more threads than the container's quota of processor time has work for."""
+    from bge_rerank_adapters.engine.models.cpu.threads import use_at_most
+    from bge_rerank_adapters.serve.container import cpu_quota, whole_cpus
+
+    quota = cpu_quota()
+    # Who sets the number knows better.
+    if quota is not None and "OMP_NUM_THREADS" not in os.environ:
+        use_at_most(whole_cpus(quota))
+
+
+def _warn_if_open(settings: Any, listener: socket.socket) -> None:
+    host = listener.getsockname()[0]
+    if settings.api_key is None and not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
+        warned = (
+            f"Whoever reaches {_address(listener)} can use this server, since it has no API key: "
+            "set BGE_RERANK_API_KEY, or leave out --host to listen on this machine alone."
+        )
+        Console(stderr=True).print(escape(warned), style="yellow", highlight=False, soft_wrap=True)
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -20,6 +20,7 @@ from bge_rerank_adapters.serve.refusals import tell_problems
 from bge_rerank_adapters.serve.routes import scoring_router
 from bge_rerank_adapters.serve.service import Service
 from bge_rerank_adapters.serve.settings import ServerSettings
+from bge_rerank_adapters.serve.tracing import Tracing
 
 if TYPE_CHECKING:
     from bge_rerank_adapters.engine.reranker import Reranker
@@ -81,7 +82,8 @@ def create_app(
     app.include_router(page_router())
     for router in (scoring_router, keyed_router):
         app.include_router(router, dependencies=[key] if settings.api_key else [])
-    app.add_middleware(Gate, settings=settings, metrics=metrics)
+    app.state.tracing = Tracing()
+    app.add_middleware(Gate, settings=settings, metrics=metrics, tracing=app.state.tracing)
     if settings.cors_origins:
         # Outside the gate: what a browser asks beforehand has no key, and refusals are to be read.
         app.add_middleware(

@@ -11,6 +11,7 @@ import hmac
 import logging
 import time
 from collections.abc import Iterable, MutableMapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -19,6 +20,7 @@ from bge_rerank_adapters.serve.metrics import Metrics
 from bge_rerank_adapters.serve.places import PLACE, Place, Scored
 from bge_rerank_adapters.serve.refusals import Refusal, path_of, response_of
 from bge_rerank_adapters.serve.settings import ServerSettings, variable
+from bge_rerank_adapters.serve.tracing import Tracing
 
 SCORING = ("/v1/rerank", "/v2/rerank", "/rerank")
 _OPEN = ("/", "/health", "/docs", "/openapi.json")
@@ -37,9 +39,11 @@ _log = logging.getLogger(__name__)
 class Gate:
     """ASGI middleware; refuses what needs no look at the body, and answers what went wrong."""
 
-    def __init__(self, app: ASGIApp, *, settings: ServerSettings, metrics: Metrics) -> None:
+    def __init__(
+        self, app: ASGIApp, *, settings: ServerSettings, metrics: Metrics, tracing: Tracing
+    ) -> None:
         """Stand before an app."""
-        self._app, self._metrics = app, metrics
+        self._app, self._metrics, self._tracing = app, metrics, tracing
         self._scored = Scored(settings.max_concurrent_requests)
         self._body_timeout_s = settings.body_timeout_s
         self._origins = frozenset(settings.cors_origins)
@@ -57,13 +61,19 @@ class Gate:
         answer = _Answer(scope, body, send, Place(self._scored))
         begin = time.perf_counter()
         try:
-            with self._metrics.in_progress.track_inprogress():
+            with self._metrics.in_progress.track_inprogress(), self._traced(path, scope, answer):
                 await self._answer(path, scope, body, answer)
         finally:
             route = _route(path)
             status = str(answer.status or 499)
             self._metrics.seconds.labels(route, status).observe(time.perf_counter() - begin)
         await answer.finish(self._body_timeout_s)
+
+    def _traced(self, path: str, scope: Scope, answer: "_Answer") -> AbstractContextManager[None]:
+        # Probes and scrapes would be most of the spans.
+        if path not in SCORING:
+            return contextlib.nullcontext()
+        return self._tracing.request(scope, path, lambda: answer.status)
 
     async def _answer(self, path: str, scope: Scope, receive: Receive, answer: "_Answer") -> None:
         try:

@@ -28,6 +28,7 @@ async def rank(
         request.app.state.metrics.ignored.count(body.ignored)
     _check_token_limits(body, service, texts)
     ranking = await service.rank(request.receive, body.query, texts)
+    request.app.state.tracing.scored(ranking.usage, documents=len(texts))
     if body.truncation_direction == "left":
         _refuse_cuts(ranking, "only the end of a text can be cut off here; send it in parts")
     if isinstance(body, TeiRerankRequest) and body.truncate is False:

@@ -4,10 +4,12 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from pathlib import PurePath
 from typing import Any, Self
 
 from bge_rerank_adapters.errors import SettingsError
+from bge_rerank_adapters.serve.container import is_injected
 from bge_rerank_adapters.settings import EngineSettings, checks, setting_names
 from bge_rerank_adapters.settings.parsing import COUNT, FLAG, NUMBER, ONE_OR_MORE, TEXTS
 from bge_rerank_adapters.settings.table import Table, documented, rows, setting
@@ -250,12 +252,23 @@ def _read(environment: Mapping[str, str] | None) -> dict[str, Any]:
     found = os.environ if environment is None else environment
     known = {variable(name): name for name in _PARSERS}
     # A name mistyped must not leave a server without its key, say.
-    unknown = sorted(name for name in found if name.startswith(PREFIX) and name not in known)
+    unknown = [
+        name
+        for name in sorted(found)
+        if name.startswith(PREFIX) and name not in known and not is_injected(name, found[name])
+    ]
     if unknown:
-        raise SettingsError(
-            f"{', '.join(unknown)} is not a setting; known are {', '.join(sorted(known))}."
-        )
+        raise SettingsError(_not_known(unknown, sorted(known)))
     return {known[name]: _parse(name, known[name], found[name]) for name in known if name in found}
+
+
+def _not_known(unknown: list[str], known: list[str]) -> str:
+    # Without the prefix, by which all are much alike.
+    names = [name.removeprefix(PREFIX) for name in known]
+    near = [get_close_matches(name.removeprefix(PREFIX), names, 1, 0.85) for name in unknown]
+    close = ", ".join(PREFIX + name for names in near for name in names)
+    meant = f"did you mean {close}? Known are" if close else "known are"
+    return f"{', '.join(unknown)} is not a setting; {meant} {', '.join(known)}."
 
 
 def _parse(variable_name: str, name: str, value: str) -> Any:

@@ -87,6 +87,13 @@ def settle_threads() -> None:
         torch.get_num_threads()
 
 
+def use_at_most(threads: int) -> None:
+    """Let torch compute with so many threads at most, here and in threads that start later."""
+    with _starting:
+        if threads < torch.get_num_threads():
+            torch.set_num_threads(threads)
+
+
 _starting = threading.Lock()
 
 
