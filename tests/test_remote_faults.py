@@ -128,6 +128,29 @@ def test_a_broken_connection_is_tried_once_more(moment):
         assert len(server.posts) == 2
 
 
+@pytest.mark.parametrize("body", [b"Internal Server Error", b"", b"<html>", b"\xff"])
+def test_a_500_of_a_proxy_is_sent_once_more(body):
+    """Of Ray Serve's, say, whose replica died with the request."""
+    died = Reply(status=500, raw=body)
+    with answering(died, common) as (reranker, server):
+        assert reranker.rerank("q", TEXTS)[0].index == 1
+        assert len(server.posts) == 2
+        assert reranker.stats().retries == 1
+    with answering(died, max_retries=9) as (reranker, server):
+        with pytest.raises(RemoteError, match=r"500: a proxy says so.*Sent 2 times") as told:
+            reranker.rerank("q", TEXTS)
+        assert told.value.status_code == 500
+        assert len(server.posts) == 2
+
+
+def test_a_500_of_a_server_that_says_what_failed_is_not_sent_again():
+    failed = Reply({"message": "the model failed"}, status=500)
+    with answering(failed, common) as (reranker, server):
+        with pytest.raises(RemoteError, match="the model failed"):
+            reranker.rerank("q", TEXTS)
+        assert len(server.posts) == 1
+
+
 def test_no_retries_means_none():
     with (
         answering(Reply({}, 429), max_retries=0) as (reranker, server),

@@ -33,12 +33,21 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Again:
-    """Why a request is to be sent again, the error if it is not, and the wait asked for."""
+    """Why a request is to be sent again, and the error if it is not.
+
+    Attributes:
+        why: What the log says.
+        error: What the caller gets in the end.
+        cause: Of the error.
+        wait_s: Seconds that the server asks to wait.
+        once: Whether to send it again once only.
+    """
 
     why: str
     error: RerankError
     cause: Exception | None = None
     wait_s: float | None = None
+    once: bool = False
 
     def final_error(self, tries: int) -> RerankError:
         """Return the error, with how often the request was sent."""
@@ -52,7 +61,8 @@ class Exchange:
 
     Scoring changes nothing on a server, so a request whose connection broke is sent again too,
     though once only: usually the server had closed an idle connection, but a request that makes
-    servers die should not go round all of them.
+    servers die should not go round all of them. The same holds for a 500 that is no JSON: a proxy
+    answers so where the server behind it died. A server whose model failed says so in JSON.
     """
 
     def __init__(self, client: httpx.AsyncClient, settings: RemoteSettings, tally: Tally) -> None:
@@ -63,7 +73,7 @@ class Exchange:
         return await self._send("GET", url, None, deadline=deadline, longest=longest)
 
     async def post(self, url: str, body: bytes, *, deadline: float | None, longest: int) -> Answer:
-        """Return the answer to a POST of JSON, whatever its status but 429 and 503.
+        """Return the answer to a POST of JSON, unless its status says to send it again.
 
         Args:
             url: Where to.
@@ -74,25 +84,24 @@ class Exchange:
 
         Raises:
             Overloaded: It was 429 to the end.
-            RemoteError: It was 503 to the end, the server cannot be reached, or the answer was
-                cut off or is too long.
+            RemoteError: It was 503 to the end or a proxy's 500 twice, the server cannot be
+                reached, or the answer was cut off or is too long.
         """
         return await self._send("POST", url, body, deadline=deadline, longest=longest)
 
     async def _send(
         self, method: str, url: str, body: bytes | None, *, deadline: float | None, longest: int
     ) -> Answer:
-        tries, broken = 0, False
+        tries, sent_again = 0, False
         while True:
             tries += 1
             self._tally.add(http_requests=1)
             again = await self._try(method, url, body, longest)
             if isinstance(again, Answer):
                 return again
-            if isinstance(again.cause, _BROKEN):
-                if broken:
-                    raise again.final_error(tries) from again.cause
-                broken = True
+            if again.once and sent_again:
+                raise again.final_error(tries) from again.cause
+            sent_again |= again.once
             wait_s = _wait_s(tries, again.wait_s)
             if tries > self._settings.max_retries or _too_long(wait_s, again.wait_s, deadline):
                 raise again.final_error(tries) from again.cause
@@ -111,15 +120,18 @@ class Exchange:
             return _Again(why, RemoteError(message), error)
         except _BROKEN as error:
             why = f"broke the connection off ({_named(error)})"
-            return _Again(why, RemoteError(f"{url} {why}; its log may say why."), error)
+            message = f"{url} {why}; its log may say why."
+            return _Again(why, RemoteError(message), error, once=True)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise RemoteError(f"The request to {url} failed ({_named(error)}).") from error
-        if answer.status not in _AGAIN:
+        by_proxy = answer.status == 500 and not answer.is_json
+        if answer.status not in _AGAIN and not by_proxy:
             return answer
         return _Again(
             f"answered {answer.status}",
             refusal(answer, url, self._settings),
             wait_s=answer.retry_after_s,
+            once=by_proxy,
         )
 
     async def _once(self, method: str, url: str, body: bytes | None, longest: int) -> Answer:

@@ -24,6 +24,11 @@ class Answer:
     retry_after_s: float | None = None
     location: str | None = None
 
+    @property
+    def is_json(self) -> bool:
+        """Whether the body begins as JSON does; it may be cut off."""
+        return self.body.lstrip().startswith((b"{", b"["))
+
 
 def refusal(answer: Answer, url: str, settings: RemoteSettings) -> RerankError:
     """Return the error for an answer that is not 200, with the server's own message, bounded."""
@@ -63,6 +68,8 @@ def _advice(answer: Answer, settings: RemoteSettings) -> str:
         )
     if status == 429:
         return ": it has more to do than it takes; send less at a time, or try again later."
+    if status == 500 and not answer.is_json:
+        return ": a proxy says so, and the server behind it may have died with the request."
     if status == 503:
         return ": it is starting, closing or overloaded; try again later."
     return "."
