@@ -237,7 +237,13 @@ def test_evaluate_prints_a_table_of_all_models_and_dtypes():
     result = evaluate("--dtype", "float32", "--dtype", "bfloat16")
     assert result.exit_code == 0, result.output
     text = plain(result.output)
-    for wanted in ("3 queries, 600 documents, 4 candidates", "first stage", "nDCG@10", "p_value"):
+    for wanted in (
+        "3 queries, 600 documents, 4 candidates",
+        "BM25",
+        "nDCG@10",
+        "95 % interval",
+        "helps",
+    ):
         assert wanted in text
     assert "tiny float32" in text
     assert "tiny bfloat16" in text
@@ -254,6 +260,8 @@ def test_evaluate_fills_a_folder_from_a_run_and_continues(tmp_path):
     assert json.loads(evaluate(*arguments).stdout) == json.loads(first.stdout), "times too"
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"report.json", "per-query.jsonl", "tiny.trec", "depth.png"} < names
+    told = first.stderr.split(f"Written to {tmp_path / 'out'}:")[1].split()
+    assert set(told) == names - {"tiny.scores.jsonl", "tiny.times.jsonl"}
 
 
 def test_brackets_in_names_are_shown_as_they_are(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -189,7 +190,10 @@ def test_reranking_helps_and_the_report_says_by_how_much(report, first_stage, co
     queries = report.per_query()
     assert [each["query"] for each in queries] == list(collection.queries)
     text = str(report)
+    assert max(map(len, text.splitlines())) <= 80
     assert "24 queries, 600 documents, 12 candidates" in text
+    for words in ("first stage", "recall@12", "95 % of the queries within, ms", "interval from"):
+        assert words in text
     assert f"{after['nDCG@10']:.4f}" in text
     assert f"{after['nDCG@10']:.4f}" in report._repr_html_()
 
@@ -386,7 +390,9 @@ def test_the_slow_part_of_the_queries_is_left_out_exactly():
 
 def test_names_are_no_html(collection, first_stage):
     report = evaluate(collection.sample(2), first_stage, {"<b>&": ByWords()})
-    assert "<td>&lt;b&gt;&amp;</td>" in report._repr_html_()
+    html = report._repr_html_()
+    assert "&lt;b&gt;&amp;</th>" in html
+    assert "<b>&" not in html
 
 
 def test_runs_that_are_no_text_or_no_numbers_are_refused(tmp_path):
@@ -480,12 +486,103 @@ def test_every_picture_is_drawn_and_saved(tmp_path, report):
     }
     assert all(path.stat().st_size > 10_000 for path in paths)
     axes = plots.plot_depth(report)
+    assert [text.get_text() for text in axes.get_xticklabels()][:3] == ["0", "1", "2"]
+    assert "24 queries" in axes.get_title()
+    [curve] = [line for line in axes.lines if line.get_label() == "tiny"]
+    assert curve.get_ydata()[0] == report.before.mean["nDCG@10"], "no candidate: the first stage"
+    assert axes.collections, "an interval"
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["tiny", "first stage"]
     relevant, other = report.scores("tiny")
     labels = [
         text.get_text() for text in plots.plot_scores(report, "tiny").get_legend().get_texts()
     ]
     assert {f"relevant ({len(relevant)})", f"other ({len(other)})"} < set(labels)
+
+
+def judged(wins: int, losses: int, same: int) -> Report:
+    """A report of queries that reranking mends, spoils, and leaves."""
+    queries = {str(number): "q" for number in range(wins + losses + same)}
+    judgements = {query: {"a" if int(query) < wins + same else "b": 1} for query in queries}
+    first = {query: {"b": 2.0, "a": 1.0} for query in queries}
+    logits = {
+        query: {"a": 2.0, "b": 1.0} if int(query) < wins else {"b": 2.0, "a": 1.0}
+        for query in queries
+    }
+    for query in list(queries)[wins + same :]:
+        logits[query] = {"a": 2.0, "b": 1.0}
+    scored = Scored("x", "", logits, logits, dict.fromkeys(queries, 0.1), 0)
+    made = Collection("c", {"a": "A", "b": "B"}, queries, judgements)
+    return Report(made, first, [scored], first_stage_name="BM25")
+
+
+@pytest.mark.parametrize(
+    ("counts", "start", "within"),
+    [
+        ((30, 2, 8), "Yes, x helps: nDCG@10 rises by ", "of 40 queries 30 get better and 2 worse."),
+        ((2, 30, 8), "No, x harms: nDCG@10 falls by ", "of 40 queries 2 get better and 30 worse."),
+        ((3, 2, 9), "Whether x helps cannot be told from 14 queries: ", "changes by +0."),
+        ((0, 0, 9), "Whether x helps cannot be told from 9 queries: ", "changes by +0.000"),
+        ((1, 0, 0), "Whether x helps cannot be told from 1 queries: ", "has no interval"),
+    ],
+)
+def test_the_report_answers_in_a_sentence_with_its_interval(counts, start, within):
+    report = judged(*counts)
+    text = report.answer("x")
+    assert text.startswith(start)
+    assert within in text
+    test = report.comparison("x")
+    if len(report.collection.queries) > 1:
+        assert f"95 % interval {test.low:+.3f} to {test.high:+.3f}" in text
+    assert text in " ".join(str(report).split())
+    assert text in report._repr_html_()
+    assert "BM25" in str(report)
+
+
+def test_times_of_fewer_candidates_are_measured_and_kept(tmp_path, collection, first_stage):
+    class Sleeping(ByWords):
+        """Takes a millisecond for each document."""
+
+        calls = 0
+
+        def __repr__(self):
+            return "Sleeping()"
+
+        def rerank(self, query, documents, **limits):
+            type(self).calls += 1
+            time.sleep(0.001 * len(documents))
+            return super().rerank(query, documents, **limits)
+
+    run = {query: found for query, found in first_stage.items() if len(found) == 12}
+    part = replace(
+        collection,
+        queries={query: collection.queries[query] for query in run},
+        judgements={query: collection.judgements[query] for query in run},
+    )
+    report = evaluate(part, run, {"s": Sleeping()}, folder=tmp_path, time_depths=True)
+    times = report["s"].depth_seconds
+    assert list(times) == [2, 5, 10, 12]
+    assert all(0.001 * depth <= seconds < 0.1 for depth, seconds in times.items())
+    assert sorted(times.values()) == list(times.values())
+    asked = Sleeping.calls
+    again = evaluate(part, run, {"s": Sleeping()}, folder=tmp_path, time_depths=True)
+    assert (Sleeping.calls, again["s"].depth_seconds) == (asked, times)
+    [curve] = [line for line in plots.plot_quality_and_time(again).lines if line.get_label() == "s"]
+    assert list(curve.get_xdata()) == pytest.approx([1000 * seconds for seconds in times.values()])
+
+
+def test_only_measured_times_are_drawn(report):
+    axes = plots.plot_quality_and_time(report)
+    [curve] = [line for line in axes.lines if line.get_label() == "tiny"]
+    assert list(curve.get_xdata()) == [pytest.approx(1000 * report["tiny"].latency_s())]
+    assert axes.get_xlim()[0] == 0
+
+
+def test_lines_that_coincide_are_told_apart(collection, first_stage, report):
+    twice = Report(collection, first_stage, [report["tiny"], replace(report["tiny"], name="other")])
+    one, two = plots.plot_depth(twice).lines[:2]
+    assert list(one.get_ydata()) == list(two.get_ydata())
+    assert one.get_linewidth() > two.get_linewidth()
+    assert (one.get_linestyle(), one.get_marker()) != (two.get_linestyle(), two.get_marker())
 
 
 def test_missing_packages_are_told_with_the_command_that_mends_it():

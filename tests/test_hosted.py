@@ -10,7 +10,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from bge_rerank_adapters import Reranker, SettingsError
+from bge_rerank_adapters import CheckpointNotFoundError, DeviceError, Reranker, SettingsError
 from bge_rerank_adapters.engine import shared
 from bge_rerank_adapters.engine.hosted.lazy import LazyEngine
 from bge_rerank_adapters.milvus import BGERerankFunction
@@ -185,3 +185,33 @@ def test_settings_are_checked_once_and_not_for_each_query(monkeypatch, reranker)
         made.compress_documents([Document(each) for each in DOCUMENTS], QUERY)
         made.top_k = 2
     assert checked == []
+
+
+@pytest.mark.parametrize("host", ["langchain", "llama_index", "milvus"])
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"model": "bge-reranker-base"}, CheckpointNotFoundError, "did you mean 'BAAI/bge-rer"),
+        ({"device": "cuda:99"}, DeviceError, "'cuda:99' is not available"),
+        ({"device": ["cpu", "cuda:99"]}, DeviceError, "'cuda:99' is not available"),
+    ],
+)
+def test_adapters_check_at_once_what_needs_no_weights(host, settings, error, message):
+    module = pytest.importorskip(f"bge_rerank_adapters.{host}")
+    adapter = {
+        "langchain": "BGEDocumentCompressor",
+        "llama_index": "BGENodePostprocessor",
+        "milvus": "BGERerankFunction",
+    }[host]
+    renamed = {"model_name" if host == "milvus" else "model": "tiny"}
+    renamed |= {
+        "model_name" if host == "milvus" and name == "model" else name: value
+        for name, value in settings.items()
+    }
+    with pytest.raises(error, match=message):
+        getattr(module, adapter)(**renamed)
+
+
+def test_a_folder_that_may_come_later_is_not_looked_for():
+    LazyEngine(EngineSettings(model="./later"))
+    LazyEngine(EngineSettings(model="owner/later"))

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from bge_rerank_adapters.cli import options
 from bge_rerank_adapters.evaluation import Report, bm25, evaluate, read_collection, read_run
+from bge_rerank_adapters.evaluation.view import rows, title
 from bge_rerank_adapters.settings import EngineSettings
 from bge_rerank_adapters.settings.checkpoints import DEFAULT_MODEL
 
@@ -81,17 +82,15 @@ def evaluate_folder(
         depth=depth,
         folder=output,
         progress=not quiet and sys.stderr.isatty(),
+        time_depths=plots,
+        first_stage_name="BM25" if run is None else run.stem,
     )
-    if output is not None:
-        report.save(output)
-    if output is not None and plots:
-        from bge_rerank_adapters.evaluation.plots import save_plots
-
-        save_plots(report, output)
     if as_json:
         typer.echo(json.dumps(report.to_records()))
     else:
-        Console().print(_table(report))
+        _show(Console(), report)
+    if output is not None:
+        _save(report, output, plots=plots, quiet=quiet)
 
 
 def _engines(
@@ -104,23 +103,31 @@ def _engines(
     }
 
 
-def _table(report: Report) -> Table:
-    """Return the report as a table that stands on its side: narrow terminals have few columns."""
-    records = report.to_records()
-    title = (
-        f"{report.collection.name}: {len(report.collection.queries)} queries, "
-        f"{len(report.collection.documents)} documents, {report.depth} candidates"
-    )
-    table = Table(title=escape(title), title_justify="left")
-    table.add_column("")
-    for record in records:
-        table.add_column(escape(str(record["engine"])), justify="right", overflow="fold")
-    for name in list(records[-1])[1:]:
-        table.add_row(escape(name), *(_cell(record.get(name)) for record in records))
-    return table
+def _save(report: Report, folder: Path, *, plots: bool, quiet: bool) -> None:
+    """Write the results, and tell where they are."""
+    paths = report.save(folder)
+    if plots:
+        from bge_rerank_adapters.evaluation.plots import save_plots
+
+        paths += save_plots(report, folder)
+    if not quiet:
+        typer.echo(f"Written to {folder}:", err=True)
+        for path in paths:
+            typer.echo(f"  {path.name}", err=True)
 
 
-def _cell(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.1f}" if abs(value) >= 10 else f"{value:.4f}"
-    return "" if value is None else str(value)
+def _show(console: Console, report: Report) -> None:
+    """Print the answers, and the table as wide as its names need; narrow terminals fold these."""
+    console.print(escape(title(report)), highlight=False)
+    console.print()
+    for each in report.scored:
+        console.print(escape(report.answer(each.name)), highlight=False)
+    console.print()
+    head, *body = rows(report)
+    table = Table()
+    table.add_column(head[0], no_wrap=True)
+    for name in head[1:]:
+        table.add_column(escape(name), justify="right", overflow="fold")
+    for row in body:
+        table.add_row(*map(escape, row))
+    console.print(table)

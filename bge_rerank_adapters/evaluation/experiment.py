@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
@@ -12,13 +12,20 @@ from typing import Any
 from bge_rerank_adapters.calls.limits import check_top_k
 from bge_rerank_adapters.calls.progress import ProgressBar
 from bge_rerank_adapters.calls.ranking import Scorer
-from bge_rerank_adapters.calls.trec import Run, check_file_names, file_name, make_folder
+from bge_rerank_adapters.calls.trec import (
+    FIRST_STAGE,
+    Run,
+    check_file_names,
+    file_name,
+    make_folder,
+)
 from bge_rerank_adapters.engine.checkpoints.hub import TINY_FOLDER
 from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.evaluation.collection import Collection
 from bge_rerank_adapters.evaluation.report import Report
 from bge_rerank_adapters.evaluation.scored import Scored
 from bge_rerank_adapters.evaluation.state import State, weights_stamp
+from bge_rerank_adapters.evaluation.timing import time_query, timed_queries
 from bge_rerank_adapters.settings import EngineSettings
 from bge_rerank_adapters.settings.checkpoints import TINY
 
@@ -34,6 +41,8 @@ def evaluate(
     depth: int | None = None,
     folder: str | Path | None = None,
     progress: bool = False,
+    time_depths: bool = False,
+    first_stage_name: str = FIRST_STAGE,
 ) -> Report:
     """Return what each engine makes of a first stage's documents.
 
@@ -50,6 +59,9 @@ def evaluate(
         folder: Where scores are kept, so that a run that was killed continues; `None` for nowhere.
             It is made if need be.
         progress: Whether to show a bar on standard error.
+        time_depths: Whether to time fewer candidates as well, on up to 20 queries: what
+            `plot_quality_and_time` draws.
+        first_stage_name: What tables and pictures call the first stage, "BM25" for example.
 
     Raises:
         SettingsError: A value is out of range or no engine, two names would be one in files, the
@@ -66,12 +78,29 @@ def evaluate(
     candidates = _candidates(collection, first_stage, depth)
     scored = []
     for name, engine in engines.items():
-        state = None
+        scores, times = _Kept(None), _Kept(None)
         if folder is not None:
             _check_identity(name, engine)
-            state = State(_state_path(folder, name), _header(collection, candidates, engine))
-        scored.append(_score(name, engine, collection, candidates, state=state, progress=progress))
-    return Report(collection, candidates, scored)
+            header = _header(collection, candidates, engine)
+            scores = _Kept(State(_state_path(folder, name, "scores"), header))
+            if time_depths:
+                times = _Kept(State(_state_path(folder, name, "times"), header))
+        timed = timed_queries(candidates) if time_depths else []
+        waiting, untimed = scores.missing(candidates), times.missing(timed)
+        if waiting or untimed:
+            with (
+                _opened(engine) as reranker,
+                ProgressBar([*waiting, *untimed], shown=progress) as bar,
+            ):
+                for query in waiting:
+                    names = list(candidates[query])
+                    scores.add(_score_query(reranker, query, collection, names))
+                    bar.advance(1)
+                for query in untimed:
+                    times.add(time_query(reranker, query, collection, candidates))
+                    bar.advance(1)
+        scored.append(Scored.from_rows(name, scores.rows, times.rows))
+    return Report(collection, candidates, scored, first_stage_name=first_stage_name)
 
 
 def _check_engine(name: str, engine: object) -> None:
@@ -112,28 +141,21 @@ def _candidates(collection: Collection, first_stage: Run, depth: int | None) -> 
     return candidates
 
 
-def _score(
-    name: str,
-    engine: EngineSettings | Scorer,
-    collection: Collection,
-    candidates: Run,
-    *,
-    state: State | None,
-    progress: bool,
-) -> Scored:
-    rows = [] if state is None else list(state.rows)
-    done = {row["query"] for row in rows}
-    waiting = [query for query in candidates if query not in done]
-    if not waiting:
-        return Scored.from_rows(name, rows)
-    with _opened(engine) as reranker, ProgressBar(waiting, shown=progress) as bar:
-        for query in waiting:
-            row = _score_query(reranker, query, collection, list(candidates[query]))
-            rows.append(row)
-            if state is not None:
-                state.add(row)
-            bar.advance(1)
-    return Scored.from_rows(name, rows)
+class _Kept:
+    """Rows of queries, in memory and, where there is a folder, in its file."""
+
+    def __init__(self, state: State | None) -> None:
+        self._state = state
+        self.rows: list[dict[str, Any]] = [] if state is None else list(state.rows)
+
+    def missing(self, queries: Iterable[str]) -> list[str]:
+        done = {row["query"] for row in self.rows}
+        return [query for query in queries if query not in done]
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        if self._state is not None:
+            self._state.add(row)
 
 
 def _score_query(
@@ -166,8 +188,8 @@ def _opened(engine: EngineSettings | Scorer) -> AbstractContextManager[Scorer]:
     return reranker
 
 
-def _state_path(folder: str | Path, name: str) -> Path:
-    return make_folder(folder) / f"{file_name(name)}.scores.jsonl"
+def _state_path(folder: str | Path, name: str, kind: str) -> Path:
+    return make_folder(folder) / f"{file_name(name)}.{kind}.jsonl"
 
 
 def _header(

@@ -1,17 +1,17 @@
 """Pictures of a report, with matplotlib."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bge_rerank_adapters.calls.trec import (
-    FIRST_STAGE,
     check_file_names,
     file_name,
     make_folder,
 )
 from bge_rerank_adapters.evaluation.extra import require
-from bge_rerank_adapters.evaluation.metrics import NDCG
+from bge_rerank_adapters.evaluation.metrics import NDCG, Comparison
 from bge_rerank_adapters.evaluation.report import Report, best_threshold
 
 if TYPE_CHECKING:
@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 # Colours that stay apart for most colour-blind eyes (Okabe and Ito, 2008).
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _FIRST_STAGE_COLOUR = "#777777"
+_MARKERS = ("o", "s", "^", "D", "v")
+_DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 _INCHES = (6.4, 4.0)
+# From here on times of two engines are drawn on a logarithmic scale.
+_TOO_UNLIKE = 10
 _BINS = 30
 
 
@@ -28,53 +32,104 @@ def plot_gain_per_query(report: Report, axes: "Axes | None" = None) -> "Axes":
     """Draw what each query gained in nDCG@10, worst to best; one line for each engine."""
     axes = axes or _new_axes()
     before = report.before.per_query[NDCG]
-    for name, colour in _coloured(report):
-        after = report.after[name].per_query[NDCG]
+    for name, style in _styled(report):
+        after, test = report.after[name].per_query[NDCG], report.comparison(name)
         gains = sorted(after[query] - before[query] for query in before)
-        axes.step(range(len(gains)), gains, where="mid", color=colour, label=name)
-        if len(report.scored) == 1:
-            axes.fill_between(range(len(gains)), gains, step="mid", color=colour, alpha=0.25)
+        label = f"{name}: {test.difference:+.3f} ({test.low:+.3f} to {test.high:+.3f})"
+        style = {**style, "marker": None}
+        axes.step(range(1, len(gains) + 1), gains, where="mid", label=label, **style)
     axes.axhline(0, color=_FIRST_STAGE_COLOUR, linewidth=1)
-    return _labelled(
-        axes, "Gain per query", "queries, from most lost to most gained", f"change in {NDCG}"
+    axes.set_xlim(0.5, len(before) + 0.5)
+    highest = max(0.1, *(abs(end) for end in axes.get_ylim()))
+    axes.set_ylim(-highest, highest)
+    labelled = _labelled(
+        axes,
+        report,
+        "Gain per query",
+        "queries, from most lost to most gained",
+        f"change in {NDCG}",
     )
+    axes.legend(frameon=False, fontsize=9, title="mean (95 % interval)", title_fontsize=9)
+    return labelled
 
 
 def plot_depth(report: Report, axes: "Axes | None" = None) -> "Axes":
-    """Draw nDCG@10 against the number of candidates that are reranked."""
+    """Draw nDCG@10 against the number of candidates that are reranked, with 95% intervals.
+
+    An interval is that of the difference from the first stage, which stands at 0 candidates.
+    """
     axes = axes or _new_axes()
-    for name, colour in _coloured(report):
-        curve = report.by_depth(name)
-        axes.plot(list(curve), list(curve.values()), marker="o", color=colour, label=name)
+    # At equal distances: few candidates are where most happens.
+    depths = [0, *report.depths()]
+    for name, style in _styled(report):
+        gains = report.gain_by_depth(name)
+        curve = [(place, gains[depth]) for place, depth in enumerate(depths) if depth]
+        _draw_curve(axes, report, [(0.0, None), *curve], name, style)
     _first_stage_line(axes, report)
-    axes.set_xscale("log")
-    axes.set_xticks(report.depths(), [str(depth) for depth in report.depths()])
-    axes.minorticks_off()
-    return _labelled(axes, "How many candidates", "candidates reranked", NDCG)
+    axes.set_xticks(range(len(depths)), [str(depth) for depth in depths])
+    axes.set_xlim(0, len(depths) - 1 + 0.2)
+    return _labelled(axes, report, "How many candidates", "candidates reranked", NDCG)
 
 
 def plot_quality_and_time(report: Report, axes: "Axes | None" = None) -> "Axes":
-    """Draw nDCG@10 against the time of a query: for each engine, several numbers of candidates.
+    """Draw nDCG@10 against the median time of a query, with 95% intervals; times are measured.
 
-    The times of fewer candidates are those of all, in proportion.
+    With `evaluate(..., time_depths=True)` there is a point for each number of candidates that was
+    timed, and otherwise one for all.
     """
     axes = axes or _new_axes()
-    for name, colour in _coloured(report):
-        curve = report.by_depth(name)
-        all_ms = 1000 * report[name].latency_s()
-        times = [all_ms * depth / max(report.depth, 1) for depth in curve]
-        axes.plot(times, list(curve.values()), marker="o", color=colour, label=name)
-        axes.annotate(
-            str(report.depth),
-            (times[-1], list(curve.values())[-1]),
-            textcoords="offset points",
-            xytext=(0, 7),
-            ha="center",
-            fontsize=8,
-        )
+    slowest = []
+    for name, style in _styled(report):
+        scored, gains = report[name], report.gain_by_depth(name)
+        times = scored.depth_seconds or {report.depth: scored.latency_s()}
+        curve = [(1000 * seconds, gains[depth]) for depth, seconds in times.items()]
+        _draw_curve(axes, report, curve, name, style, band=False)
+        slowest.append(curve[-1][0])
+        for depth, (x, gain) in zip(times, curve, strict=True):
+            _number_point(axes, depth, x, report.before.mean[NDCG] + gain.difference)
     _first_stage_line(axes, report)
-    _plain_log_scale(axes)
-    return _labelled(axes, "Quality and time", "median time of a query, ms", NDCG)
+    if max(slowest) > _TOO_UNLIKE * min(slowest):
+        _plain_log_scale(axes)
+    else:
+        axes.set_xlim(0, 1.05 * max(slowest))
+    label = "median time of a query, ms; numbers are candidates reranked"
+    return _labelled(axes, report, "Quality and time", label, NDCG)
+
+
+def _draw_curve(
+    axes: "Axes",
+    report: Report,
+    curve: Sequence[tuple[float, Comparison | None]],
+    name: str,
+    style: dict[str, Any],
+    *,
+    band: bool = True,
+) -> None:
+    """Draw points with their intervals, as a band or as a line through each point.
+
+    A gain of `None` is the first stage itself.
+    """
+    start = report.before.mean[NDCG]
+    points = [(x, start, start, start) for x, gain in curve if gain is None]
+    points += [
+        (x, start + gain.difference, start + gain.low, start + gain.high)
+        for x, gain in curve
+        if gain is not None
+    ]
+    x, middle, low, high = zip(*points, strict=True)
+    axes.plot(x, middle, label=name, **style)
+    if not all(map(math.isfinite, (*low, *high))):
+        return  # of a single query there is no interval
+    if band:
+        axes.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
+    else:
+        axes.vlines(x, low, high, color=style["color"], linewidth=1)
+
+
+def _number_point(axes: "Axes", depth: int, x: float, y: float) -> None:
+    axes.annotate(
+        str(depth), (x, y), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8
+    )
 
 
 def plot_scores(report: Report, name: str, axes: "Axes | None" = None) -> "Axes":
@@ -104,7 +159,8 @@ def plot_scores(report: Report, name: str, axes: "Axes | None" = None) -> "Axes"
         label=f"threshold {threshold:.3f} (F1 {f1:.2f})",
     )
     axes.set_xlim(0, 1)
-    return _labelled(axes, f"Scores of {name}", "score", "part of the documents")
+    axes.set_ylim(bottom=0)
+    return _labelled(axes, report, f"Scores of {name}", "score", "part of the documents")
 
 
 def save_plots(report: Report, folder: str | Path) -> list[Path]:
@@ -159,20 +215,39 @@ def _plain_log_scale(axes: "Axes") -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _coloured(report: Report) -> list[tuple[str, str]]:
+def _styled(report: Report) -> list[tuple[str, dict[str, Any]]]:
+    """Return each engine's colour, marker, dashes and width: lines that coincide are all seen.
+
+    Later lines lie over earlier ones, and are thinner.
+    """
+    count = len(report.scored)
     return [
-        (each.name, _COLOURS[place % len(_COLOURS)]) for place, each in enumerate(report.scored)
+        (
+            each.name,
+            {
+                "color": _COLOURS[place % len(_COLOURS)],
+                "marker": _MARKERS[place % len(_MARKERS)],
+                "markersize": 9 - 5 * place / max(count - 1, 1),
+                "linestyle": "-" if place == 0 else _DASHES[place % len(_DASHES)],
+                "linewidth": 4.0 - 2.5 * place / max(count - 1, 1) if count > 1 else 2.0,
+            },
+        )
+        for place, each in enumerate(report.scored)
     ]
 
 
 def _first_stage_line(axes: "Axes", report: Report) -> None:
     axes.axhline(
-        report.before.mean[NDCG], color=_FIRST_STAGE_COLOUR, linestyle="--", label=FIRST_STAGE
+        report.before.mean[NDCG],
+        color=_FIRST_STAGE_COLOUR,
+        linestyle=":",
+        label=report.first_stage_name,
     )
 
 
-def _labelled(axes: "Axes", title: str, x: str, y: str) -> "Axes":
-    axes.set(title=title, xlabel=x, ylabel=y)
+def _labelled(axes: "Axes", report: Report, title: str, x: str, y: str) -> "Axes":
+    queries = len(report.collection.queries)
+    axes.set(title=f"{title} ({queries} queries of {report.collection.name})", xlabel=x, ylabel=y)
     axes.grid(visible=True, alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9)

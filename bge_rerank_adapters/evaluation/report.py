@@ -1,9 +1,7 @@
 """An experiment's numbers, as objects, as a table and as files."""
 
 import json
-import math
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.evaluation.collection import Collection
 from bge_rerank_adapters.evaluation.metrics import NDCG, Comparison, Metrics, compare, measure
 from bge_rerank_adapters.evaluation.scored import Scored
+from bge_rerank_adapters.evaluation.view import answer, to_html, to_text
 
 _DEPTHS = (1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 500, 1000)
 
@@ -33,11 +32,20 @@ class Report:
         depth: The most documents that a query had.
         before: The first stage's metrics.
         after: Each engine's metrics, by its name.
+        first_stage_name: What tables and pictures call the first stage.
     """
 
-    def __init__(self, collection: Collection, first_stage: Run, scored: Sequence[Scored]) -> None:
+    def __init__(
+        self,
+        collection: Collection,
+        first_stage: Run,
+        scored: Sequence[Scored],
+        *,
+        first_stage_name: str = FIRST_STAGE,
+    ) -> None:
         """Measure what was scored; the arguments are the attributes of the same names."""
         self.collection, self.first_stage, self.scored = collection, first_stage, list(scored)
+        self.first_stage_name = first_stage_name
         self.depth = max(map(len, first_stage.values()), default=0)
         self.before = self._measure(first_stage)
         self.after = {each.name: self._measure(each.run(first_stage)) for each in self.scored}
@@ -73,6 +81,22 @@ class Report:
             depth: measure(judgements, scored.run(self.first_stage, depth=depth)).mean[metric]
             for depth in self.depths()
         }
+
+    def gain_by_depth(self, name: str, *, metric: str = NDCG) -> dict[int, Comparison]:
+        """Return what `comparison` returns, for several numbers of reranked candidates."""
+        scored, judgements = self[name], self.collection.judgements
+        return {
+            depth: compare(
+                self.before,
+                measure(judgements, scored.run(self.first_stage, depth=depth)),
+                metric=metric,
+            )
+            for depth in sorted({*self.depths(), *scored.depth_seconds})
+        }
+
+    def answer(self, name: str) -> str:
+        """Return in a sentence whether reranking with an engine helps, with its interval."""
+        return answer(self, name)
 
     def scores(self, name: str) -> tuple[list[float], list[float]]:
         """Return the scores of relevant documents and of all others, each in [0, 1]."""
@@ -119,37 +143,14 @@ class Report:
         return records
 
     def __str__(self) -> str:
-        """Return the table in plain columns."""
-        columns = list(self.to_records()[-1])
-        rows = [
-            columns,
-            *([_shown(row.get(name)) for name in columns] for row in self.to_records()),
-        ]
-        widths = [max(len(row[place]) for row in rows) for place in range(len(columns))]
-        head = (
-            f"{self.collection.name}: {len(self.collection.queries)} queries, "
-            f"{len(self.collection.documents)} documents, {self.depth} candidates"
-        )
-        lines = [
-            "  ".join(
-                cell.ljust(width) if place == 0 else cell.rjust(width)
-                for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
-        return "\n".join([head, *lines])
+        """Return the answers and the table in plain columns."""
+        return to_text(self)
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text("Report(...)" if cycle else str(self))
 
     def _repr_html_(self) -> str:
-        columns = list(self.to_records()[-1])
-        head = "".join(f"<th>{escape(name)}</th>" for name in columns)
-        body = "".join(
-            "<tr>" + "".join(_html_cell(row.get(name)) for name in columns) + "</tr>"
-            for row in self.to_records()
-        )
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        return to_html(self)
 
     def save(self, folder: str | Path) -> list[Path]:
         """Write `report.json`, `per-query.jsonl` and TREC runs of first stage and engines.
@@ -202,17 +203,3 @@ def best_threshold(relevant: Sequence[float], other: Sequence[float]) -> tuple[f
         if f1 > best_f1:
             best, best_f1 = -negative, f1
     return best, best_f1
-
-
-def _html_cell(value: object) -> str:
-    return f"<td>{escape(_shown(value))}</td>"
-
-
-def _shown(value: object) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            return str(value)
-        return f"{value:.1f}" if abs(value) >= 10 else f"{value:.4f}"
-    return str(value)

@@ -2,8 +2,9 @@
 
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -22,6 +23,8 @@ class Scored:
         scores: For each query its documents with their scores, in [0, 1].
         seconds: For each query how long its reranking took.
         truncated: How many pairs had their document cut.
+        depth_seconds: For numbers of candidates that were timed, the median seconds of a query;
+            empty where they were not.
     """
 
     name: str
@@ -30,10 +33,13 @@ class Scored:
     scores: Run
     seconds: dict[str, float]
     truncated: int
+    depth_seconds: dict[int, float] = field(default_factory=dict)
 
     @classmethod
-    def from_rows(cls, name: str, rows: Iterable[dict[str, Any]]) -> "Scored":
-        """Put together what was kept of each query."""
+    def from_rows(
+        cls, name: str, rows: Iterable[dict[str, Any]], timed: Iterable[dict[str, Any]] = ()
+    ) -> "Scored":
+        """Put together what was kept of each query, and of those that were timed."""
         kept = list(rows)
         return cls(
             name=name,
@@ -42,6 +48,7 @@ class Scored:
             scores=_by_document(kept, "scores"),
             seconds={row["query"]: row["seconds"] for row in kept},
             truncated=sum(row["truncated"] for row in kept),
+            depth_seconds=_medians(timed),
         )
 
     @property
@@ -87,3 +94,11 @@ class Scored:
 
 def _by_document(rows: Iterable[dict[str, Any]], name: str) -> Run:
     return {row["query"]: dict(zip(row["documents"], row[name], strict=True)) for row in rows}
+
+
+def _medians(timed: Iterable[dict[str, Any]]) -> dict[int, float]:
+    times: defaultdict[int, list[float]] = defaultdict(list)
+    for row in timed:
+        for depth, seconds in row["seconds"].items():
+            times[int(depth)].append(seconds)
+    return {depth: statistics.median(times[depth]) for depth in sorted(times)}

@@ -80,9 +80,18 @@ def check_name(model: str) -> Path | None:
             f"model {model!r} {problem}; give the folder that holds config.json, "
             "tokenizer.json and model.safetensors, or a name on the hub."
         )
-    if "/" not in model:
-        raise not_a_hub_name(model)
+    check_owner(model)
     return None
+
+
+def check_owner(model: str) -> None:
+    """Raise `CheckpointNotFoundError` for a name that is no folder's and, without owner, no hub's.
+
+    A path where no folder is passes: one may come to be there.
+    """
+    known = model == TINY or "/" in model or _looks_like_path(model)
+    if not known and not Path(model).exists():
+        raise not_a_hub_name(model)
 
 
 def _looks_like_path(model: str) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any, Self
 
 from bge_rerank_adapters.calls.ranking import Scorer
+from bge_rerank_adapters.engine.checkpoints.hub import check_owner
 from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.settings import EngineSettings
 
@@ -26,7 +27,7 @@ class LazyEngine:
         reranker: object = None,
         beside: Iterable[str] = (),
     ) -> None:
-        """Keep the settings; nothing is loaded yet.
+        """Keep the settings, and check of them what needs no weights; nothing is loaded yet.
 
         Args:
             settings: Of the engine to load; without effect where `reranker` is given.
@@ -36,6 +37,8 @@ class LazyEngine:
         Raises:
             SettingsError: The ready engine is not one, or settings stand beside it, or there is
                 neither an engine nor settings.
+            CheckpointNotFoundError: The model is a name without an owner, and no folder.
+            DeviceError: A device that is named is not there.
         """
         self._given = None if reranker is None else _checked(reranker, beside)
         own = getattr(reranker, "settings", None)
@@ -43,7 +46,7 @@ class LazyEngine:
         self.settings = settings if reranker is None else known
         self._loaded: Scorer | None = None
         if reranker is None:
-            self._settings_to_load()
+            _check_without_weights(self._settings_to_load())
 
     def get(self) -> Scorer:
         """Return the engine, loaded now if it is not there or has been closed by another user.
@@ -112,6 +115,18 @@ class LazyEngine:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Return what a copy is: threads and weights are shared."""
         return self.__copy__()
+
+
+def _check_without_weights(settings: EngineSettings) -> None:
+    """Raise at once what loading would raise, as far as it takes neither weights nor a network."""
+    check_owner(settings.model)
+    named = [name for name in settings.devices if name not in ("auto", "cpu")]
+    if named:
+        # Imported here, so that an adapter for a processor can be made without loading torch.
+        from bge_rerank_adapters.engine.models.devices import resolve_device
+
+        for name in named:
+            resolve_device(name)
 
 
 def _checked(reranker: object, beside: Iterable[str]) -> Scorer:
