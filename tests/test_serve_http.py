@@ -49,7 +49,7 @@ WAIT_S = 60
 @contextlib.contextmanager
 def listening(app: Any, **options: Any) -> Iterator[int]:
     """Serve an app from a thread as the command does, and give its port."""
-    server = server_of(app, app.state.settings, log_level="warning", **options)
+    server = server_of(app, log_level="warning", **options)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]

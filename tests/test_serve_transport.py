@@ -155,6 +155,8 @@ def test_a_head_that_is_just_too_large_is_told_so(port):
     answer = exchange(port, post(BODY, CLOSE, b"X: " + b"a" * 40_000))
     assert statuses(answer) == [431]
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["detail"].endswith(".")
+    text = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+    assert numbers(text)['bge_rerank_http_refused_heads_total{status="431"}'] == 1
     assert statuses(exchange(port, post(BODY, CLOSE, b"X: " + b"a" * 20_000))) == [200]
 
 

@@ -105,7 +105,7 @@ def _serve(settings: Any, listener: socket.socket, *, access_log: bool) -> None:
             stack.callback(tracing.export())
         engine = stack.enter_context(Reranker.from_settings(settings.engine))
         engine.warm_up()
-        server = server_of(create_app(settings, engine=engine), settings, access_log=access_log)
+        server = server_of(create_app(settings, engine=engine), access_log=access_log)
         _warn_if_open(settings, listener)
         told = f"Serving {settings.model_name} on {_address(listener)}, described at /docs"
         Console(stderr=True).print(escape(told), highlight=False, soft_wrap=True)

@@ -58,6 +58,12 @@ class Metrics:
             "Requests that are being answered.",
             registry=self._registry,
         )
+        self.refused = Counter(
+            "bge_rerank_http_refused_heads",
+            "What was refused before it was a request: no HTTP, too large or too slow a head.",
+            ("status",),
+            registry=self._registry,
+        )
         self.ignored = IgnoredFields(
             Counter(
                 "bge_rerank_http_ignored_fields",

@@ -29,6 +29,10 @@ class GuardedProtocol(H11Protocol):
     head_timeout_s = HEAD_TIMEOUT_S
     answer_timeout_s = ANSWER_TIMEOUT_S
 
+    @staticmethod
+    def count_refusal(status: int) -> None:
+        """Count a request that is refused before the app sees it; a server's own class does."""
+
     def __init__(self, *args: Any, **named: Any) -> None:
         """Take what uvicorn gives each connection."""
         super().__init__(*args, **named)
@@ -93,6 +97,7 @@ class GuardedProtocol(H11Protocol):
             self.transport.close()
 
     def _refuse(self, status: int, reason: str) -> None:
+        self.count_refusal(status)
         # Within an answer, another would be taken for a part of it.
         if self.cycle is None or not self.cycle.response_started or self.cycle.response_complete:
             self.transport.write(_refusal(status, reason))

@@ -3,7 +3,9 @@
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 
+from bge_rerank_adapters.serve.metrics import Metrics
 from bge_rerank_adapters.serve.settings import ServerSettings
 from bge_rerank_adapters.serve.transport.protocol import GuardedProtocol
 
@@ -16,12 +18,13 @@ _MOST_CONNECTIONS = 4096
 _OTHER_FILES = 128
 
 
-def server_of(app: Any, settings: ServerSettings, **options: Any) -> uvicorn.Server:
-    """Return a server of an app; `options` are uvicorn's, such as `access_log`."""
+def server_of(app: FastAPI, **options: Any) -> uvicorn.Server:
+    """Return a server of an app of ours; `options` are uvicorn's, such as `access_log`."""
+    settings: ServerSettings = app.state.settings
     return uvicorn.Server(
         uvicorn.Config(
             app,
-            http=_protocol(),
+            http=_protocol(app.state.metrics),
             ws="none",
             lifespan="on",
             server_header=False,
@@ -35,9 +38,17 @@ def server_of(app: Any, settings: ServerSettings, **options: Any) -> uvicorn.Ser
     )
 
 
-def _protocol() -> type[GuardedProtocol]:
+def _protocol(metrics: Metrics) -> type[GuardedProtocol]:
     """Return the protocol, with as many connections as the process may open."""
-    return type("Connection", (GuardedProtocol,), {"most_connections": _most_connections()})
+
+    class Connection(GuardedProtocol):
+        most_connections = _most_connections()
+
+        @staticmethod
+        def count_refusal(status: int) -> None:
+            metrics.refused.labels(str(status)).inc()
+
+    return Connection
 
 
 def _most_connections() -> int:
