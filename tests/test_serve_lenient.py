@@ -141,6 +141,18 @@ async def test_cutting_at_the_left_is_refused_where_it_would_cut(client, name):
     assert "longer than the model reads: 4; only the end" in refused.json()["detail"]
 
 
+async def test_a_limit_on_windows_is_refused_where_it_would_leave_some_out():
+    text = "The sun shines in Weimar. " * 100
+    body = {"query": QUERY, "documents": ["short", text]}
+    with Reranker("tiny", device="cpu", long_documents="window", window_tokens=64) as engine:
+        async with client_of(engine) as client:
+            for most, status in ((1, 422), (1024, 200), (None, 200)):
+                answer = await client.post("/v1/rerank", json=body | {"max_chunks_per_doc": most})
+                assert answer.status_code == status
+            few = body | {"documents": ["short"], "max_chunks_per_doc": 1}
+            assert (await client.post("/v1/rerank", json=few)).status_code == 200
+
+
 # Paths, shapes and what clients read
 
 

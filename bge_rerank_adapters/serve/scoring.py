@@ -8,6 +8,7 @@ from bge_rerank_adapters.calls.ranking import RankedDocument, Ranking
 from bge_rerank_adapters.serve.refusals import Refusal, unknown_fields
 from bge_rerank_adapters.serve.schemas.requests import RerankRequest, TeiRerankRequest
 from bge_rerank_adapters.serve.service import Service
+from bge_rerank_adapters.settings import EngineSettings
 
 _MOST_SHOWN = 5
 
@@ -27,6 +28,8 @@ async def rank(
             raise unknown_fields(body.ignored)
         request.app.state.metrics.ignored.count(body.ignored)
     _check_token_limits(body, service, texts)
+    if isinstance(body, RerankRequest):
+        _check_chunks(body.max_chunks_per_doc, service.engine.settings, texts)
     ranking = await service.rank(request.receive, body.query, texts)
     request.app.state.tracing.scored(ranking.usage, documents=len(texts))
     if body.truncation_direction == "left":
@@ -70,6 +73,27 @@ def _check_token_limits(
             raise Refusal(
                 422, f"{name}={given} cannot be honoured here; leave it out, or send less text."
             )
+
+
+def _check_chunks(most: int | None, settings: EngineSettings, texts: Sequence[str]) -> None:
+    """Refuse a limit on windows that a text may exceed: all of them are read.
+
+    Raises:
+        Refusal: One may.
+    """
+    if most is None or settings.long_documents != "window":
+        return
+    # A window begins so many tokens after the one before it, which are hardly fewer characters.
+    window = settings.window_tokens or settings.max_length // 8
+    overlap = settings.window_overlap_tokens
+    step = max(1, window - (window // 4 if overlap is None else overlap))
+    longest = max(map(len, texts), default=0)
+    if longest > most * step:
+        raise Refusal(
+            422,
+            f"max_chunks_per_doc={most} cannot be honoured: all windows of a long document are "
+            "read here; leave it out.",
+        )
 
 
 def _refuse_cuts(ranking: Sequence[RankedDocument], advice: str) -> None:
