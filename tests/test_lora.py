@@ -1,15 +1,20 @@
 """LoRA adapters that peft writes: merged with their base to what peft itself makes of them."""
 
 import json
+import math
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from bge_rerank_adapters import CheckpointError, Reranker, UnsupportedCheckpointError
+from bge_rerank_adapters.engine.checkpoints.adapter import read_adapter
 from tests.checkpoints import build_bert, build_xlm_roberta
 from tests.family_checkpoints import build_family
 from tests.texts import DOCUMENTS, QUERY
@@ -346,3 +351,30 @@ def test_an_adapter_beside_a_whole_model_is_refused(bases, folder):
 
 def test_flagembedding_is_not_given_an_adapter(folder):
     refusal(folder, "LoRA adapter", 'backend="native"', backend="flagembedding")
+
+
+CONFIG_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 40) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=3,
+)
+CONFIG_KEYS = (
+    *("peft_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "rank_pattern"),
+    *("alpha_pattern", "use_rslora", "modules_to_save", "bias", "init_lora_weights", "use_dora"),
+    *("target_modules", "anything"),
+)
+
+
+@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.given(key=st.sampled_from(CONFIG_KEYS), value=CONFIG_VALUES)
+def test_any_value_in_the_config_is_refused_by_name_or_gives_scales(key, value):
+    plain = {"peft_type": "LORA", "base_model_name_or_path": "b", "r": 2, "lora_alpha": 3}
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / CONFIG).write_text(json.dumps(plain | {key: value}), "utf-8")
+        try:
+            found = read_adapter(Path(folder))
+        except CheckpointError as error:
+            assert CONFIG in str(error)  # noqa: PT017
+        else:
+            assert found is not None
+            assert math.isfinite(found.scale_of("model.layers.0.q_proj"))

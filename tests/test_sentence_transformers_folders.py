@@ -2,14 +2,18 @@
 
 import json
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 
 from bge_rerank_adapters import CheckpointError, Reranker, UnsupportedCheckpointError
+from bge_rerank_adapters.engine.checkpoints.sentence_transformers import read_author_settings
 from tests.checkpoints import build_bert, build_xlm_roberta, read_queries, read_sentences
 from tests.texts import DOCUMENTS, QUERY
 
@@ -277,3 +281,40 @@ def test_the_refusals_are_of_the_kind_that_says_unsupported(folder):
     edit(folder / TRANSFORMER, something_new=3)
     with pytest.raises(UnsupportedCheckpointError):
         Reranker(str(folder), **CPU)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 600) | st.floats() | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=6), inner),
+    max_leaves=4,
+)
+ENTRIES = [
+    *((CONFIG, key) for key in ("model_type", "prompts", "default_prompt_name", "activation_fn")),
+    *((TRANSFORMER, key) for key in ("transformer_task", "modality_config", "max_seq_length")),
+    *((TRANSFORMER, key) for key in ("processing_kwargs", "do_lower_case", "processor_kwargs")),
+    *((TRANSFORMER, key) for key in ("tokenizer_args", "model_args", "new", "unpad_inputs")),
+    ("tokenizer_config.json", "model_max_length"),
+    ("config.json", "sentence_transformers"),
+]
+
+
+@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.given(place=st.sampled_from(ENTRIES), value=json_values)
+def test_any_value_is_refused_by_its_file_or_gives_settings(place, value):
+    name, key = place
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        (path / MODULES).write_text(
+            '[{"type": "sentence_transformers.models.Transformer", "path": ""}]', "utf-8"
+        )
+        edit(path / CONFIG, model_type="CrossEncoder")
+        edit(path / TRANSFORMER, transformer_task="sequence-classification")
+        edit(path / name, **{key: value})
+        config = {key: value} if name == "config.json" else {}
+        try:
+            found = read_author_settings(path, config)
+        except CheckpointError as error:
+            assert name in str(error)  # noqa: PT017
+        else:
+            assert isinstance(found.query_prompt, str)
+            assert found.max_tokens is None or found.max_tokens > 0

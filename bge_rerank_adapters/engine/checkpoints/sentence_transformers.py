@@ -115,10 +115,11 @@ def _default_prompt(path: Path, config: dict[str, Any]) -> str:
     name, prompts = config.get("default_prompt_name"), config.get("prompts") or {}
     if name is None:
         return ""
-    if not isinstance(prompts, dict) or name not in prompts:
+    if not isinstance(prompts, dict) or not isinstance(name, str) or name not in prompts:
+        known = ", ".join(prompts) if isinstance(prompts, dict) else prompts
         raise CheckpointError(
-            f"{path}: default_prompt_name {name!r} is none of its prompts ({', '.join(prompts)}); "
-            "name one of them, or null."
+            f"{path}: default_prompt_name {name!r} is none of its prompts ({known}); name one of "
+            "them, or null."
         )
     prompt = prompts[name] or ""
     if not isinstance(prompt, str):
@@ -140,7 +141,7 @@ def _check_transformer(path: Path, entries: dict[str, Any]) -> None:
         "modality_config": _is_plain_text,
         "module_output_name": lambda name: name == "scores",
         "processing_kwargs": _reads_plainly,
-        "max_seq_length": lambda length: length is None or isinstance(length, int),
+        "max_seq_length": lambda length: length is None or _is_length(length),
         "do_lower_case": lambda value: isinstance(value, bool),
         **dict.fromkeys(_HARMLESS, lambda _: True),
         **dict.fromkeys(_LOADING, _loads_plainly),
@@ -156,11 +157,11 @@ def _check_transformer(path: Path, entries: dict[str, Any]) -> None:
 
 def _is_plain_text(modalities: Any) -> bool:
     # "message" would put texts into a chat template.
-    return (
-        isinstance(modalities, dict)
-        and "message" not in modalities
-        and (modalities.get("text") or {}).get("method") == "forward"
-        and modalities["text"].get("method_output_name") == "logits"
+    if not isinstance(modalities, dict) or "message" in modalities:
+        return False
+    text = modalities.get("text")
+    return isinstance(text, dict) and (
+        (text.get("method"), text.get("method_output_name")) == ("forward", "logits")
     )
 
 
@@ -197,13 +198,17 @@ def _limit(folder: Path, entries: dict[str, Any]) -> int | None:
         of_loading.get("model_max_length"),
         entries.get("max_seq_length"),
     )
-    found = next((each for each in given if isinstance(each, int)), None)
+    found = next((each for each in given if _is_length(each)), None)
     return _tokenizer_limit(folder) if found is None else found
 
 
 def _tokenizer_limit(folder: Path) -> int | None:
     limit = read_json(folder / "tokenizer_config.json").get("model_max_length")
-    return limit if isinstance(limit, int) and 0 < limit < _NO_LIMIT else None
+    return limit if _is_length(limit) and limit < _NO_LIMIT else None
+
+
+def _is_length(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _old_activation(config: dict[str, Any]) -> object:
