@@ -113,6 +113,12 @@ def write_folder(folder, *, corpus="", queries="", qrels="", under="qrels.tsv"):
     return folder
 
 
+def test_the_sample_comes_with_the_package_and_is_that_of_the_tests():
+    sample, whole = evaluation.sample_collection(), read_collection(XQUAD)
+    assert sample == whole
+    assert (len(sample.documents), len(sample.queries)) == (600, 260)
+
+
 def test_titles_go_before_texts_and_qrels_may_stand_in_a_folder(tmp_path):
     folder = write_folder(
         tmp_path,

@@ -16,6 +16,7 @@ from bge_rerank_adapters.calls.trec import Run, read_run, write_run
 from bge_rerank_adapters.evaluation.collection import (
     Collection,
     read_collection,
+    sample_collection,
 )
 from bge_rerank_adapters.evaluation.experiment import evaluate
 from bge_rerank_adapters.evaluation.first_stage import bm25
@@ -37,5 +38,6 @@ __all__ = [
     "measure",
     "read_collection",
     "read_run",
+    "sample_collection",
     "write_run",
 ]

@@ -9,6 +9,7 @@ from typing import Any
 
 from bge_rerank_adapters.errors import SettingsError
 
+_SAMPLE = Path(__file__).parent / "xquad-r-en"
 _QRELS = ("qrels.tsv", "qrels/test.tsv")
 
 
@@ -55,6 +56,15 @@ class Collection:
                 digest.update(f"{name}\0{text}\0".encode("utf-8", "surrogatepass"))
         digest.update(json.dumps(self.judgements, sort_keys=True).encode())
         return digest.hexdigest()[:16]
+
+
+def sample_collection() -> Collection:
+    """Return a small collection that comes with the package, to try things out on.
+
+    It is a part of the English XQuAD-R: 600 sentences of Wikipedia, and 260 questions that one of
+    them answers. The README beside its files names its source and licence.
+    """
+    return read_collection(_SAMPLE)
 
 
 def read_collection(folder: str | Path) -> Collection:
