@@ -120,7 +120,8 @@ def _row(rank: int, each: Shown) -> str:
     bar = f"<span style='{_BAR}'><span style='{_FILLED};width:{each.score:.0%}'></span></span>"
     places = places_up(rank, each.index)
     moved = f"↑{places}" if places > 0 else f"↓{-places}" if places < 0 else "="
-    cells = (str(rank), moved, f"{bar}&nbsp;{each.score:.3f}", _text(each))
+    score = f"<span style='white-space:nowrap'>{bar}&nbsp;{each.score:.3f}</span>"
+    cells = (str(rank), moved, score, _text(each))
     return f"<tr>{''.join(f'<td {_CELL}>{cell}</td>' for cell in cells)}</tr>"
 
 
