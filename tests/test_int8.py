@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from bge_rerank_adapters import CheckpointError, DeviceError, Reranker
 from bge_rerank_adapters.engine.models import devices, families
-from bge_rerank_adapters.engine.models.cpu.amx import kit as amx_kit
+from bge_rerank_adapters.engine.models.cpu.kernels.kit import KernelKit
 from bge_rerank_adapters.engine.models.cpu.onednn import int8, ranges, timing
 from bge_rerank_adapters.engine.models.cpu.onednn import kit as onednn_kit
 from bge_rerank_adapters.engine.models.cpu.onednn.int8 import (
@@ -31,6 +31,7 @@ from bge_rerank_adapters.engine.models.layers.linear import packed_works
 from tests.checkpoints import build_xlm_roberta, read_queries, read_sentences
 
 CPU = torch.device("cpu")
+WITHOUT_OWN_KERNELS = tuple(kit for kit in encoder_kit.KITS if not issubclass(kit, KernelKit))
 needs_int8 = pytest.mark.skipif(
     not int8_works(), reason="this torch or processor has no 8-bit product"
 )
@@ -326,7 +327,7 @@ def with_config(folder, **changes):
 @pytest.fixture
 def int8_pays(monkeypatch):
     """8-bit layers whether or not they are the fastest here."""
-    monkeypatch.setattr(amx_kit, "amx_runs", lambda *_, **__: False)
+    monkeypatch.setattr(encoder_kit, "KITS", WITHOUT_OWN_KERNELS)
     monkeypatch.setattr(onednn_kit, "int8_pays", lambda *_: True)
 
 
@@ -475,7 +476,7 @@ def test_a_sum_that_saturates_is_noticed(monkeypatch):
 @needs_int8
 @pytest.mark.parametrize("pays", [True, False])
 def test_layers_are_8_bit_where_that_is_faster(monkeypatch, pays):
-    monkeypatch.setattr(amx_kit, "amx_runs", lambda *_, **__: False)
+    monkeypatch.setattr(encoder_kit, "KITS", WITHOUT_OWN_KERNELS)
     monkeypatch.setattr(onednn_kit, "int8_pays", lambda *_: pays)
     read = families.sample_pairs
     sampled = []

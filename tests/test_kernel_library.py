@@ -3,7 +3,6 @@
 import errno
 import subprocess
 import sys
-import sysconfig
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,8 +13,8 @@ import torch
 from bge_rerank_adapters import Reranker
 from bge_rerank_adapters.engine.models.cpu.amx.bfloat16 import AmxLinear
 from bge_rerank_adapters.engine.models.cpu.kernels import build, library
-from bge_rerank_adapters.engine.models.cpu.kernels.library import AMX
-from tests.kernels.emulation import TILES, built
+from bge_rerank_adapters.engine.models.cpu.kernels.library import AMX, InstructionSet
+from tests.kernels.emulation import TILES, built_or_skip
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -29,11 +28,9 @@ def fresh(monkeypatch):
     library.forget()
 
 
-@pytest.fixture(scope="session")
-def emulated(tmp_path_factory) -> Path:
-    if sysconfig.get_platform() != "linux-x86_64":
-        pytest.skip("kernels are for Linux on x86-64")
-    return built(tmp_path_factory.mktemp("library"), *TILES)
+@pytest.fixture
+def emulated() -> Path:
+    return built_or_skip(*TILES)
 
 
 @pytest.fixture
@@ -62,7 +59,7 @@ def test_without_the_library_other_layers_run(monkeypatch, tmp_path):
     assert "not built" in library.lack(AMX)
     with Reranker("tiny", dtype="bfloat16", device="cpu") as engine:
         assert len(engine.logits("query", ["some", "documents"])) == 2
-    with pytest.raises(RuntimeError, match=r"kernels for amx do not run here"):
+    with pytest.raises(RuntimeError, match=r"kernels for AMX do not run here"):
         AmxLinear(torch.zeros(32, 32).bfloat16(), torch.zeros(32), slice_width=32)
 
 
@@ -115,3 +112,33 @@ def test_a_library_that_does_not_compile_leaves_nothing(tmp_path):
     with pytest.raises(subprocess.CalledProcessError):
         build.build(tmp_path / "library.so", flags=("-Dstatic=nonsense",))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("limit", "allowed"),
+    [
+        ("AVX2", []),
+        ("AVX512_CORE", []),
+        ("AVX2_VNNI", []),
+        ("avx512_core_vnni", ["avx512_vnni"]),
+        ("AVX512_CORE_BF16", ["avx512_vnni", "avx512_bf16"]),
+        ("AVX512_CORE_AMX", ["avx512_vnni", "avx512_bf16", "amx"]),
+        ("AVX10_1_512", ["avx512_vnni", "avx512_bf16"]),
+    ],
+)
+def test_a_limit_leaves_out_each_set_above_it(monkeypatch, limit, allowed):
+    everything = {f"bge_{each}_lack": lambda: 0 for each in InstructionSet}
+    found = library._Found(SimpleNamespace(**everything))
+    monkeypatch.setattr(library, "_found", cache(lambda: found))
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert {each for each in InstructionSet if library.lack(each) is None} == set(allowed)
+
+
+def test_a_missing_set_says_nothing_of_another(monkeypatch):
+    codes = {"amx": -1, "avx512_vnni": 0, "avx512_bf16": -1}
+    functions = {f"bge_{name}_lack": lambda code=code: code for name, code in codes.items()}
+    found = library._Found(SimpleNamespace(**functions))
+    monkeypatch.setattr(library, "_found", cache(lambda: found))
+    assert library.lack(InstructionSet.AVX512_VNNI) is None
+    assert library.lack(InstructionSet.AVX512_BF16) == "this CPU has no AVX512-BF16"
+    assert library.lack(AMX) == "this CPU has no AMX"

@@ -104,6 +104,10 @@ def test_each_kit_says_whether_and_why_it_is_not_used(monkeypatch, pays):
     monkeypatch.setattr(onednn, "int8_pays", lambda *_: pays)
     monkeypatch.setattr(onednn, "int8_works", lambda: True)
     monkeypatch.setattr(onednn, "packed_works", lambda _: True)
+    # Own kernels in int8 are there on some CPUs.
+    monkeypatch.setattr(
+        kits, "KITS", tuple(kit for kit in KITS if not (kit.int8 and "Own" in kit.label))
+    )
     said = dict(describe_kits(CPU, torch.float32))
     assert said["Own kernels for AMX"].startswith("not used: ")
     assert said["oneDNN's layers"] == "used"

@@ -1,24 +1,65 @@
-"""Libraries of kernels that run on CPUs without the instructions that they are for."""
+"""Kernels of every instruction set that tests can run here, some of them by emulation."""
 
 import subprocess
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-from bge_rerank_adapters.engine.models.cpu.kernels import build
+from bge_rerank_adapters.engine.models.cpu.kernels import build, library
+from bge_rerank_adapters.engine.models.cpu.kernels.library import InstructionSet
 
 TILES = "-include", str(Path(__file__).parent / "tile_emulation.h")
+# By name: the instruction set, and how its library is compiled.
+KINDS = {
+    "amx": (InstructionSet.AMX, ()),
+    "amx emulated": (InstructionSet.AMX, TILES),
+    "avx512_vnni": (InstructionSet.AVX512_VNNI, ()),
+    "avx512_bf16": (InstructionSet.AVX512_BF16, ()),
+}
+# Removed as the tests end.
+_folders: list[tempfile.TemporaryDirectory[str]] = []
 
 
-def built(folder: Path, *flags: str) -> Path:
-    """Return a library of the package's sources; skips the test where nothing compiles them."""
-    library = folder / build.LIBRARY.name
+@cache
+def built(*flags: str) -> Path | str:
+    """Return a library of the package's sources, or why there is none."""
+    if sysconfig.get_platform() != "linux-x86_64":
+        return "kernels are for Linux on x86-64"
+    _folders.append(tempfile.TemporaryDirectory())
+    made = Path(_folders[-1].name) / build.LIBRARY.name
     try:
-        build.build(library, flags=flags)
+        build.build(made, flags=flags)
     except FileNotFoundError as error:
-        pytest.skip(f"there is no C compiler: {error}")
+        return f"there is no C compiler: {error}"
     except subprocess.CalledProcessError as error:
-        if "error" in error.stderr and "emulat" not in error.stderr:
-            raise
-        pytest.skip(f"the compiler cannot build it: {error.stderr}")
-    return library
+        return f"the compiler fails: {error.stderr}"
+    return made
+
+
+def built_or_skip(*flags: str) -> Path:
+    """Return likewise, or skip the test."""
+    made = built(*flags)
+    if isinstance(made, str):
+        pytest.skip(made)
+    return made
+
+
+@contextmanager
+def using(kind: str) -> Iterator[InstructionSet]:
+    """Let the package find one kind of kernels; skips where they do not run."""
+    instruction_set, flags = KINDS[kind]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "LIBRARY", built_or_skip(*flags))
+        patch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+        library.forget()
+        found = library.lack(instruction_set)
+        if found is not None:
+            library.forget()
+            pytest.skip(f"kernels for {instruction_set} do not run here: {found}")
+        yield instruction_set
+    library.forget()

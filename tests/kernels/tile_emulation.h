@@ -71,20 +71,22 @@ __attribute__((target("avx512f"))) static inline void emulated_bfloat16(int sums
     }
 }
 
-/* Unsigned states, signed weights. */
-__attribute__((target("avx512f"))) static inline void emulated_integers(int sums, int left,
-                                                                        int right) {
+/* Unsigned states, signed weights: as pairs of 16 bits, whose products fit 32. */
+__attribute__((target("avx512f,avx512bw"))) static inline void emulated_integers(int sums, int left,
+                                                                                 int right) {
     emulated_check();
+    const __m512i low = _mm512_set1_epi16(0xff);
     for (int row = 0; row < 16; row++) {
         __m512i sum = _mm512_load_si512(emulated.tiles[sums][row]);
         for (int k = 0; k < 16; k++) {
-            __m512i weights = _mm512_load_si512(emulated.tiles[right][k]);
-            for (int byte = 3; byte >= 0; byte--) {
-                const __m512i state = _mm512_set1_epi32(emulated.tiles[left][row][4 * k + byte]);
-                const __m512i weight = _mm512_srai_epi32(weights, 24);
-                sum = _mm512_add_epi32(sum, _mm512_mullo_epi32(state, weight));
-                weights = _mm512_slli_epi32(weights, 8);
-            }
+            int32_t four;
+            memcpy(&four, emulated.tiles[left][row] + 4 * k, 4);
+            const __m512i states = _mm512_set1_epi32(four);
+            const __m512i weights = _mm512_load_si512(emulated.tiles[right][k]);
+            const __m512i even = _mm512_srai_epi16(_mm512_slli_epi16(weights, 8), 8);
+            const __m512i odd = _mm512_srai_epi16(weights, 8);
+            sum = _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_and_si512(states, low), even));
+            sum = _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_srli_epi16(states, 8), odd));
         }
         _mm512_store_si512(emulated.tiles[sums][row], sum);
     }

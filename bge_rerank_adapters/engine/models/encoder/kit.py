@@ -5,6 +5,7 @@ import logging
 import torch
 
 from bge_rerank_adapters.engine.models.cpu.amx.kit import AmxInt8Kit, AmxKit
+from bge_rerank_adapters.engine.models.cpu.avx512_vnni import Avx512VnniInt8Kit
 from bge_rerank_adapters.engine.models.cpu.onednn.kit import OneDnnInt8Kit, OneDnnKit
 from bge_rerank_adapters.engine.models.devices import resolve_dtype
 from bge_rerank_adapters.engine.models.encoder.config import EncoderConfig
@@ -13,7 +14,14 @@ from bge_rerank_adapters.engine.models.encoder.plain import KitRequest, PlainKit
 _log = logging.getLogger(__name__)
 
 # The fastest first: a model runs with the first that suits it. A back end is added here.
-KITS: tuple[type[PlainKit], ...] = (AmxInt8Kit, AmxKit, OneDnnInt8Kit, OneDnnKit, PlainKit)
+KITS: tuple[type[PlainKit], ...] = (
+    AmxInt8Kit,
+    AmxKit,
+    Avx512VnniInt8Kit,
+    OneDnnInt8Kit,
+    OneDnnKit,
+    PlainKit,
+)
 
 _BASE = EncoderConfig(
     prefix="roberta",

@@ -118,7 +118,9 @@ class EncoderModel:
             read.tensor(f"{config.prefix}.embeddings.{name}_embeddings.weight", (n, config.hidden))
             for name, n in rows.items()
         )
-        self._embedding_norm = read.norm(f"{config.prefix}.embeddings.LayerNorm")
+        self._embedding_norm = read.norm(
+            f"{config.prefix}.embeddings.LayerNorm", self.kit.norm_dtype
+        )
         self._layers: list[EncoderLayer]
         self._layers = self._int8_layers(read, sample()) if self.kit.int8 else self._layers_of(read)
         self._head = read.head()
@@ -143,7 +145,7 @@ class EncoderModel:
         return layers
 
     def _source(self, read: EncoderReader, index: int) -> LayerSource:
-        tensors = read.layer_tensors(index, self.kit.tensor_dtype)
+        tensors = read.layer_tensors(index, self.kit.tensor_dtype, norm_dtype=self.kit.norm_dtype)
         return LayerSource(tensors, last=read.is_last(index))
 
     def _embed(self, pairs: Sequence[TokenPair]) -> Tensor:

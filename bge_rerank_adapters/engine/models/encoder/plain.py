@@ -40,7 +40,8 @@ class PlainKit:
         dtype: Of activations.
         activation: Of feed-forward blocks.
         layer_dtype: Of the layers: int8, or that of activations.
-        tensor_dtype: In which the layers' tensors are read.
+        tensor_dtype: In which the tensors of the layers' products are read.
+        norm_dtype: In which those of their norms are.
     """
 
     label: ClassVar[str] = "PyTorch's layers"
@@ -53,6 +54,7 @@ class PlainKit:
         self.layer_dtype = torch.int8 if self.int8 else self.dtype
         # Quantised from what is stored, not from what bfloat16 leaves of it.
         self.tensor_dtype = torch.float32 if self.int8 else self.dtype
+        self.norm_dtype = self.dtype
 
     @classmethod
     def lack(cls, request: KitRequest) -> str | None:

@@ -55,21 +55,24 @@ class EncoderReader:
         # Copied even where nothing changes: a view of the file would die with it.
         return stored.to(self.device, dtype or self.dtype, copy=True)
 
-    def norm(self, name: str) -> LayerNorm:
-        """Return the layer norm of this name."""
+    def norm(self, name: str, dtype: torch.dtype | None = None) -> LayerNorm:
+        """Return the layer norm of this name, in the dtype of the computation or another one."""
         shape = (self.config.hidden,)
         return LayerNorm(
-            self.tensor(f"{name}.weight", shape),
-            self.tensor(f"{name}.bias", shape),
+            self.tensor(f"{name}.weight", shape, dtype),
+            self.tensor(f"{name}.bias", shape, dtype),
             self.config.epsilon,
         )
 
-    def layer_tensors(self, index: int, dtype: torch.dtype) -> LayerTensors:
+    def layer_tensors(
+        self, index: int, dtype: torch.dtype, *, norm_dtype: torch.dtype
+    ) -> LayerTensors:
         """Return the tensors of the layer at a position counted from 0.
 
         Args:
             index: The position.
             dtype: Of weights and biases.
+            norm_dtype: Of those of norms.
         """
         name = f"{self.config.prefix}.encoder.layer.{index}"
         hidden, wide = self.config.hidden, self.config.intermediate
@@ -81,10 +84,10 @@ class EncoderReader:
         return LayerTensors(
             projections=(query, stacked(key, value)),
             attention_output=linear("attention.output.dense"),
-            attention_norm=self.norm(f"{name}.attention.output.LayerNorm"),
+            attention_norm=self.norm(f"{name}.attention.output.LayerNorm", norm_dtype),
             up=linear("intermediate.dense", wide, hidden),
             down=linear("output.dense", hidden, wide),
-            output_norm=self.norm(f"{name}.output.LayerNorm"),
+            output_norm=self.norm(f"{name}.output.LayerNorm", norm_dtype),
         )
 
     def head(self) -> Callable[[Tensor], Tensor]:

@@ -5,9 +5,9 @@
 
 #include "tiles.h"
 
-KERNEL static void multiply_int8(const bf16 *states, long width, long blocks, const bf16 *panel,
+KERNEL static void multiply_int8(const bf16 *states, long width, long rows, const bf16 *panel,
                                  long depth, int32_t *sums, long apart, const bf16 *next) {
-    multiply_panel(INTEGERS, states, width, blocks, panel, depth, sums, apart, 0, next);
+    multiply_panel(INTEGERS, states, width, (rows + 31) / 32, panel, depth, sums, apart, 0, next);
 }
 
 #define INT8_LINEAR bge_amx_int8_linear

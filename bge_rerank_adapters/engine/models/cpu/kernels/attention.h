@@ -1,8 +1,8 @@
 /* Attention: which rows a pair has, and softmax.
  *
  * Query, key and value have shape (heads, rows, head); pair i has the rows from bounds[i] to
- * bounds[i + 1] of key and value, and of query as well or, if `single`, row i alone. The output has
- * shape (the query's rows, heads * head).
+ * bounds[i + 1] of key and value, at least one, and of query as well or, if `single`, row i alone.
+ * The output has shape (the query's rows, heads * head).
  */
 
 #ifndef BGE_ATTENTION_H

@@ -14,6 +14,7 @@
 
 #define AVX512 "avx512f,avx512bw,avx512dq,avx512vl,fma"
 #define AVX512_VNNI AVX512 ",avx512vnni"
+#define AVX512_BF16 AVX512 ",avx512bf16"
 #define AMX AVX512 ",avx512bf16,amx-tile,amx-bf16,amx-int8"
 #define KERNEL __attribute__((target(TARGET)))
 #define INLINE KERNEL static inline __attribute__((always_inline))

@@ -2,9 +2,9 @@
  *
  * A source that includes this has defined:
  *
- * - multiply_int8(), which multiplies `blocks` times 32 rows of states, `width` tiles side by side,
- *   with the first `depth` pairs of tiles of a panel. Sums of two blocks lie `apart`, and `next` is
- *   the panel that comes after this one;
+ * - multiply_int8(), which multiplies rows of states, `width` tiles side by side, with the first
+ *   `depth` pairs of tiles of a panel. Sums of two blocks lie `apart`, and `next` is the panel that
+ *   comes after this one;
  * - INT8_LINEAR and INT8_AFTER_ATTENTION, the names of what is exported;
  * - BEGIN() and END(), around all products of a call.
  *
@@ -111,8 +111,7 @@ EXPORT KERNEL int INT8_LINEAR(const struct int8_linear *layer, const bf16 *state
                     steps);
         for (long n = 0; n < outputs; n += 32) {
             const bf16 *panel = layer->packed + n * width * 32;
-            multiply_int8(left, width, (count + 31) / 32, panel, width, sums, BLOCK,
-                          panel + width * 2 * TILE);
+            multiply_int8(left, width, count, panel, width, sums, BLOCK, panel + width * 2 * TILE);
             const struct outputs which = outputs_of(layer, layer->sums, n);
             bf16 *to = out + (n / slice * rows + start) * slice + n % slice;
             for (long r = 0; r < count; r++)
@@ -137,7 +136,7 @@ struct int8_layer {
 
 /* Some rows on their way through it. */
 struct work {
-    long count, blocks;      /* of rows, and of blocks of them */
+    long count;              /* of rows */
     long stride;             /* of inner numbers */
     bf16 *left, *inner_left; /* codes of what a product is given, as left operand */
     struct steps *steps, *inner_steps;
@@ -154,7 +153,7 @@ KERNEL static void attention_output(const struct int8_layer *layer, const struct
     int32_t *sums = (int32_t *)work->total;
     for (long n = 0; n < panels; n++) {
         const bf16 *panel = linear->packed + n * width * 2 * TILE;
-        multiply_int8(work->left, width, work->blocks, panel, width, sums + n * BLOCK,
+        multiply_int8(work->left, width, work->count, panel, width, sums + n * BLOCK,
                       panels * BLOCK, n + 1 < panels ? panel + width * 2 * TILE : layer->up.packed);
     }
     for (long r = 0; r < work->count; r++) {
@@ -181,7 +180,7 @@ KERNEL static void go_up(const struct int8_layer *layer, const struct work *work
     const long width = layer->hidden / 64;
     for (long n = from; n < to; n += 32) {
         const bf16 *panel = layer->up.packed + n / 32 * width * 2 * TILE;
-        multiply_int8(work->left, width, work->blocks, panel, width, work->sums, BLOCK,
+        multiply_int8(work->left, width, work->count, panel, width, work->sums, BLOCK,
                       n + 32 < to ? panel + width * 2 * TILE : next);
         const struct outputs outputs = outputs_of(&layer->up, layer->up.sums, n);
         for (long r = 0; r < work->count; r++) {
@@ -204,7 +203,7 @@ KERNEL static void go_down(const struct int8_layer *layer, const struct work *wo
     const long panel_size = layer->intermediate / 64 * 2 * TILE;
     for (long n = 0; n < panels; n++) {
         const bf16 *panel = layer->down.packed + n * panel_size + from / 64 * 2 * TILE;
-        multiply_int8(work->inner_left, inner_width, work->blocks, panel, inner_width, work->sums,
+        multiply_int8(work->inner_left, inner_width, work->count, panel, inner_width, work->sums,
                       BLOCK, n + 1 < panels ? panel + panel_size : next);
         const float *chunk_sums = layer->down.sums + from / layer->chunk * layer->hidden;
         const struct outputs outputs = outputs_of(&layer->down, chunk_sums, n * 32);
@@ -267,7 +266,6 @@ EXPORT KERNEL int INT8_AFTER_ATTENTION(const struct int8_layer *layer, const bf1
     BEGIN();
     for (long start = 0; start < rows; start += part) {
         work.count = rows - start < part ? rows - start : part;
-        work.blocks = (work.count + 31) / 32;
         encode_rows(attended + start * hidden, hidden, work.count, hidden, layer->output.factor,
                     work.row, work.left, work.steps);
         attention_output(layer, &work, states + start * hidden);

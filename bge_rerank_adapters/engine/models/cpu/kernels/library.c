@@ -21,12 +21,17 @@ static int has_avx512(void) {
            __builtin_cpu_supports("fma");
 }
 
+/* By number, since Clang 14 does not know this one by name. */
+static int has_avx512_bf16(void) {
+    unsigned a, b, c, d;
+    return has_avx512() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 5);
+}
+
 static int has_amx(void) {
     unsigned a, b, c, d;
     const unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24, amx_int8 = 1u << 25;
-    const unsigned all = amx_bf16 | amx_tile | amx_int8, avx512_bf16 = 1u << 5;
-    return has_avx512() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & all) == all &&
-           __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & avx512_bf16);
+    const unsigned all = amx_bf16 | amx_tile | amx_int8;
+    return has_avx512_bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & all) == all;
 }
 
 /* Why the kernels for AMX do not run here. The system is asked for the permission to use tiles,
@@ -34,12 +39,20 @@ static int has_amx(void) {
  * them (Linux, arch/x86/kernel/fpu/xstate.c). */
 EXPORT int bge_amx_lack(void) {
 #ifdef BGE_TILES_EMULATED
-    return has_avx512() && __builtin_cpu_supports("avx512bf16") ? NOTHING : PROCESSOR;
+    return has_avx512_bf16() ? NOTHING : PROCESSOR;
 #endif
     if (!has_amx()) return PROCESSOR;
     const long request_permission = 0x1023, tile_data = 18;
     return syscall(SYS_arch_prctl, request_permission, tile_data) ? errno : NOTHING;
 }
+
+/* Why those for AVX512-VNNI do not. */
+EXPORT int bge_avx512_vnni_lack(void) {
+    return has_avx512() && __builtin_cpu_supports("avx512vnni") ? NOTHING : PROCESSOR;
+}
+
+/* Why those for AVX512-BF16 do not. */
+EXPORT int bge_avx512_bf16_lack(void) { return has_avx512_bf16() ? NOTHING : PROCESSOR; }
 
 /* Lays out a weight of shape (outputs, inputs) as a right operand of as many pieces of 2 bytes, of
  * which each output has `inputs`. */

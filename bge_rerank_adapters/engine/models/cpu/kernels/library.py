@@ -32,16 +32,24 @@ class InstructionSet(StrEnum):
     """What a CPU may have; its value begins the names of the kernels for it."""
 
     AMX = "amx"
+    AVX512_VNNI = "avx512_vnni"
+    AVX512_BF16 = "avx512_bf16"
 
 
 AMX = InstructionSet.AMX
-
+AVX512_VNNI = InstructionSet.AVX512_VNNI
+AVX512_BF16 = InstructionSet.AVX512_BF16
+_NAMES = {AMX: "AMX", AVX512_VNNI: "AVX512-VNNI", AVX512_BF16: "AVX512-BF16"}
 _KERNELS = {
     AMX: tuple(_ARGUMENTS),
+    AVX512_VNNI: ("int8_linear", "int8_after_attention", "attention"),
+    AVX512_BF16: ("attention",),
 }
 # Of oneDNN's limits, those that let a set be used; all its others are below.
 _ALLOWING = {
     AMX: ("AMX",),
+    AVX512_VNNI: ("AVX512_CORE_", "AVX10_1_512"),
+    AVX512_BF16: ("AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX10_1_512"),
 }
 # What the system's refusal to let a process use a set means, and what to do.
 _REFUSALS = {
@@ -90,13 +98,15 @@ def pack(instruction_set: InstructionSet) -> Callable[[int, int, int, int], None
 def _library(instruction_set: InstructionSet) -> ctypes.CDLL:
     library = _found().library
     if library is None or _lack(instruction_set):
-        raise RuntimeError(f"The kernels for {instruction_set} do not run here; ask lack() first.")
+        raise RuntimeError(
+            f"The kernels for {_NAMES[instruction_set]} do not run here; ask lack() first."
+        )
     return library
 
 
 @cache
 def _lack(instruction_set: InstructionSet) -> str:
-    name = instruction_set.upper()
+    name = _NAMES[instruction_set]
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
     allowing = "", "DEFAULT", "ALL"
     if limit not in allowing and not any(each in limit for each in _ALLOWING[instruction_set]):

@@ -30,6 +30,10 @@ enum {
     LAYER_ROWS = 384,     /* ... and, nearly, beside their sums and inner numbers */
 };
 
+/* In what states and weights are: the sums are float32, or 32-bit integers of unsigned states and
+ * signed weights. */
+enum kind { BFLOAT16, INTEGERS };
+
 /* Returns memory of this thread, so many bytes, with whatever is in it; NULL where it is short. */
 char *take_room(size_t size);
 

@@ -44,10 +44,6 @@ INLINE void fetch_tile(const bf16 *tile) {
     for (int i = 0; i < 16; i++) _mm_prefetch((const char *)tile + 64 * i, _MM_HINT_T0);
 }
 
-/* In what states and weights are: the sums are float32, or 32-bit integers of unsigned states and
- * signed weights. */
-enum kind { BFLOAT16, INTEGERS };
-
 /* The instruction wants to be told its registers, by number, as it is compiled. */
 #define MULTIPLY_TILES(kind, sums, left, right) \
     do {                                        \

@@ -1,4 +1,4 @@
-"""An encoder's layers in 8 bits, on a processor with AMX, by this package's own kernels.
+"""An encoder's layers in 8 bits, by this package's own kernels for several instruction sets.
 
 They make codes, scale sums back, activate and norm beside the products, so each row of states has a
 range of its own, as `int8.Int8Linear` gives it; no range has to be settled.
@@ -9,15 +9,15 @@ import ctypes
 import torch
 from torch import Tensor
 
-from bge_rerank_adapters.engine.models.cpu.amx.bfloat16 import (
-    AmxLayer,
+from bge_rerank_adapters.engine.models.cpu.kernels.layers import (
+    KernelLayer,
     NormVectors,
     by_rows,
     by_slices,
     norm_vectors,
     packed,
 )
-from bge_rerank_adapters.engine.models.cpu.kernels.library import AMX, kernel
+from bge_rerank_adapters.engine.models.cpu.kernels.library import InstructionSet, kernel
 from bge_rerank_adapters.engine.models.cpu.threads import ALONE, Helpers
 from bge_rerank_adapters.engine.models.encoder.layer import LayerSource
 from bge_rerank_adapters.engine.models.encoder.tensors import LinearTensors, stacked
@@ -52,12 +52,15 @@ class _Layer(ctypes.Structure):
     )
 
 
-def amx_int8_layer(source: LayerSource, *, heads: int) -> AmxLayer:
+def kernel_int8_layer(
+    source: LayerSource, instruction_set: InstructionSet, *, heads: int
+) -> KernelLayer:
     """Return a layer in 8 bits.
 
     Args:
         source: What it is made from, tensors in float32; its sample tells the channels that reach
             far.
+        instruction_set: Of the kernels.
         heads: Number of attention heads.
     """
     tensors, last, sample = source
@@ -69,12 +72,15 @@ def amx_int8_layer(source: LayerSource, *, heads: int) -> AmxLayer:
     projections = (
         [(query, None), (key_value, states)] if last else [(stacked(query, key_value), states)]
     )
-    return AmxLayer(
+    return KernelLayer(
         projections=tuple(
-            AmxInt8Linear(*each, divisor=divisor, slice_width=width)
+            KernelInt8Linear(
+                *each, instruction_set=instruction_set, divisor=divisor, slice_width=width
+            )
             for each, divisor in projections
         ),
-        after=AmxInt8AfterAttention(
+        after=KernelInt8AfterAttention(
+            instruction_set,
             (tensors.attention_output, tensors.up, tensors.down),
             (None, None) if last else (attended, smoothing(sample.middle)),
             (tensors.attention_norm, tensors.output_norm),
@@ -89,8 +95,9 @@ class _Quantised:
         self,
         weight: Tensor,
         bias: Tensor,
-        divisor: Tensor | None = None,
         *,
+        instruction_set: InstructionSet,
+        divisor: Tensor | None = None,
         chunk: int | None = None,
     ) -> None:
         """Quantise a weight of shape (outputs, inputs).
@@ -98,6 +105,7 @@ class _Quantised:
         Args:
             weight: In float32.
             bias: Shape (outputs,).
+            instruction_set: Of the kernels.
             divisor: What each input is divided by before it is quantised.
             chunk: How many inputs have a range of their own; all of them unless given.
         """
@@ -108,28 +116,41 @@ class _Quantised:
             part.sum(dim=1) * step for part in torch.split(rounded, chunk or weight.shape[1], dim=1)
         ]
         self._kept = [
-            *(packed(rounded.to(torch.int8)), step, torch.stack(sums), bias.float()),
+            *(
+                packed(rounded.to(torch.int8), instruction_set),
+                step,
+                torch.stack(sums),
+                bias.float(),
+            ),
             *([] if divisor is None else [divisor.reciprocal()]),
         ]
         self.structure = _Linear(*(each.data_ptr() for each in self._kept))
 
 
-class AmxInt8Linear:
+class KernelInt8Linear:
     """A linear layer in 8 bits whose outputs lie slice by slice."""
 
     def __init__(
-        self, weight: Tensor, bias: Tensor, *, divisor: Tensor | None, slice_width: int
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        *,
+        instruction_set: InstructionSet,
+        divisor: Tensor | None,
+        slice_width: int,
     ) -> None:
         """Quantise the weight, shape (outputs, inputs); the original is not kept.
 
         Args:
             weight: In float32.
             bias: Shape (outputs,).
+            instruction_set: Of the kernels.
             divisor: What each input is divided by before it is quantised.
             slice_width: How many outputs lie together, a divisor of their number.
         """
         self._outputs, self._inputs = weight.shape
-        self._weight, self._slice = _Quantised(weight, bias, divisor), slice_width
+        self._weight = _Quantised(weight, bias, instruction_set=instruction_set, divisor=divisor)
+        self._instruction_set, self._slice = instruction_set, slice_width
 
     def __call__(self, states: Tensor, helpers: Helpers = ALONE) -> Tensor:
         """Return the outputs for states of shape (rows, inputs), in bfloat16 and contiguous.
@@ -139,7 +160,7 @@ class AmxInt8Linear:
         layer = ctypes.addressof(self._weight.structure)
 
         def make(begin: int, end: int, out: Tensor) -> int:
-            status: int = kernel(AMX, "int8_linear")(
+            status: int = kernel(self._instruction_set, "int8_linear")(
                 *(layer, states.data_ptr(), len(states), begin, end, self._inputs, self._outputs),
                 *(out.data_ptr(), self._slice),
             )
@@ -148,11 +169,12 @@ class AmxInt8Linear:
         return by_slices(states, self._outputs, self._slice, make, helpers)
 
 
-class AmxInt8AfterAttention:
+class KernelInt8AfterAttention:
     """What comes after attention in a layer: its output, the feed-forward block and both norms."""
 
     def __init__(
         self,
+        instruction_set: InstructionSet,
         linears: tuple[LinearTensors, LinearTensors, LinearTensors],
         divisors: tuple[Tensor | None, Tensor | None],
         norms: tuple[LayerNorm, LayerNorm],
@@ -160,15 +182,17 @@ class AmxInt8AfterAttention:
         """Quantise the weights; the originals are not kept.
 
         Args:
+            instruction_set: Of the kernels.
             linears: Attention's output, and the feed-forward block's two, in float32.
             divisors: What the inputs of the first two are divided by before they are quantised.
             norms: After attention, and after the block.
         """
         output, up, down = linears
+        self._instruction_set = instruction_set
         self._weights = (
-            _Quantised(*output, divisors[0]),
-            _Quantised(*up, divisors[1]),
-            _Quantised(*down, chunk=_CHUNK),
+            _Quantised(*output, instruction_set=instruction_set, divisor=divisors[0]),
+            _Quantised(*up, instruction_set=instruction_set, divisor=divisors[1]),
+            _Quantised(*down, instruction_set=instruction_set, chunk=_CHUNK),
         )
         # The kernel has addresses alone.
         self._vectors, structures = norm_vectors(norms)
@@ -184,4 +208,5 @@ class AmxInt8AfterAttention:
 
         All have shape (rows, hidden), are in bfloat16 and contiguous.
         """
-        return by_rows(kernel(AMX, "int8_after_attention"), self._layer, states, attended, helpers)
+        after_attention = kernel(self._instruction_set, "int8_after_attention")
+        return by_rows(after_attention, self._layer, states, attended, helpers)

@@ -1,0 +1,23 @@
+"""An encoder's layers of this package's own kernels for AVX512-VNNI.
+
+In bfloat16 and float32 products by AVX512 are about as fast as oneDNN's, so there are none here.
+"""
+
+from bge_rerank_adapters.engine.models.cpu.kernels.kit import KernelInt8Kit
+from bge_rerank_adapters.engine.models.cpu.kernels.layers import attention_by
+from bge_rerank_adapters.engine.models.cpu.kernels.library import AVX512_BF16, AVX512_VNNI, lack
+from bge_rerank_adapters.engine.models.layers.attention import Attention
+
+
+class Avx512VnniInt8Kit(KernelInt8Kit):
+    """Own kernels in 8 bits, for CPUs with AVX512-VNNI.
+
+    Attention is in float32, or in bfloat16 where the CPU has AVX512-BF16.
+    """
+
+    label = "Own kernels for AVX512-VNNI in int8"
+    instruction_set = AVX512_VNNI
+
+    def attention(self) -> Attention:
+        """Return the kernel that attends to what these layers give, head by head."""
+        return attention_by(AVX512_VNNI if lack(AVX512_BF16) else AVX512_BF16)

@@ -1,0 +1,60 @@
+"""What the kits of this package's own kernels share."""
+
+from typing import ClassVar
+
+import torch
+
+from bge_rerank_adapters.engine.models.cpu.kernels.int8 import kernel_int8_layer
+from bge_rerank_adapters.engine.models.cpu.kernels.layers import KernelLayer, attention_by, suits
+from bge_rerank_adapters.engine.models.cpu.kernels.library import InstructionSet, lack
+from bge_rerank_adapters.engine.models.cpu.streams import one_thread_stream_count
+from bge_rerank_adapters.engine.models.encoder.layer import LayerSource
+from bge_rerank_adapters.engine.models.encoder.plain import KitRequest, PlainKit
+from bge_rerank_adapters.engine.models.layers.attention import Attention
+
+
+class KernelKit(PlainKit):
+    """Layers by kernels for one instruction set; what runs between them is in bfloat16.
+
+    Attributes:
+        instruction_set: Of the kernels.
+    """
+
+    instruction_set: ClassVar[InstructionSet]
+
+    def __init__(self, request: KitRequest) -> None:
+        """Take what `lack` has found nothing missing for."""
+        super().__init__(request._replace(dtype=torch.bfloat16))
+        # The kernels norm in float32.
+        self.norm_dtype = torch.float32
+
+    @classmethod
+    def lack(cls, request: KitRequest) -> str | None:
+        """Return why these layers do not suit such a model here, or `None` if they do."""
+        if request.device.type != "cpu":
+            return "they run on CPUs alone"
+        if not suits(request.config, int8=cls.int8):
+            return "they are for the exact GELU, and for sizes that fill tiles"
+        return lack(cls.instruction_set)
+
+    def attention(self) -> Attention:
+        """Return the kernel that attends to what these layers give, head by head."""
+        return attention_by(self.instruction_set)
+
+    def pack_rows(self, tokens: int) -> int:
+        """Return the number of tokens itself: one code serves all sizes."""
+        return tokens
+
+    def stream_count(self) -> int:
+        """Return a stream for each thread."""
+        return one_thread_stream_count()
+
+
+class KernelInt8Kit(KernelKit):
+    """Layers in 8 bits; each row of states has a range of its own."""
+
+    int8 = True
+
+    def layer(self, source: LayerSource) -> KernelLayer:
+        """Return a layer."""
+        return kernel_int8_layer(source, self.instruction_set, heads=self.config.heads)
