@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from bge_rerank_adapters.ray.dataset import RowRanker
 from bge_rerank_adapters.ray.files import PartRanker
 from bge_rerank_adapters.ray.job import Counts, Folder
 from bge_rerank_adapters.ray.parts import Part
-from bge_rerank_adapters.ray.recipe import Resources, check_concurrency, make_recipe
+from bge_rerank_adapters.ray.recipe import Recipe, Resources, check_concurrency, make_recipe
 from bge_rerank_adapters.ray.rows import exploded_table
 from bge_rerank_adapters.ray.storage import read_lines, read_rows
 from bge_rerank_adapters.settings import EngineSettings
@@ -191,6 +191,69 @@ def test_an_actor_that_is_killed_loses_and_doubles_nothing(cluster, reranker: Re
         assert_ranked(rows[row["query_id"]], row["results"], reranker)
     with pytest.raises(ProcessLookupError):
         os.kill(killed, 0)
+
+
+def deadly_recipes(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+    """Let the processes of a job's actors end whenever they rank a text of poison."""
+
+    # Local, so that they are sent to the actors by value.
+    class Deadly:
+        def __init__(self, engine):
+            self.engine = engine
+
+        def rerank_many(self, requests, **limits):
+            requests = [*requests]
+            if any("poison" in text for _, texts in requests for text in texts):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return self.engine.rerank_many(requests, **limits)
+
+    class DeadlyRecipe(Recipe):
+        def load(self):
+            return Deadly(super().load())
+
+    def make_deadly(*args, **options):
+        made = make_recipe(*args, **options)
+        return DeadlyRecipe(*(getattr(made, each.name) for each in fields(made)))
+
+    monkeypatch.setattr(f"bge_rerank_adapters.ray.{module}.make_recipe", make_deadly)
+
+
+def with_poison(rows: list[dict], *places: int) -> list[dict]:
+    return [
+        row | {"documents": [*row["documents"], "poison"]} if place in places else row
+        for place, row in enumerate(rows)
+    ]
+
+
+@linux_only
+@pytest.mark.timeout(300)
+def test_rows_on_which_actors_die_each_time_are_put_aside(cluster, reranker, monkeypatch):
+    deadly_recipes(monkeypatch, "dataset")
+    rows = with_poison(questions(24), 5, 6)
+    dataset = ray.data.from_items(rows, override_num_blocks=3)
+    found = rerank_dataset(dataset, settings=TINY, batch_size=8).take_all()
+    assert sorted(row["query_id"] for row in found) == list(range(24))
+    for row in found:
+        if row["query_id"] in (5, 6):
+            assert "ended, each of 2 times" in row["error"]
+            assert not len(row["results"])
+        else:
+            assert row["error"] is None
+            assert_ranked(rows[row["query_id"]], row["results"], reranker)
+
+
+@linux_only
+@pytest.mark.timeout(300)
+def test_rows_of_files_on_which_actors_die_are_put_aside(cluster, tmp_path, monkeypatch):
+    deadly_recipes(monkeypatch, "files")
+    source, output = tmp_path / "in.jsonl", tmp_path / "out"
+    rows = with_poison(questions(12), 3)
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = rerank_files(source, output, settings=TINY, part_bytes=2_000)
+    assert (report.queries, report.put_aside) == (11, 1)
+    (aside,) = [row for path in (output / "_put_aside").iterdir() for row in json_lines(path)]
+    assert "ended, each of 2 times" in aside["error"]
+    assert json.loads(aside["input"])["query_id"] == 3
 
 
 JOB = """

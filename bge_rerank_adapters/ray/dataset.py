@@ -9,6 +9,7 @@ from ray.data import ActorPoolStrategy, Dataset
 from ray.data.dataset import MaterializedDataset
 
 from bge_rerank_adapters.errors import SettingsError
+from bge_rerank_adapters.ray.attempts import Attempts
 from bge_rerank_adapters.ray.corpus import (
     IDS,
     CorpusSource,
@@ -56,7 +57,7 @@ def rerank_dataset(
     Lazy, as all of Ray Data: nothing runs before the result is read or written. Each actor loads
     the model once. A batch is all that an actor holds; how many wait between reading, ranking and
     writing is bounded by Ray's object store. An actor that dies is started again, and its rows are
-    given out again: none is lost, none is doubled.
+    given out again: none is lost, none is doubled. A row on which they die each time is put aside.
 
     Args:
         dataset: Rows of `query`, and `documents`: a list of texts, or of objects with a `text` and
@@ -83,8 +84,8 @@ def rerank_dataset(
         - `results`: a list, best first, of `rank` (from 1), `index` (from 0, in the row's own
           documents), `id` (as a text; null if it has none), `score`, `logit`, `truncated`, `span`
           (`[start, end]`, null without windows) and `text` (null if `with_text` is false).
-        - `error`: null, or why the row has no results: it could not be read, or the model failed
-          on it.
+        - `error`: null, or why the row has no results: it could not be read, the model failed
+          on it, or actors died on it.
 
     Raises:
         SettingsError: A setting is not allowed, or the dataset lacks a column.
@@ -104,7 +105,12 @@ def rerank_dataset(
     _warn_of_full_cluster(dataset, least * num_cpus)
     return dataset.map_batches(
         RowRanker,
-        fn_constructor_kwargs={"recipe": recipe, "source": source, "with_text": with_text},
+        fn_constructor_kwargs={
+            "recipe": recipe,
+            "source": source,
+            "with_text": with_text,
+            "attempts": Attempts(),
+        },
         batch_format="pyarrow",
         batch_size=check_count("batch_size", batch_size),
         compute=ActorPoolStrategy(min_size=least, max_size=most),
@@ -145,9 +151,23 @@ def split_errors(ranked: Dataset) -> tuple[Dataset, Dataset]:
 class RowRanker:
     """What each actor is: an engine, and perhaps a corpus."""
 
-    def __init__(self, recipe: Recipe, source: CorpusSource | None, *, with_text: bool) -> None:
-        """Load the model; errors as in `Reranker`."""
-        self._limits = recipe.limits
+    def __init__(
+        self,
+        recipe: Recipe,
+        source: CorpusSource | None,
+        *,
+        with_text: bool,
+        attempts: Attempts | None = None,
+    ) -> None:
+        """Load the model; errors as in `Reranker`.
+
+        Args:
+            recipe: How to make the engine.
+            source: Where documents are that rows name by id.
+            with_text: Whether results have the document's text.
+            attempts: Finds rows on which actors die; `None` looks for none.
+        """
+        self._limits, self._rank = recipe.limits, attempts.rank if attempts else rank_all
         self._with_text = with_text
         self._prepare = preparation(source)
         self._engine = recipe.load()
@@ -155,7 +175,7 @@ class RowRanker:
     def __call__(self, table: pa.Table) -> pa.Table:
         """Return the table's rows, ranked."""
         items = items_of(table, prepare=self._prepare)
-        rankings = rank_all(self._engine, items, limits=self._limits)
+        rankings = self._rank(self._engine, items, limits=self._limits)
         return ranked_table(table, items, rankings, with_text=self._with_text)
 
 

@@ -11,6 +11,7 @@ from ray.data import ActorPoolStrategy
 from bge_rerank_adapters.calls.items import Item
 from bge_rerank_adapters.calls.ranking import Ranking
 from bge_rerank_adapters.errors import RerankError, SettingsError
+from bge_rerank_adapters.ray.attempts import Attempts
 from bge_rerank_adapters.ray.corpus import IDS, CorpusSource, corpus_source
 from bge_rerank_adapters.ray.dataset import preparation
 from bge_rerank_adapters.ray.job import PUT_ASIDE, Counts, Folder
@@ -72,7 +73,8 @@ def rerank_files(
 
     The input is cut into parts. An actor reads, ranks and writes a part by itself, under a name
     that is the part's, so a job that was killed and is started again does what is not done, and
-    nothing else. An actor holds one part at a time.
+    nothing else. An actor holds one part at a time. A row on which actors die each time is put
+    aside.
 
     Args:
         source: A Parquet or JSONL file, or a folder of them; a path that every machine sees, or a
@@ -121,6 +123,7 @@ def rerank_files(
         folder=folder,
         output_format=_check_format(output_format) or kind_of(files[0].path),
         with_text=with_text,
+        attempts=Attempts(),
     )
     asked = {
         **recipe.settings.to_dict(),
@@ -150,6 +153,7 @@ class Job:
         folder: Where the output goes.
         output_format: `"parquet"` or `"jsonl"`.
         with_text: Whether results have the document's text.
+        attempts: Finds rows on which actors die; `None` looks for none.
     """
 
     recipe: Recipe
@@ -158,6 +162,7 @@ class Job:
     folder: Folder
     output_format: str
     with_text: bool
+    attempts: Attempts | None = None
 
 
 class PartRanker:
@@ -179,7 +184,8 @@ class PartRanker:
 
     def _rank(self, part: Part) -> None:
         read = read_part(self._job.system, part, prepare=self._prepare)
-        rankings = rank_all(self._engine, read.items, limits=self._job.recipe.limits)
+        rank = self._job.attempts.rank if self._job.attempts else rank_all
+        rankings = rank(self._engine, read.items, limits=self._job.recipe.limits)
         ranked = [
             item
             for item, ranking in zip(read.items, rankings, strict=True)
