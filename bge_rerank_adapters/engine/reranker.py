@@ -16,6 +16,7 @@ from bge_rerank_adapters.calls.requests import Piece, Request, pieces
 from bge_rerank_adapters.calls.runner import AsyncRunner, Call, Reservations, Step, advance
 from bge_rerank_adapters.engine.checkpoints.hub import find_folder
 from bge_rerank_adapters.engine.models.base import Model
+from bge_rerank_adapters.engine.models.causal.readout import LayerLogits
 from bge_rerank_adapters.engine.models.cpu.threads import settle_threads
 from bge_rerank_adapters.engine.models.device_faults import check_usable
 from bge_rerank_adapters.engine.models.devices import resolve_device
@@ -24,6 +25,7 @@ from bge_rerank_adapters.engine.models.loading import (
     load_pair_tokenizer,
     read_checkpoint,
 )
+from bge_rerank_adapters.engine.models.reading import Read, Reading, Readings
 from bge_rerank_adapters.engine.queue.backlog import Logits
 from bge_rerank_adapters.engine.queue.core import ScoringCore
 from bge_rerank_adapters.engine.queue.packs import Job
@@ -94,6 +96,7 @@ class Reranker(BaseReranker[EngineSettings]):
         folder = find_folder(settings)
         checkpoint = read_checkpoint(folder, settings)
         tokenizer = self._tokenizer = load_pair_tokenizer(checkpoint, settings)
+        self._readings = Readings(checkpoint, settings, tokenizer)
         models = _in_fresh_thread(
             lambda: load_models(checkpoint, settings, tokenizer=tokenizer, devices=devices)
         )
@@ -116,6 +119,31 @@ class Reranker(BaseReranker[EngineSettings]):
     def closed(self) -> bool:
         """Whether it scores no more: `close` has been called, or it is of before a fork."""
         return self._core.closed
+
+    def pair_logits(
+        self, pairs: Iterable[tuple[str, str]], reading: Reading
+    ) -> list[tuple[float, ...]]:
+        """Return the logits of (query, document) pairs, read as this one call asks for.
+
+        For drop-ins of libraries that take at every call what are an engine's settings here.
+
+        Returns:
+            For each pair, in input order, the logit of each layer that is read; one alone where
+            the call names no layers.
+
+        Raises:
+            InputTypeError: A pair is not two `str`; the message names which.
+            SettingsError: The lengths leave no room for a document, or the model does not have a
+                layer.
+            RerankError: As `rerank`.
+        """
+        requests, read = Request.checked_pairs(pairs), self._readings.reader(reading)
+        scores, _ = self._run(
+            lambda reservations: self._score_together(
+                requests, reservations, name=lambda index: f"pairs[{index}]", read=read
+            )
+        )
+        return [_layers(each.logit) for each in scores if each.logit is not None]
 
     def warm_up(self) -> None:
         """Run the model once, so that the first query does not wait for kernels to be chosen.
@@ -225,6 +253,7 @@ class Reranker(BaseReranker[EngineSettings]):
         name: Callable[[int], str],
         counted: int = 1,
         bounded: bool = True,
+        read: Read | None = None,
     ) -> Call[_Scored]:
         """Tokenise, queue, wait, and return the scores in the order of the pairs, and the usage.
 
@@ -234,6 +263,7 @@ class Reranker(BaseReranker[EngineSettings]):
             name: What an error calls the pair at an index.
             counted: As how many requests they count.
             bounded: Whether the call may be refused because too many pairs wait.
+            read: Tokenises the pairs; `None` is by the engine's settings.
         """
         pairs = sum(len(request.texts) for request in requests)
         future: Logits = Future()
@@ -245,7 +275,7 @@ class Reranker(BaseReranker[EngineSettings]):
         yield None
         begin = time.perf_counter()
         tokenized = self._tokenize(
-            [(request.query, text) for request in requests for text in request.texts]
+            [(request.query, text) for request in requests for text in request.texts], read
         )
         job = Job(tokenized.distinct, future, name)
         queued = time.perf_counter()
@@ -259,10 +289,10 @@ class Reranker(BaseReranker[EngineSettings]):
         )
         return _pair_scores(tokenized, logits), usage
 
-    def _tokenize(self, pairs: list[tuple[str, str]]) -> TokenizedPairs:
+    def _tokenize(self, pairs: list[tuple[str, str]], read: Read | None = None) -> TokenizedPairs:
         begin = time.perf_counter()
         try:
-            return self._tokenizer.tokenize(pairs)
+            return (read or self._tokenizer.tokenize)(pairs)
         except (KeyboardInterrupt, SystemExit, ScoringError):
             raise
         except BaseException as error:  # what Rust panics with is no Exception
@@ -316,6 +346,10 @@ def _pair_scores(tokenized: TokenizedPairs, logits: Sequence[float]) -> list[Pai
         pair, logit = tokenized.distinct[position], logits[position]
         scores.append(PairScore(sigmoid(logit), logit, pair.truncated, pair.span))
     return scores
+
+
+def _layers(logit: float) -> tuple[float, ...]:
+    return logit.layers if isinstance(logit, LayerLogits) else (logit,)
 
 
 def _split(piece: Piece, scores: list[PairScore]) -> Iterator[ScoredRequest]:

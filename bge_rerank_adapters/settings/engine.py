@@ -218,7 +218,7 @@ class EngineSettings(Table):
         None,
         checks.any_text_or_none,
         "Put before each query",
-        none='`"A: "` in the decoder families, else nothing',
+        none='`"A: "` in the decoder families, else the prompt that the checkpoint has, if any',
     )
     passage_instruction: str | None = setting(
         None,

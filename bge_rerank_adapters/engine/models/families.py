@@ -12,9 +12,13 @@ from tokenizers import Tokenizer
 from bge_rerank_adapters.engine.checkpoints.adapter import Adapter
 from bge_rerank_adapters.engine.models.base import Model
 from bge_rerank_adapters.engine.models.causal.config import parse_causal
+from bge_rerank_adapters.engine.models.causal.cutoff import HeadLayers
 from bge_rerank_adapters.engine.models.causal.decoder import DecoderModel
-from bge_rerank_adapters.engine.models.causal.layerwise import LayerwiseModel
-from bge_rerank_adapters.engine.models.causal.lightweight import LightweightModel
+from bge_rerank_adapters.engine.models.causal.layerwise import LayerwiseModel, layerwise_heads
+from bge_rerank_adapters.engine.models.causal.lightweight import (
+    LightweightModel,
+    lightweight_heads,
+)
 from bge_rerank_adapters.engine.models.cpu.streams import stream_count, with_streams
 from bge_rerank_adapters.engine.models.encoder.calibration import sample_pairs
 from bge_rerank_adapters.engine.models.encoder.config import ENCODER_TYPES, parse_config
@@ -81,6 +85,8 @@ class Family:
         load: Makes the model.
         wide_range: Whether activations may be too large for float16.
         classifier: Whether the logit comes from a classification head.
+        heads: From a config and `folder=` to the layers after which there is a head, where a call
+            may choose among several.
         flag_class: FlagEmbedding's class.
     """
 
@@ -91,6 +97,7 @@ class Family:
     load: Callable[[ModelSource], Model]
     wide_range: bool = True
     classifier: bool = False
+    heads: Callable[..., HeadLayers] | None = None
     flag_class: str
 
 
@@ -197,6 +204,7 @@ _ROWS = (
         read_sizes=parse_causal,
         template=partial(_prompted, PromptStyle(YES_OR_NO, needs_bos=True)),
         load=_load_layerwise,
+        heads=layerwise_heads,
         flag_class="LayerWiseFlagLLMReranker",
     ),
     Family(
@@ -205,6 +213,7 @@ _ROWS = (
         read_sizes=parse_causal,
         template=partial(_prompted, PromptStyle(CONTAINS_ANSWER, needs_bos=True)),
         load=_load_lightweight,
+        heads=lightweight_heads,
         flag_class="LightWeightFlagLLMReranker",
     ),
 )

@@ -26,6 +26,10 @@ class HeadLayers:
         """All of them, in order."""
         return range(self.first, self.last + 1, self.step)
 
+    def up_to(self, depth: int) -> range:
+        """Return those of a model of which so many layers are run."""
+        return range(self.first, depth + 1, self.step)
+
     def check(self, cutoff_layer: int | None) -> int:
         """Return how many layers to run.
 

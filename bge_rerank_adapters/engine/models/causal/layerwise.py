@@ -12,12 +12,12 @@ import torch
 from bge_rerank_adapters.engine.checkpoints.adapter import Adapter
 from bge_rerank_adapters.engine.models.causal.config import parse_causal
 from bge_rerank_adapters.engine.models.causal.cutoff import HeadLayers, read_entry
-from bge_rerank_adapters.engine.models.causal.model import CausalModel, HeadRow
+from bge_rerank_adapters.engine.models.causal.readout import SeveralHeadsModel
 from bge_rerank_adapters.engine.models.lora import open_weights
 from bge_rerank_adapters.errors import UnsupportedCheckpointError
 
 
-class LayerwiseModel(CausalModel):
+class LayerwiseModel(SeveralHeadsModel):
     """A MiniCPM model on one device, run up to the layer whose logit is asked for."""
 
     def __init__(
@@ -47,13 +47,40 @@ class LayerwiseModel(CausalModel):
         """
         parsed = parse_causal(config, folder=folder)
         _check_head_type(config, folder)
-        heads = HeadLayers(read_entry(config, "start_layer", 8, folder=folder), parsed.layers)
+        heads = layerwise_heads(config, folder=folder)
         depth = heads.check(cutoff_layer)
-        multiple = config.get("head_multi", True)
-        place = f".{heads.layers.index(depth)}" if multiple else ""
-        head = HeadRow(f"lm_head{place}.linear_head.weight")
+        self._first = heads.first if config.get("head_multi", True) else None
         with open_weights(folder, adapter) as weights:
-            super().__init__(parsed, weights, device=device, dtype=dtype, depth=depth, head=head)
+            super().__init__(
+                parsed,
+                weights,
+                device=device,
+                dtype=dtype,
+                depth=depth,
+                heads=self._head_names(depth),
+                usual=self.head_place(depth, 0),
+            )
+
+    def head_place(self, layer: int, place: int) -> int:
+        """Return the layer's own head, or the only one."""
+        del place
+        return 0 if self._first is None else layer - self._first
+
+    def _head_names(self, depth: int) -> list[str]:
+        if self._first is None:
+            return ["lm_head.linear_head.weight"]
+        heads = depth - self._first + 1
+        return [f"lm_head.{place}.linear_head.weight" for place in range(heads)]
+
+
+def layerwise_heads(config: dict[str, Any], *, folder: Path) -> HeadLayers:
+    """Return after which layers of a checkpoint there is a head.
+
+    Raises:
+        CheckpointError: Its config is damaged.
+    """
+    layers = parse_causal(config, folder=folder).layers
+    return HeadLayers(read_entry(config, "start_layer", 8, folder=folder), layers)
 
 
 def _check_head_type(config: dict[str, Any], folder: Path) -> None:

@@ -5,7 +5,7 @@ As FlagEmbedding 1.4.2 computes it (`inference/reranker/decoder_only/lightweight
 
 - Whatever layer is asked for, its output goes through the first head. The heads stand in a list,
   one for each layer from `start_layer` on, and are taken by their place among the layers that are
-  asked for, which for one layer is the first.
+  asked for, which for one layer is the first; so a layer's logits differ with those beside it.
 - Attention scores are not capped, though the config has an `attn_logit_softcapping`: torch's
   attention function, which is used there, has no such thing.
 """
@@ -24,17 +24,15 @@ from bge_rerank_adapters.engine.checkpoints.adapter import Adapter
 from bge_rerank_adapters.engine.models.causal.attention import CausalLayout
 from bge_rerank_adapters.engine.models.causal.config import parse_causal
 from bge_rerank_adapters.engine.models.causal.cutoff import HeadLayers, read_entry
-from bge_rerank_adapters.engine.models.causal.model import CausalModel, HeadRow
+from bge_rerank_adapters.engine.models.causal.readout import SeveralHeadsModel, readout_of
 from bge_rerank_adapters.engine.models.lora import open_weights
 from bge_rerank_adapters.engine.text.pairs import TokenPair
 from bge_rerank_adapters.errors import CheckpointError, SettingsError, UnsupportedCheckpointError
 
 _DEFAULT_COMPRESS_LAYERS = (8,)
-# Whatever layer is asked for.
-_HEAD = HeadRow("lm_head.0.linear_head.weight")
 
 
-class LightweightModel(CausalModel):
+class LightweightModel(SeveralHeadsModel):
     """A Gemma 2 model on one device, run up to the layer whose logit is asked for."""
 
     def __init__(
@@ -73,16 +71,21 @@ class LightweightModel(CausalModel):
                 f"{folder / 'config.json'}: layer_wise must be true for a reranker of the "
                 f"lightweight family, got {config.get('layer_wise')!r}."
             )
-        first, step = (
-            read_entry(config, name, 28, folder=folder) for name in ("start_layer", "layer_sep")
-        )
-        depth = HeadLayers(first, parsed.layers, step).check(cutoff_layer)
+        heads = lightweight_heads(config, folder=folder)
+        depth = heads.check(cutoff_layer)
         self._ratio = compress_ratio
-        layers = _check_compress_layers(compress_layers, parsed.layers)
-        self._compress_at = frozenset(layers) if compress_ratio > 1 else frozenset()
+        self._compress_layers = check_compress_layers(compress_layers, parsed.layers)
         self._cap = _cap(config, folder)
+        names = [f"lm_head.{place}.linear_head.weight" for place in range(len(heads.up_to(depth)))]
         with open_weights(folder, adapter) as weights:
-            super().__init__(parsed, weights, device=device, dtype=dtype, depth=depth, head=_HEAD)
+            super().__init__(
+                parsed, weights, device=device, dtype=dtype, depth=depth, heads=names, usual=0
+            )
+
+    def head_place(self, layer: int, place: int) -> int:
+        """Return the head of a layer's place among those that are read; see the module."""
+        del layer
+        return place
 
     def after_head(self, raw: Tensor) -> Tensor:
         """Return the logits, which come near the cap and never above it."""
@@ -92,10 +95,13 @@ class LightweightModel(CausalModel):
         self, index: int, states: Tensor, layout: CausalLayout, pairs: Sequence[TokenPair]
     ) -> tuple[Tensor, CausalLayout]:
         """Return fewer tokens before the layers that ask for it."""
-        if index not in self._compress_at:
+        readout = readout_of(pairs[0])
+        ratio = readout.compress_ratio if readout else self._ratio
+        layers = readout.compress_layers if readout else self._compress_layers
+        if ratio == 1 or index not in layers:
             return states, layout
-        times = sum(each < index for each in self._compress_at)
-        places = Compression.of(pairs, ratio=self._ratio, times=times)
+        times = sum(each < index for each in layers)
+        places = Compression.of(pairs, ratio=ratio, times=times)
         return places.apply(states), CausalLayout(places.lengths, self.device)
 
 
@@ -151,8 +157,24 @@ class Compression:
         return averaged
 
 
-def _check_compress_layers(given: Sequence[int] | None, layers: int) -> Sequence[int]:
-    """Return before which layers to compress; refuse those that the model does not have."""
+def lightweight_heads(config: dict[str, Any], *, folder: Path) -> HeadLayers:
+    """Return after which layers of a checkpoint there is a head.
+
+    Raises:
+        CheckpointError: Its config is damaged.
+    """
+    first, step = (
+        read_entry(config, name, 28, folder=folder) for name in ("start_layer", "layer_sep")
+    )
+    return HeadLayers(first, parse_causal(config, folder=folder).layers, step)
+
+
+def check_compress_layers(given: Sequence[int] | None, layers: int) -> tuple[int, ...]:
+    """Return before which layers to compress; refuse those that the model does not have.
+
+    Raises:
+        SettingsError: It does not have one of them.
+    """
     if given is None:
         return _DEFAULT_COMPRESS_LAYERS
     for each in given:
@@ -161,7 +183,7 @@ def _check_compress_layers(given: Sequence[int] | None, layers: int) -> Sequence
                 f"compress_layers must be from 1 to {layers - 1}, the last layer of this "
                 f"checkpoint counted from 0, got {each}."
             )
-    return given
+    return tuple(given)
 
 
 def _cap(config: dict[str, Any], folder: Path) -> float | None:

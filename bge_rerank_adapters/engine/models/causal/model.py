@@ -140,12 +140,26 @@ class CausalModel:
         Args:
             pairs: n >= 1 pairs.
         """
+        return self.states_after((self.depth,), pairs)[0]
+
+    def states_after(self, layers: Sequence[int], pairs: Sequence[TokenPair]) -> list[Tensor]:
+        """Return the normed output of each pair's last token after each of the layers, in one pass.
+
+        Args:
+            layers: Numbers of layers run, ascending, the last at most `depth`.
+            pairs: n >= 1 pairs.
+
+        Returns:
+            One tensor for each of the layers; shape (n, hidden).
+        """
         layout = CausalLayout([len(pair) for pair in pairs], self.device)
-        states = self._embed(pairs)
-        for index in range(self.depth):
+        states, found = self._embed(pairs), []
+        for index in range(layers[-1]):
+            if index in layers:
+                found.append(self._norm(states[layout.last]))
             states, layout = self.before_layer(index, states, layout, pairs)
-            states = self._run_layer(index, states, layout)
-        return self._norm(states)
+            states = self._run_layer(index, states, layout, last=index == layers[-1] - 1)
+        return [*found, self._norm(states)]
 
     def before_layer(
         self, index: int, states: Tensor, layout: CausalLayout, pairs: Sequence[TokenPair]
@@ -172,14 +186,14 @@ class CausalModel:
         scale = torch.tensor(self.config.embedding_scale, dtype=self.dtype)
         return functional.embedding(ids, self._words) * scale
 
-    def _run_layer(self, index: int, states: Tensor, layout: CausalLayout) -> Tensor:
+    def _run_layer(self, index: int, states: Tensor, layout: CausalLayout, *, last: bool) -> Tensor:
         """Return the layer's output: of all tokens, or of each pair's last in the last layer."""
         layer, config = self._layers[index], self.config
         normed = layer.attention_norm(states)
         key, value = layer.key_value(normed).chunk(2, dim=-1)
         key = self._rotate(key, layout.positions, config.key_heads)
         positions = layout.positions
-        if index == self.depth - 1:
+        if last:
             states, normed, positions = (each[layout.last] for each in (states, normed, positions))
         query = self._rotate(layer.query(normed), positions, config.query_heads)
         attended = self._attend(query, key, value, layout, config.heads(index))

@@ -1,0 +1,117 @@
+"""How a single call has its pairs read, where that is not as the engine's settings say.
+
+FlagEmbedding takes lengths, prompts, layers and compression at every call. None of them changes the
+weights, so such a call needs another tokenizer at most, and shares packs with all others.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from bge_rerank_adapters.engine.models.causal.lightweight import check_compress_layers
+from bge_rerank_adapters.engine.models.causal.readout import Readout, ReadPair
+from bge_rerank_adapters.engine.models.loading import LocalCheckpoint, load_pair_tokenizer
+from bge_rerank_adapters.engine.text.pairs import TokenizedPairs, TokenPair
+from bge_rerank_adapters.engine.text.tokenizer import PairTokenizer
+from bge_rerank_adapters.errors import SettingsError
+from bge_rerank_adapters.settings import EngineSettings
+
+Read = Callable[[Sequence[tuple[str, str]]], TokenizedPairs]
+"""From (query, document) pairs to what goes through the model."""
+
+# Those of a few calls that differ in their lengths; each takes some megabytes.
+_TOKENIZERS_KEPT = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What one call asks for.
+
+    Attributes:
+        settings: The engine's, but for lengths, prompt, instructions and compression.
+        cutoff_layers: After which layers a logit is read, ascending; `()` is as in `settings`.
+    """
+
+    settings: EngineSettings
+    cutoff_layers: tuple[int, ...] = ()
+
+
+class Readings:
+    """Gives calls of one engine their own way of reading; may be used from many threads."""
+
+    def __init__(
+        self, checkpoint: LocalCheckpoint, settings: EngineSettings, tokenizer: PairTokenizer
+    ) -> None:
+        """Take over what the engine was made with."""
+        self._checkpoint, self._settings = checkpoint, settings
+        self._lock = threading.Lock()
+        self._own = (_of_texts(settings), tokenizer)
+        self._others: OrderedDict[EngineSettings, PairTokenizer] = OrderedDict()
+
+    def reader(self, reading: Reading) -> Read:
+        """Return what reads a call's pairs.
+
+        Raises:
+            SettingsError: The lengths leave no room for a document, or the model does not have a
+                layer that is asked for.
+        """
+        readout = self._readout(reading)
+        tokenizer = self._tokenizer(_of_texts(reading.settings))
+
+        def read(pairs: Sequence[tuple[str, str]]) -> TokenizedPairs:
+            tokenized = tokenizer.tokenize(pairs)
+            if readout is None:
+                return tokenized
+            distinct: list[TokenPair] = [ReadPair.of(each, readout) for each in tokenized.distinct]
+            return replace(tokenized, distinct=distinct)
+
+        return read
+
+    def _tokenizer(self, settings: EngineSettings) -> PairTokenizer:
+        if settings == self._own[0]:
+            return self._own[1]
+        with self._lock:
+            made = self._others.pop(settings, None)
+            made = made or load_pair_tokenizer(self._checkpoint, settings)
+            self._others[settings] = made
+            while len(self._others) > _TOKENIZERS_KEPT:
+                self._others.popitem(last=False)
+            return made
+
+    def _readout(self, reading: Reading) -> Readout | None:
+        files, family = self._checkpoint.files, self._checkpoint.family
+        if family.heads is None:
+            return None
+        heads, settings = family.heads(files.config, folder=files.folder), reading.settings
+        asked = reading.cutoff_layers or (heads.check(settings.cutoff_layers),)
+        for layer in asked:
+            heads.check(layer)
+        _check_ascending(asked)
+        self._check_loaded(asked[-1])
+        layers = check_compress_layers(settings.compress_layers, heads.last)
+        return Readout(asked, settings.compress_ratio or 1, layers)
+
+    def _check_loaded(self, layer: int) -> None:
+        loaded = self._settings.cutoff_layers
+        if loaded is not None and layer > loaded:
+            raise SettingsError(
+                f"cutoff_layers {layer} is beyond the {loaded} layers that are loaded, as the "
+                "engine's own cutoff_layers says; make the engine without it."
+            )
+
+
+def _of_texts(settings: EngineSettings) -> EngineSettings:
+    """Return the settings without what concerns layers alone."""
+    return replace(
+        settings.without_token(), cutoff_layers=None, compress_ratio=None, compress_layers=None
+    )
+
+
+def _check_ascending(layers: Sequence[int]) -> None:
+    """Refuse an order in which FlagEmbedding reads a layer through the head of another one."""
+    if list(layers) != sorted(set(layers)):
+        raise SettingsError(
+            f"cutoff_layers must be in ascending order, each layer once, got {list(layers)}; "
+            "logits come in that order."
+        )
