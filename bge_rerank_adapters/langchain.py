@@ -39,7 +39,8 @@ except ImportError as error:
 from pydantic import ConfigDict, Field
 
 from bge_rerank_adapters.calls.checks import check_query
-from bge_rerank_adapters.calls.ranking import RankedDocument, span_within
+from bge_rerank_adapters.calls.metadata import ADDED_METADATA, added_metadata
+from bge_rerank_adapters.calls.ranking import RankedDocument
 from bge_rerank_adapters.calls.runner import map_in_turns
 from bge_rerank_adapters.engine.hosted.copies import copied
 from bge_rerank_adapters.engine.hosted.fields import AdapterSettings
@@ -73,9 +74,10 @@ class BGEDocumentCompressor(AdapterSettings, BaseDocumentCompressor):
         Returns:
             At most `top_k` documents with ids and metadata kept, to which are added
             `relevance_score` (float, in [0, 1]), `retrieval_index` (int, the place in `documents`)
-            and, where its end was cut off, `relevance_truncated` (True). With
-            `long_documents="window"` also `relevance_span`: where in `page_content` the best
-            window is, as `[start, end]` in characters. `[]` for no documents.
+            and, where its end was cut off, `relevance_truncated` (True), or where the query was
+            cut, `relevance_query_truncated` (True). With `long_documents="window"` also
+            `relevance_span_start` and `relevance_span_end` (int): where in `page_content` the best
+            window is, in characters. `[]` for no documents.
 
         Raises:
             InputTypeError: The query is no `str`, or one of the documents no `Document` with text,
@@ -224,15 +226,8 @@ def _with_score(document: Document, ranked: RankedDocument) -> Document:
         name=f"documents[{ranked.index}]",
         metadata=document.metadata,
     )
-    scored.metadata["relevance_score"] = float(ranked.score)
-    scored.metadata["retrieval_index"] = int(ranked.index)
-    # An earlier reranking of the same document may have left its own marks.
-    for mark in ("relevance_truncated", "relevance_span"):
-        scored.metadata.pop(mark, None)
-    if ranked.truncated:
-        scored.metadata["relevance_truncated"] = True
+    for left in ADDED_METADATA:
+        scored.metadata.pop(left, None)
     length = len(document.page_content)
-    span = span_within(ranked.span, start=len(ranked.text) - length, length=length)
-    if span is not None:
-        scored.metadata["relevance_span"] = span
+    scored.metadata |= added_metadata(ranked, start=len(ranked.text) - length, length=length)
     return scored

@@ -35,19 +35,14 @@ except ImportError as error:
 from pydantic import PlainSerializer, model_validator
 
 from bge_rerank_adapters.calls.checks import check_query
-from bge_rerank_adapters.calls.ranking import RankedDocument, span_within
+from bge_rerank_adapters.calls.metadata import ADDED_METADATA, added_metadata
+from bge_rerank_adapters.calls.ranking import RankedDocument
 from bge_rerank_adapters.calls.runner import map_in_turns
 from bge_rerank_adapters.engine.hosted.copies import copied
 from bge_rerank_adapters.engine.hosted.fields import AdapterSettings
 from bge_rerank_adapters.errors import InputTypeError, SettingsError
 
-ADDED_KEYS = (
-    "relevance_score",
-    "retrieval_index",
-    "retrieval_score",
-    "relevance_truncated",
-    "relevance_span",
-)
+ADDED_KEYS = (*ADDED_METADATA, "retrieval_score")
 """The metadata that a reranking adds to a node, for its reader and not for any model."""
 
 _dispatcher = get_dispatcher(__name__)
@@ -60,10 +55,11 @@ class BGENodePostprocessor(AdapterSettings, BaseNodePostprocessor):
     use. What comes back are copies with ids and relationships kept: `score` is the relevance
     score, in [0, 1], and the metadata gains `relevance_score` (the same), `retrieval_index` (int,
     the place among the nodes that came in), `retrieval_score` (float, the score that the node came
-    with, if any) and, where the end of its text was cut off, `relevance_truncated` (True). With
-    `long_documents="window"` also `relevance_span`: where in the node's text the best window is,
-    as `[start, end]` in characters. None of these reaches an embedding, a prompt or the text that
-    is scored.
+    with, if any) and, where the end of its text was cut off, `relevance_truncated` (True), or
+    where the query was cut, `relevance_query_truncated` (True). With `long_documents="window"`
+    also `relevance_span_start` and `relevance_span_end` (int): where in the node's text the best
+    window is, in characters. None of these reaches an embedding, a prompt or the text that is
+    scored.
 
     LlamaIndex's instrumentation hears of every reranking (`ReRankStartEvent`, `ReRankEndEvent`)
     and its callbacks (`RERANKING`), in pairs, for no nodes too. When it fails the callback still
@@ -197,16 +193,12 @@ def _with_score(found: NodeWithScore, ranked: RankedDocument) -> NodeWithScore:
     scored = copied(
         lambda: _deep_copy(found), name=f"nodes[{ranked.index}]", metadata=found.node.metadata
     )
-    metadata = _without_added_keys(scored.node).metadata
-    metadata |= {"relevance_score": float(ranked.score), "retrieval_index": int(ranked.index)}
+    # The best window's characters are told in the node's own text, without its metadata.
+    text = found.node.get_content(MetadataMode.NONE)
+    added = added_metadata(ranked, start=max(ranked.text.rfind(text), 0), length=len(text))
     if found.score is not None:
-        metadata["retrieval_score"] = float(found.score)
-    if ranked.truncated:
-        metadata["relevance_truncated"] = True
-    span = _span_in_text(found.node, ranked)
-    if span is not None:
-        metadata["relevance_span"] = span
-    scored.node.metadata = metadata
+        added["retrieval_score"] = float(found.score)
+    scored.node.metadata = _without_added_keys(scored.node).metadata | added
     for hidden in (
         scored.node.excluded_embed_metadata_keys,
         scored.node.excluded_llm_metadata_keys,
@@ -214,13 +206,6 @@ def _with_score(found: NodeWithScore, ranked: RankedDocument) -> NodeWithScore:
         hidden.extend(key for key in ADDED_KEYS if key not in hidden)
     scored.score = float(ranked.score)
     return scored
-
-
-def _span_in_text(node: BaseNode, ranked: RankedDocument) -> list[int] | None:
-    """Return the best window's characters in the node's own text, without its metadata."""
-    text = node.get_content(MetadataMode.NONE)
-    start = max(ranked.text.rfind(text), 0)
-    return span_within(ranked.span, start=start, length=len(text))
 
 
 def _deep_copy(found: NodeWithScore) -> NodeWithScore:

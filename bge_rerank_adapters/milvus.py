@@ -129,7 +129,12 @@ class BGERerankFunction:
         if trust_remote_code:
             raise SettingsError("trust_remote_code must be False: no code of a checkpoint is run.")
         self.model_name, self.batch_size, self.normalize = model_name, batch_size, normalize
-        self._query = _Instruction(query_instruction_for_rerank, query_instruction_format)
+        self._query = _Instruction(
+            query_instruction_for_rerank,
+            query_instruction_format,
+            # So that it stays where the query's beginning is cut off.
+            in_engine=options.get("query_truncation_side") == "left" and reranker is None,
+        )
         self._passage = _Instruction(passage_instruction_for_rerank, passage_instruction_format)
         settings = EngineSettings(
             model=model_name,
@@ -212,6 +217,7 @@ class _Instruction:
 
     instruction: str | None
     template: str
+    in_engine: bool = False
 
     def __post_init__(self) -> None:
         places = ("\ue000instruction", "\ue000text")
@@ -225,14 +231,21 @@ class _Instruction:
             raise SettingsError(
                 f"An instruction format needs two places, like '{{}}{{}}', got {self.template!r}."
             ) from cause
+        if self.in_engine and not filled.endswith(places[1]):
+            raise SettingsError(
+                'With query_truncation_side="left" the query must end query_instruction_format, '
+                f"like '{{}}{{}}', got {self.template!r}."
+            )
 
     @property
     def of_the_engine(self) -> str | None:
         """The engine's setting: empty where the instruction is put into the text here."""
-        return None if self.instruction is None else ""
+        if self.instruction is None:
+            return None
+        return self.template.format(self.instruction, "") if self.in_engine else ""
 
     def apply(self, text: str) -> str:
-        if self.instruction is None:
+        if self.instruction is None or self.in_engine:
             return text
         return self.template.format(self.instruction, text)
 

@@ -153,6 +153,32 @@ async def test_a_limit_on_windows_is_refused_where_it_would_leave_some_out():
             assert (await client.post("/v1/rerank", json=few)).status_code == 200
 
 
+# A query that is cut
+
+
+async def test_the_server_refuses_a_query_that_it_may_not_cut(client):
+    body = {"query": LONG, "texts": ["short"]}
+    assert (await client.post("/rerank", json=body)).status_code == 200
+    refused = await client.post("/rerank", json=body | {"truncate": False})
+    assert refused.status_code == 413
+    assert "query is longer than the model reads" in refused.json()["message"]
+    body |= {"query": QUERY, "truncate": False}
+    assert (await client.post("/rerank", json=body)).status_code == 200
+
+
+async def test_the_server_tells_it_in_details(client):
+    body = {"documents": DOCUMENTS, "return_details": True}
+    for query in (LONG, QUERY):
+        answer = (await client.post("/v1/rerank", json=body | {"query": query})).json()
+        told = {each["query_truncated"] for each in answer["results"]}
+        assert told == {query == LONG}
+
+
+async def test_a_direction_that_cannot_be_honoured_for_the_query_is_refused(client):
+    body = {"query": LONG, "documents": DOCUMENTS, "truncation_direction": "Left"}
+    assert (await client.post("/v1/rerank", json=body)).status_code == 413
+
+
 # Paths, shapes and what clients read
 
 

@@ -48,6 +48,11 @@ def test_defaults():
         ("query_max_length", 0, "query_max_length must be a whole number"),
         ("query_max_length", "9", "query_max_length must be a whole number"),
         ("query_max_length", 512, r"query_max_length \(512\) leaves no room for a document"),
+        (
+            "query_truncation_side",
+            "middle",
+            "query_truncation_side must be one of right, left, got 'middle'",
+        ),
         ("long_documents", "split", "long_documents must be one of truncate, window, got 'split'"),
         ("long_documents", None, "long_documents must be one of"),
         ("window_tokens", 0, "window_tokens must be a whole number of at least 1"),

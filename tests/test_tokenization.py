@@ -1,6 +1,7 @@
 """Texts to token ids: what is read, what is cut, and what is refused."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from bge_rerank_adapters import Reranker
 from bge_rerank_adapters.engine.checkpoints.hub import TINY_FOLDER
-from bge_rerank_adapters.engine.text.tokenizer import PairTokenizer
+from bge_rerank_adapters.engine.text.tokenizer import PairTokenizer, read_template
 from bge_rerank_adapters.engine.text.tokenizer_files import load_tokenizer
+from bge_rerank_adapters.engine.text.windows import WindowTokenizer
 from bge_rerank_adapters.errors import CheckpointError, SettingsError
 from tests.checkpoints import build_bert, build_xlm_roberta, read_queries, read_sentences
 
@@ -110,6 +112,37 @@ def test_an_exact_fit_is_not_truncated_and_one_more_is():
     assert (len(exact), exact.truncated) == (20, False)
     assert (len(over), over.truncated) == (20, True)
     assert not cut_query.truncated, "truncated tells of the document, not of the query"
+    assert (over.query_truncated, cut_query.query_truncated) == (False, True)
+
+
+@pytest.mark.parametrize("query_tokens", [5, 6, 500])
+def test_a_query_is_cut_at_the_side_that_is_asked_for(query_tokens):
+    start = 999 - query_tokens
+    given = words(start, query_tokens)
+    for side, first in (("right", start), ("left", 994)):
+        tokenizer = PairTokenizer(
+            words_tokenizer(), max_length=20, query_max_length=5, query_truncation_side=side
+        )
+        (pair,) = tokenizer.tokenize([(given, words(10, 99))]).distinct
+        assert pair.ids.tolist() == [0, *range(first, first + 5), 2, 2, *range(10, 21), 2]
+        assert pair.query_truncated is (query_tokens > 5)
+        assert pair.document_start == 8
+
+
+@pytest.mark.parametrize("make", [PairTokenizer, WindowTokenizer])
+def test_an_instruction_stays_where_the_beginning_of_a_query_is_cut_off(make):
+    template = replace(read_template(words_tokenizer()), query_instruction="w5 w6 ")
+    tokenizer = make(
+        words_tokenizer(),
+        max_length=20,
+        query_max_length=5,
+        template=template,
+        query_truncation_side="left",
+    )
+    long, short = tokenizer.tokenize([(words(100, 50), "w7"), ("w8", "w7")]).distinct
+    assert long.ids.tolist() == [0, 5, 6, 147, 148, 149, 2, 2, 7, 2]
+    assert short.ids.tolist() == [0, 5, 6, 8, 2, 2, 7, 2]
+    assert (long.query_truncated, short.query_truncated) == (True, False)
 
 
 @pytest.mark.parametrize("build", [build_xlm_roberta, build_bert])

@@ -2,12 +2,14 @@
 
 import json
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from langchain_core.documents import Document
 from llama_index.core.schema import NodeWithScore, TextNode
+from llama_index.core.vector_stores.utils import node_to_metadata_dict
 from tokenizers import Regex, pre_tokenizers
 
 from bge_rerank_adapters import Reranker
@@ -245,35 +247,44 @@ def test_bad_settings_are_refused_by_name(given_settings, message):
         BGERerankFunction("tiny", **given_settings)
 
 
+def span(metadata: dict[str, Any]) -> tuple[int, int]:
+    return metadata["relevance_span_start"], metadata["relevance_span_end"]
+
+
 def test_langchain_documents_carry_the_span_of_their_own_text(windowed):
     compressor = BGEDocumentCompressor(reranker=windowed, metadata_fields=["title"])
     assert compressor.long_documents == "window"
-    old = {"title": "A very long title " * 5, "relevance_span": [7, 7]}
+    old = {"title": "A very long title " * 5, "relevance_span_start": 7}
     documents = [Document(long_document(45), metadata=old), Document(ANSWER)]
     found = {each.page_content: each for each in compressor.compress_documents(documents, QUERY)}
-    start, end = found[long_document(45)].metadata["relevance_span"]
+    start, end = span(found[long_document(45)].metadata)
     assert YEAR in long_document(45)[start:end]
-    assert found[ANSWER].metadata["relevance_span"] == [0, len(ANSWER)]
+    assert span(found[ANSWER].metadata) == (0, len(ANSWER))
+    assert not any("relevance_span" in each.metadata for each in found.values())
     json.dumps([each.metadata for each in found.values()])
     assert documents[0].metadata == old
 
 
 def test_without_windows_there_is_no_span_in_metadata(reranker):
-    document = Document(ANSWER, metadata={"relevance_span": [1, 2]})
+    old = {"relevance_span_start": 1, "relevance_span_end": 2}
+    document = Document(ANSWER, metadata=old)
     (kept,) = BGEDocumentCompressor(reranker=reranker).compress_documents([document], QUERY)
-    assert "relevance_span" not in kept.metadata
-    node = NodeWithScore(node=TextNode(text=ANSWER, metadata={"relevance_span": [1, 2]}))
+    assert not old.keys() & kept.metadata.keys()
+    node = NodeWithScore(node=TextNode(text=ANSWER, metadata=old))
     (best,) = BGENodePostprocessor(reranker=reranker).postprocess_nodes([node], query_str=QUERY)
-    assert "relevance_span" not in best.node.metadata
+    assert not old.keys() & best.node.metadata.keys()
 
 
 def test_llama_index_nodes_carry_the_span_of_their_own_text(windowed):
     postprocessor = BGENodePostprocessor(reranker=windowed)
     node = TextNode(text=long_document(45), metadata={"title": "A very long title " * 5})
     (best,) = postprocessor.postprocess_nodes([NodeWithScore(node=node)], query_str=QUERY)
-    start, end = best.node.metadata["relevance_span"]
+    start, end = span(best.node.metadata)
     assert YEAR in best.node.text[start:end]
-    assert "relevance_span" in best.node.excluded_llm_metadata_keys
+    names = {"relevance_span_start", "relevance_span_end"}
+    assert names <= set(best.node.excluded_llm_metadata_keys)
+    flat = node_to_metadata_dict(best.node, flat_metadata=True)
+    assert (flat["relevance_span_start"], flat["relevance_span_end"]) == (start, end)
     again = postprocessor.postprocess_nodes([best], query_str=QUERY)
     assert again[0].score == best.score
 

@@ -45,6 +45,11 @@ class Shown(Protocol):
         ...
 
     @property
+    def query_truncated(self) -> bool:
+        """Whether the query was cut."""
+        ...
+
+    @property
     def span(self) -> tuple[int, int] | None:
         """The characters of its best window."""
         ...
@@ -62,6 +67,7 @@ def to_records(ranking: Sequence[Shown]) -> list[dict[str, Any]]:
             "score": each.score,
             "logit": each.logit,
             "truncated": each.truncated,
+            "query_truncated": each.query_truncated,
             "span": None if each.span is None else list(each.span),
             "text": each.text,
         }

@@ -12,7 +12,7 @@ from bge_rerank_adapters.calls.trec import parse_run, run_lines
 from bge_rerank_adapters.errors import InputTypeError, ScoringError, SettingsError
 
 # What a result says of a document.
-_RESULT_FIELDS = ("index", "score", "logit", "truncated", "span")
+_RESULT_FIELDS = ("index", "score", "logit", "truncated", "query_truncated", "span")
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +230,8 @@ def _result_fields(ranked: RankedDocument) -> dict[str, Any]:
     fields: dict[str, Any] = {"index": ranked.index, "score": ranked.score, "logit": ranked.logit}
     if ranked.truncated:
         fields["truncated"] = True
+    if ranked.query_truncated:
+        fields["query_truncated"] = True
     if ranked.span is not None:
         fields["span"] = list(ranked.span)
     return fields

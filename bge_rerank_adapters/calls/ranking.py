@@ -23,6 +23,7 @@ class RankedDocument:
         truncated: Whether the end of the document was cut off to fit the model.
         span: With windows, the characters of the one that scored best, as (start, end) in `text`;
             of a document that needed none, all of them. `None` without windows.
+        query_truncated: Whether the query was cut, which documents of one call have in common.
     """
 
     index: int
@@ -31,6 +32,7 @@ class RankedDocument:
     logit: float | None
     truncated: bool = False
     span: tuple[int, int] | None = None
+    query_truncated: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,12 +113,14 @@ class PairScore(NamedTuple):
         logit: Unbounded; `None` where a server gives scores alone.
         truncated: Whether the end of the document was cut off.
         span: The characters of the document's best window; `None` without windows.
+        query_truncated: Whether the query was cut.
     """
 
     score: float
     logit: float | None
     truncated: bool = False
     span: tuple[int, int] | None = None
+    query_truncated: bool = False
 
     @property
     def order(self) -> float:
@@ -158,6 +162,7 @@ class ScoredRequest:
             logit=score.logit,
             truncated=score.truncated,
             span=score.span,
+            query_truncated=score.query_truncated,
         )
 
 
@@ -167,20 +172,3 @@ def sigmoid(logit: float) -> float:
         return 1.0 / (1.0 + math.exp(-logit))
     power = math.exp(logit)
     return power / (1.0 + power)
-
-
-def span_within(span: tuple[int, int] | None, *, start: int, length: int) -> list[int] | None:
-    """Return a span of a scored text as one of the part of it that users know.
-
-    Args:
-        span: Characters of the scored text, or `None`.
-        start: Where the part begins in the scored text.
-        length: How many characters it has.
-
-    Returns:
-        `[start, end]` within the part, ready for JSON; both ends are equal where nothing of it is
-        in the span. `None` for no span.
-    """
-    if span is None:
-        return None
-    return [min(max(place - start, 0), length) for place in span]

@@ -110,6 +110,8 @@ class Reranker(BaseReranker[EngineSettings]):
         )
         self.pack_tokens = max(worker.budget for worker in self._core.workers)
         self._runner = AsyncRunner()
+        # Taken by the first call whose query is cut, and never given back.
+        self._cut_query_warning = threading.Lock()
         self._finalizer = weakref.finalize(self, _let_go, self._core, self._runner)
         # At exit the core's own hook waits for its threads, which this must not overtake.
         self._finalizer.atexit = False
@@ -277,6 +279,7 @@ class Reranker(BaseReranker[EngineSettings]):
         tokenized = self._tokenize(
             [(request.query, text) for request in requests for text in request.texts], read
         )
+        self._warn_of_cut_query(tokenized)
         job = Job(tokenized.distinct, future, name)
         queued = time.perf_counter()
         self._core.submit(job)
@@ -288,6 +291,18 @@ class Reranker(BaseReranker[EngineSettings]):
             scoring_s=max(0.0, time.perf_counter() - queued - job.waited_s),
         )
         return _pair_scores(tokenized, logits), usage
+
+    def _warn_of_cut_query(self, tokenized: TokenizedPairs) -> None:
+        """Log the first query that is cut: queries that differ in what is cut off score alike."""
+        cut = any(pair.query_truncated for pair in tokenized.distinct)
+        if cut and self._cut_query_warning.acquire(blocking=False):
+            _log.warning(
+                "A query is longer than query_max_length (%d tokens) and is cut; results say so as "
+                "query_truncated. Raise query_max_length, or keep a query's end with "
+                'query_truncation_side="left". This is logged once for %r.',
+                self._tokenizer.query_max_length,
+                self,
+            )
 
     def _tokenize(self, pairs: list[tuple[str, str]], read: Read | None = None) -> TokenizedPairs:
         begin = time.perf_counter()
@@ -344,7 +359,9 @@ def _pair_scores(tokenized: TokenizedPairs, logits: Sequence[float]) -> list[Pai
     scores = []
     for position in tokenized.winners(logits):
         pair, logit = tokenized.distinct[position], logits[position]
-        scores.append(PairScore(sigmoid(logit), logit, pair.truncated, pair.span))
+        scores.append(
+            PairScore(sigmoid(logit), logit, pair.truncated, pair.span, pair.query_truncated)
+        )
     return scores
 
 

@@ -17,6 +17,7 @@ class EngineStats:
         pairs: Pairs that went through the model; identical ones of a call count once.
         tokens: Tokens of those, special tokens included.
         truncated_pairs: How many of them had their document cut.
+        query_truncated_pairs: How many of them had their query cut.
         packs: Forward passes that gave logits.
         queued_pairs: Pairs that wait at this moment, those still being tokenised included.
         pack_fill: How full packs were, in [0, 1]: their tokens by their budgets; 0 for no packs.
@@ -29,6 +30,7 @@ class EngineStats:
     pairs: int
     tokens: int
     truncated_pairs: int
+    query_truncated_pairs: int
     packs: int
     queued_pairs: int
     pack_fill: float
@@ -46,8 +48,8 @@ class Tally:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._requests = self._pairs = self._tokens = self._truncated = self._packs = 0
-        self._budgets = 0
+        self._requests = self._pairs = self._tokens = self._packs = 0
+        self._truncated = self._query_truncated = self._budgets = 0
         self._waiting_s = self._tokenizing_s = self._scoring_s = 0.0
 
     def add_requests(self, requests: int) -> None:
@@ -66,13 +68,21 @@ class Tally:
             self._waiting_s += seconds
 
     def add_pack(
-        self, pairs: int, tokens: int, *, truncated: int, budget: int, seconds: float
+        self,
+        pairs: int,
+        tokens: int,
+        *,
+        truncated: int,
+        query_truncated: int,
+        budget: int,
+        seconds: float,
     ) -> None:
         """Count a pack that has been scored."""
         with self._lock:
             self._pairs += pairs
             self._tokens += tokens
             self._truncated += truncated
+            self._query_truncated += query_truncated
             self._packs += 1
             # A pair that is longer than the budget fills a pack of its own, not more than that.
             self._budgets += max(budget, tokens)
@@ -86,6 +96,7 @@ class Tally:
                 pairs=self._pairs,
                 tokens=self._tokens,
                 truncated_pairs=self._truncated,
+                query_truncated_pairs=self._query_truncated,
                 packs=self._packs,
                 queued_pairs=queued_pairs,
                 pack_fill=self._tokens / self._budgets if self._budgets else 0.0,

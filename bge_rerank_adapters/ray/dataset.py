@@ -82,8 +82,9 @@ def rerank_dataset(
         unless `DataContext` says `execution_options.preserve_order`; and besides:
 
         - `results`: a list, best first, of `rank` (from 1), `index` (from 0, in the row's own
-          documents), `id` (as a text; null if it has none), `score`, `logit`, `truncated`, `span`
-          (`[start, end]`, null without windows) and `text` (null if `with_text` is false).
+          documents), `id` (as a text; null if it has none), `score`, `logit`, `truncated`,
+          `query_truncated`, `span` (`[start, end]`, null without windows) and `text` (null if
+          `with_text` is false).
         - `error`: null, or why the row has no results: it could not be read, the model failed
           on it, or actors died on it.
 
@@ -124,9 +125,9 @@ def explode(ranked: Dataset) -> Dataset:
 
     Returns:
         The ranked dataset's columns without `results` and `error`, and those of a result: `rank`,
-        `index`, `id`, `score`, `logit`, `truncated`, `span` and `text`. Rows without results, which
-        those that were put aside are, give none. A column of the dataset that has the name of one
-        of these must be renamed before, or the job fails with that reason.
+        `index`, `id`, `score`, `logit`, `truncated`, `query_truncated`, `span` and `text`. Rows
+        without results, which those that were put aside are, give none. A column of the dataset
+        that has the name of one of these must be renamed before, or the job fails with that reason.
     """
     return ranked.map_batches(exploded_table, batch_format="pyarrow")
 

@@ -28,6 +28,7 @@ RESULT = pa.struct(
         ("score", pa.float64()),
         ("logit", pa.float64()),
         ("truncated", pa.bool_()),
+        ("query_truncated", pa.bool_()),
         ("span", pa.list_(pa.int64())),
         ("text", pa.string()),
     ]
@@ -138,6 +139,7 @@ def _results(item: Item, ranking: Ranking, *, with_text: bool) -> list[dict[str,
             "score": each.score,
             "logit": each.logit,
             "truncated": each.truncated,
+            "query_truncated": each.query_truncated,
             "span": None if each.span is None else list(each.span),
             "text": valid_text(each.text) if with_text else None,
         }

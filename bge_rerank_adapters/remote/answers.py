@@ -22,7 +22,8 @@ class RemoteScore:
 
     Attributes:
         index: Its position among the documents that were asked about.
-        score: What is known of the pair; `truncated` and `span` where the server says so.
+        score: What is known of the pair; `truncated`, `query_truncated` and `span` where the server
+            says so.
     """
 
     index: int
@@ -102,6 +103,7 @@ def _remote_score(row: object, *, scale: str, server: str) -> RemoteScore:
             logit,
             truncated=row.get("truncated") is True,
             span=_span(row.get("span")),
+            query_truncated=row.get("query_truncated") is True,
         ),
     )
 

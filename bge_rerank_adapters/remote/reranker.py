@@ -60,8 +60,8 @@ class RemoteReranker(BaseReranker[RemoteSettings]):
 
     What comes back: all scores are asked for, and threshold and `top_k` are applied here. Our
     server and text-embeddings-inference give logits; of others `logit` is `None`, and results are
-    ordered by score. What is equal keeps the server's order. `truncated` and `span` are known of
-    our server alone. Identical documents of a call are sent once.
+    ordered by score. What is equal keeps the server's order. `truncated`, `query_truncated` and
+    `span` are known of our server alone. Identical documents of a call are sent once.
 
     Requests are sent again on 429 and 503, with growing, random waits or the server's
     `Retry-After` (at most 30 s), and where the server cannot be reached; a request whose

@@ -22,6 +22,7 @@ _COUNTERS = {
     "pairs": "Pairs that went through the model.",
     "tokens": "Tokens of those pairs.",
     "truncated_pairs": "Pairs whose document was cut.",
+    "query_truncated_pairs": "Pairs whose query was cut.",
     "packs": "Forward passes.",
     "waiting_s": "Seconds that calls waited for their first pack.",
     "tokenizing_s": "Seconds spent on tokenising.",

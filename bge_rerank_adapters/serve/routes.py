@@ -115,7 +115,11 @@ def _as_sent(document: Document) -> dict[str, Any]:
 
 
 def _details(result: RankedDocument) -> dict[str, Any]:
-    details: dict[str, Any] = {"logit": result.logit, "truncated": result.truncated}
+    details: dict[str, Any] = {
+        "logit": result.logit,
+        "truncated": result.truncated,
+        "query_truncated": result.query_truncated,
+    }
     return details if result.span is None else details | {"span": list(result.span)}
 
 

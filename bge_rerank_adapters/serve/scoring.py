@@ -33,8 +33,11 @@ async def rank(
     ranking = await service.rank(request.receive, body.query, texts)
     request.app.state.tracing.scored(ranking.usage, documents=len(texts))
     if body.truncation_direction == "left":
+        if service.settings.engine.query_truncation_side != "left":
+            _refuse_cut_query(ranking, "only the end of a text can be cut off here; shorten it")
         _refuse_cuts(ranking, "only the end of a text can be cut off here; send it in parts")
     if isinstance(body, TeiRerankRequest) and body.truncate is False:
+        _refuse_cut_query(ranking, "shorten it, or send truncate: true")
         _refuse_cuts(ranking, "send them in parts, or with truncate: true")
     least = 0.0 if body.score_threshold is None else body.score_threshold
     kept = Ranking([each for each in ranking if each.score >= least][: body.top_n])
@@ -94,6 +97,11 @@ def _check_chunks(most: int | None, settings: EngineSettings, texts: Sequence[st
             f"max_chunks_per_doc={most} cannot be honoured: all windows of a long document are "
             "read here; leave it out.",
         )
+
+
+def _refuse_cut_query(ranking: Sequence[RankedDocument], advice: str) -> None:
+    if any(each.query_truncated for each in ranking):
+        raise Refusal(413, f"The query is longer than the model reads; {advice}.")
 
 
 def _refuse_cuts(ranking: Sequence[RankedDocument], advice: str) -> None:

@@ -32,6 +32,7 @@ from bge_rerank_adapters.settings.table import Table, documented, rows, setting
 
 DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu", "npu", "hpu", "mtia")
 LONG_DOCUMENTS = ("truncate", "window")
+QUERY_TRUNCATION_SIDES = ("right", "left")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 # Those that FlagEmbedding's lightweight class was made for.
 _RATIOS = (1, 2, 4, 8)
@@ -42,6 +43,7 @@ _DEVICE = re.compile(rf"auto|({'|'.join(DEVICE_TYPES)})(:\d+)?")
 class FurtherOptions(TypedDict, total=False):
     """Settings that drop-ins for other libraries take by the names that they have here."""
 
+    query_truncation_side: str
     long_documents: str
     window_tokens: int | None
     window_overlap_tokens: int | None
@@ -157,6 +159,12 @@ class EngineSettings(Table):
         "Most tokens of the query; the document gets the rest",
         none="three quarters of `max_length`",
         format=COUNT,
+    )
+    query_truncation_side: str = setting(
+        "right",
+        checks.one_of(*QUERY_TRUNCATION_SIDES, shown=str),
+        'Which side of a query that is too long is cut off: `"right"`, or `"left"` to keep the '
+        "end, where a chat has its question; an instruction before the query stays",
     )
     long_documents: str = setting(
         "truncate",

@@ -80,7 +80,11 @@ def check_backend_settings(settings: Mapping[str, Any]) -> None:
     """
     if settings["backend"] == "native":
         return
-    for name, value in (("long_documents", "window"), ("dtype", "int8")):
+    for name, value in (
+        ("long_documents", "window"),
+        ("query_truncation_side", "left"),
+        ("dtype", "int8"),
+    ):
         if settings[name] == value:
             raise SettingsError(
                 f"{name}={value!r} needs backend='native', got {settings['backend']!r}; "

@@ -75,6 +75,7 @@ class AdapterSettings(BaseModel):
     dtype: str = _engine_field("dtype")
     max_length: int = _engine_field("max_length")
     query_max_length: int | None = _engine_field("query_max_length")
+    query_truncation_side: str = _engine_field("query_truncation_side")
     long_documents: str = _engine_field("long_documents")
     window_tokens: int | None = _engine_field("window_tokens")
     window_overlap_tokens: int | None = _engine_field("window_overlap_tokens")

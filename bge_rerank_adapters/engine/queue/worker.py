@@ -164,9 +164,14 @@ class DeviceWorker:
         self._backlog.close()
 
     def _count(self, pack: TokenPack, seconds: float) -> None:
-        truncated = sum(job.pairs[position].truncated for job, position in pack)
+        pairs = [job.pairs[position] for job, position in pack]
         self._tally.add_pack(
-            len(pack), _tokens(pack), truncated=truncated, budget=self.budget, seconds=seconds
+            len(pairs),
+            _tokens(pack),
+            truncated=sum(pair.truncated for pair in pairs),
+            query_truncated=sum(pair.query_truncated for pair in pairs),
+            budget=self.budget,
+            seconds=seconds,
         )
         self.budget = min(self._pack_tokens, self.budget + self.budget // _REGROWTH + 1)
 

@@ -21,6 +21,7 @@ class TokenPair:
         index: Position of the first pair with these texts in the caller's list.
         span: The document's characters that a window of it shows; `None` where there are none.
         tokens_after: How many tokens follow the document's own.
+        query_truncated: Whether the query was cut to fit.
     """
 
     ids: TokenIds
@@ -29,6 +30,7 @@ class TokenPair:
     index: int
     span: tuple[int, int] | None = None
     tokens_after: int = 0
+    query_truncated: bool = False
 
     def __len__(self) -> int:
         """Return the number of tokens."""

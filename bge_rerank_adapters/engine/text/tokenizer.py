@@ -18,10 +18,11 @@ class PairTokenizer:
     """Turns pairs of texts into token ids; safe to use from many threads at once.
 
     The rule is that of FlagEmbedding 1.4 (`inference/reranker/encoder_only/base.py`): the query is
-    cut to `query_max_length` tokens, then the document so that pair and special tokens fit
-    `max_length`. FlagEmbedding on transformers 5 turns the ids back into text and tokenises that
-    again (`utils/tokenizer_compat.py`), which can move a truncated pair, or one with a character
-    that the tokenizer does not know, by some tokens; on transformers 4 it follows the rule.
+    cut to `query_max_length` tokens, at its end unless its beginning is to be cut off, then the
+    document so that pair and special tokens fit `max_length`. FlagEmbedding on transformers 5 turns
+    the ids back into text and tokenises that again (`utils/tokenizer_compat.py`), which can move a
+    truncated pair, or one with a character that the tokenizer does not know, by some tokens; on
+    transformers 4 it follows the rule.
 
     A lone surrogate, which is not valid text, is read as U+FFFD.
     """
@@ -33,6 +34,7 @@ class PairTokenizer:
         max_length: int,
         query_max_length: int | None = None,
         template: PairTemplate | None = None,
+        query_truncation_side: str = "right",
     ) -> None:
         """Take over a tokenizer, which must not be changed afterwards.
 
@@ -41,6 +43,8 @@ class PairTokenizer:
             max_length: Most tokens of a pair, special tokens included.
             query_max_length: Most tokens of a query; `None` is three quarters of `max_length`.
             template: What stands around a pair; `None` is what the tokenizer puts there.
+            query_truncation_side: What of a query that is too long is cut off: `"right"` its end,
+                `"left"` what follows the template's instruction.
 
         Raises:
             SettingsError: The lengths leave no room for a document, or for a query.
@@ -54,24 +58,26 @@ class PairTokenizer:
             max_length * 3 // 4 if query_max_length is None else query_max_length
         )
         # The space that ends one goes with the first word of its text.
-        query_instruction_tokens, self._instruction_tokens = (
+        self._query_instruction_tokens, self._instruction_tokens = (
             len(tokenizer.encode(instruction.rstrip(), add_special_tokens=False).ids)
             for instruction in (
                 self._template.query_instruction,
                 self._template.passage_instruction,
             )
         )
-        if query_instruction_tokens >= self.query_max_length:
+        if self._query_instruction_tokens >= self.query_max_length:
             raise SettingsError(
                 f"query_max_length {self.query_max_length} leaves no room for a query after "
-                f"{query_instruction_tokens} tokens of query_instruction; make query_max_length "
-                "larger or query_instruction shorter."
+                f"{self._query_instruction_tokens} tokens of query_instruction; make "
+                "query_max_length larger or query_instruction shorter."
             )
         self._check_room()
+        self._keeps_query_end = query_truncation_side == "left"
         # Set once and never again: changing it while another thread encodes is what raises
         # "Already borrowed" elsewhere. Longer texts need not cross over into Python; one token
-        # more than is kept tells that a text was cut.
-        tokenizer.enable_truncation(max_length + 1)
+        # more than is kept tells that a text was cut. The end of a query is found in all of it.
+        if not self._keeps_query_end:
+            tokenizer.enable_truncation(max_length + 1)
         self._tokenizer = tokenizer
         self._embeddings = sys.maxsize
 
@@ -139,14 +145,29 @@ class PairTokenizer:
 
     def _join(self, query: TokenIds, document: TokenIds, index: int) -> TokenPair:
         template = self._template
-        query = query[: self.query_max_length]
+        query_truncated = len(query) > self.query_max_length
+        query = self._cut_query(query)
         room = self._room(len(query))
         ids = np.concatenate(
             (template.before, query, template.between, document[:room], template.after)
         )
         start = len(template.before) + len(query) + len(template.between)
         truncated = len(document) > room
-        return TokenPair(ids, start, truncated, index, tokens_after=len(template.after))
+        return TokenPair(
+            ids,
+            start,
+            truncated,
+            index,
+            tokens_after=len(template.after),
+            query_truncated=query_truncated,
+        )
+
+    def _cut_query(self, query: TokenIds) -> TokenIds:
+        beyond = len(query) - self.query_max_length
+        if beyond <= 0 or not self._keeps_query_end:
+            return query[: self.query_max_length]
+        first = self._query_instruction_tokens
+        return np.concatenate((query[:first], query[first + beyond :]))
 
     def _check_room(self) -> None:
         """Refuse lengths at which documents would be cut to nothing, and all score alike."""

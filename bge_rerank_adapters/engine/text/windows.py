@@ -85,6 +85,7 @@ class WindowTokenizer(PairTokenizer):
         max_length: int,
         query_max_length: int | None = None,
         template: PairTemplate | None = None,
+        query_truncation_side: str = "right",
         window_tokens: int | None = None,
         window_overlap_tokens: int | None = None,
     ) -> None:
@@ -96,6 +97,7 @@ class WindowTokenizer(PairTokenizer):
                 that a template may add.
             query_max_length: Most tokens of a query; `None` is three quarters of `max_length`.
             template: What stands around a pair; `None` is what the tokenizer puts there.
+            query_truncation_side: As of `PairTokenizer`.
             window_tokens: Most document tokens of a window; `None`, like a number that is too
                 large, is all that fit beside the query.
             window_overlap_tokens: How many tokens two neighbours have in common at least; `None`
@@ -106,7 +108,11 @@ class WindowTokenizer(PairTokenizer):
             CheckpointError: The tokenizer has no template for pairs.
         """
         super().__init__(
-            tokenizer, max_length=max_length, query_max_length=query_max_length, template=template
+            tokenizer,
+            max_length=max_length,
+            query_max_length=query_max_length,
+            template=template,
+            query_truncation_side=query_truncation_side,
         )
         check_window_sizes(window_tokens, window_overlap_tokens, max_length=max_length)
         self._tokenizer.no_truncation()
@@ -197,10 +203,12 @@ class WindowTokenizer(PairTokenizer):
 
 def tokenizer_maker(settings: EngineSettings) -> Callable[..., PairTokenizer]:
     """Return what makes the tokenizer that treats long documents as the settings ask."""
+    side = settings.query_truncation_side
     if settings.long_documents == "truncate":
-        return PairTokenizer
+        return partial(PairTokenizer, query_truncation_side=side)
     return partial(
         WindowTokenizer,
+        query_truncation_side=side,
         window_tokens=settings.window_tokens,
         window_overlap_tokens=settings.window_overlap_tokens,
     )

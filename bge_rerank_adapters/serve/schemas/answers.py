@@ -15,6 +15,7 @@ class RankedText(BaseModel):
     document: dict[str, Any] | None = Field(None, description="The document, where asked for.")
     logit: float | None = Field(None, description="What results are ordered by; in details.")
     truncated: bool | None = Field(None, description="Whether its end was cut off; in details.")
+    query_truncated: bool | None = Field(None, description="Whether the query was cut; in details.")
     span: list[int] | None = Field(
         None, description="Start and end of the window that scored best; in details."
     )

@@ -87,8 +87,8 @@ class RerankRequest(_Request):
     )
     return_details: Flag = Field(
         None,
-        description="An extension: whether results also hold `logit`, `truncated` and, of a "
-        "server that reads long documents in windows, `span`.",
+        description="An extension: whether results also hold `logit`, `truncated`, "
+        "`query_truncated` and, of a server that reads long documents in windows, `span`.",
     )
 
     def texts(self) -> list[str]:
