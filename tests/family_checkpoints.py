@@ -116,7 +116,7 @@ def build_family(
 def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor by its name."""
     hidden, inner = config["hidden_size"], config["intermediate_size"]
-    head = config.get("head_dim", hidden // config["num_attention_heads"])
+    head = config.get("head_dim") or hidden // config["num_attention_heads"]
     queries, keys = head * config["num_attention_heads"], head * config["num_key_value_heads"]
     norms = ["input_layernorm", "post_attention_layernorm"]
     if config["model_type"] == "cost_wise_gemma":
@@ -137,7 +137,22 @@ def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             f"{prefix}.mlp.up_proj.weight": (inner, hidden),
             f"{prefix}.mlp.down_proj.weight": (hidden, inner),
         }
+        shapes |= {f"{prefix}.{part}.bias": (size,) for part, size in _biases(config, shapes)}
+        if config["model_type"] == "qwen3":
+            shapes |= {f"{prefix}.self_attn.{part}_norm.weight": (head,) for part in "qk"}
     return shapes | _head_shapes(config)
+
+
+def _biases(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> list[tuple[str, int]]:
+    """Return which linear layers of a block have a bias, and its size."""
+    parts: list[str] = []
+    if config["attention_bias"] or config["model_type"] == "qwen2":
+        parts += [f"self_attn.{name}_proj" for name in "qkv"]
+    if config["attention_bias"]:
+        parts.append("self_attn.o_proj")
+    if config.get("mlp_bias"):
+        parts += [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+    return [(part, shapes[f"model.layers.0.{part}.weight"][0]) for part in parts]
 
 
 def _head_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -156,6 +171,8 @@ def _random_weights(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     """Return float32 weights spread so widely that every part of the model shows in the logits."""
     stream = np.random.RandomState(zlib.crc32(name.encode()) ^ seed)
     uniform = stream.uniform(-math.sqrt(3.0), math.sqrt(3.0), size=shape)
+    if name.endswith(".bias"):
+        return (0.3 * uniform).astype(np.float32)
     if name.endswith("norm.weight"):
         # Gemma adds 1 to what is stored and Llama does not: both are near enough to theirs.
         return (0.5 + 0.2 * uniform).astype(np.float32)

@@ -78,7 +78,9 @@ class Family:
 
     Attributes:
         name: As in the settings.
-        model_types: The kinds of models that this package runs, by the `model_type` of configs.
+        model_types: The kinds of models that it is known by, as the `model_type` of configs.
+        asked_types: Kinds that it runs as well, where the settings ask for the family: most models
+            of these are no rerankers, or are asked for their answer in another way.
         read_sizes: From a config and `folder=` to its sizes; checks the config.
         template: From the settings, the checkpoint's folder and its tokenizer to what stands around
             a pair.
@@ -99,10 +101,15 @@ class Family:
     classifier: bool = False
     heads: Callable[..., HeadLayers] | None = None
     flag_class: str
+    asked_types: tuple[str, ...] = ()
+
+    def runs(self, config: dict[str, Any]) -> bool:
+        """Return whether this package runs a config's kind of model as one of the family."""
+        return config.get("model_type") in (*self.model_types, *self.asked_types)
 
 
 def family_of(config: dict[str, Any]) -> Family | None:
-    """Return the family that runs a config's kind of model, if any."""
+    """Return the family that a config's kind of model is known to be of, if any."""
     kind = config.get("model_type")
     return next((family for family in FAMILIES.values() if kind in family.model_types), None)
 
@@ -193,6 +200,7 @@ _ROWS = (
     Family(
         name="decoder",
         model_types=("gemma",),
+        asked_types=("llama", "mistral", "qwen2", "qwen3"),
         read_sizes=parse_causal,
         template=partial(_prompted, PromptStyle(YES_OR_NO)),
         load=_load_decoder,

@@ -59,8 +59,8 @@ def read_checkpoint(folder: Path, settings: EngineSettings) -> LocalCheckpoint:
     if settings.backend == "flagembedding":
         # It has encoders of many more kinds.
         family = family or FAMILIES["encoder"]
-    elif family is None or config.get("model_type") not in family.model_types:
-        types = {name: each.model_types for name, each in FAMILIES.items()}
+    elif family is None or not family.runs(config):
+        types = {name: (*each.model_types, *each.asked_types) for name, each in FAMILIES.items()}
         raise UnsupportedCheckpointError(
             unsupported_message(folder, config, families=types, asked=settings.family)
         )
@@ -170,6 +170,6 @@ class _UnknownSizes:
 
 def _sizes(checkpoint: LocalCheckpoint) -> Sizes:
     family, config = checkpoint.family, checkpoint.files.config
-    if config.get("model_type") not in family.model_types:
+    if not family.runs(config):
         return _UnknownSizes()
     return family.read_sizes(config, folder=checkpoint.files.folder)

@@ -20,13 +20,22 @@ def unsupported_message(
     Args:
         folder: The checkpoint's.
         config: Its `config.json`.
-        families: By the name of each family the model types that it runs.
+        families: By the name of each family the model types that it runs, those included that
+            it runs only if asked for.
         asked: The family that the user asks for.
     """
     kind = config.get("model_type", "model of unknown type")
     named = ", ".join(_architectures(config) or ["no architecture named"])
     types = "; ".join(f"{name}: {', '.join(each)}" for name, each in families.items())
     wanted = "" if asked is None else f" as one of the {asked} family, which family= asks for"
+    family = next((name for name, each in families.items() if kind in each), None)
+    if family is not None and asked is None:
+        return (
+            f"{folder} is a {kind!r} model ({named}), and most of these are no rerankers of the "
+            f"{family} family. If it was fine-tuned for FlagEmbedding's FlagLLMReranker, give "
+            f"family={family!r}; a reranker that is asked in other words (Qwen3-Reranker, "
+            "mxbai-rerank-v2) would rank wrongly here, so use its author's library."
+        )
     return (
         f"{folder} is a {kind!r} model ({named}), which is not supported{wanted}; supported are "
         f"these model types of each family: {types}. {_way_out(config, families)}"

@@ -1,7 +1,8 @@
 """What of `config.json` decides how a decoder is computed.
 
-Keys and their meaning are those of transformers 4.44.2 (`modeling_gemma.py`) and of the modelling
-code that FlagEmbedding 1.4.2 carries (`modeling_minicpm_reranker.py`, `gemma_model.py`).
+Keys, defaults and their meaning are those of transformers (`modeling_gemma.py` of 4.44.2; the
+config and modelling files of Llama, Mistral, Qwen 2 and Qwen 3 of 5.23) and of the modelling code
+that FlagEmbedding 1.4.2 carries (`modeling_minicpm_reranker.py`, `gemma_model.py`).
 """
 
 import math
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bge_rerank_adapters.engine.models.causal.attention import Heads
+from bge_rerank_adapters.engine.models.causal.rotary import Rotary, parse_rotary
 from bge_rerank_adapters.engine.models.layers.activations import ACTIVATIONS
 from bge_rerank_adapters.errors import CheckpointError, UnsupportedCheckpointError
 
@@ -30,15 +32,19 @@ class CausalConfig:
         positions: Longest text that it was made for.
         epsilon: Of every norm.
         activation: Name of the feed-forward block's activation.
-        rotary_base: Base of the rotary positions' wavelengths.
-        rotary_factor: What positions are divided by.
+        rotary: How positions turn queries and keys.
         attention_scale: Factor of the products of query and key.
-        attention_bias: Whether the attention's linear layers have a bias.
+        tied: Whether the word embeddings are the head as well, where none is stored.
+        input_bias: Whether the linear layers of query, key and value have a bias.
+        output_bias: Whether attention's output layer has one.
+        feed_bias: Whether the feed-forward block's linear layers have one.
+        head_norms: Whether each head of query and key is normed before it is turned.
         embedding_scale: Factor of the embeddings.
         residual_scale: Factor of what a block adds to its input.
         norms_add_one: Whether norms scale by one more than their weight.
         norms_after: Whether each block's output is normed as well, before it is added.
-        window: How many tokens a token of an even layer sees; `None` is all before it.
+        windows: How many tokens a token sees in each layer, itself included; `None` is all before
+            it. Empty where that holds in all layers.
     """
 
     layers: int
@@ -51,15 +57,18 @@ class CausalConfig:
     positions: int
     epsilon: float
     activation: str
-    rotary_base: float
-    rotary_factor: float = 1.0
+    rotary: Rotary
     attention_scale: float
-    attention_bias: bool = False
+    tied: bool = False
+    input_bias: bool = False
+    output_bias: bool = False
+    feed_bias: bool = False
+    head_norms: bool = False
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     norms_add_one: bool = False
     norms_after: bool = False
-    window: int | None = None
+    windows: tuple[int | None, ...] = ()
 
     @property
     def max_tokens(self) -> int:
@@ -68,7 +77,7 @@ class CausalConfig:
 
     def heads(self, layer: int) -> Heads:
         """Return the heads of a layer, counted from 0."""
-        window = self.window if layer % 2 == 0 else None
+        window = self.windows[layer] if self.windows else None
         return Heads(self.query_heads, self.key_heads, self.attention_scale, window)
 
 
@@ -82,11 +91,13 @@ def parse_causal(config: dict[str, Any], *, folder: Path) -> CausalConfig:
     entries = ARCHITECTURES[config["model_type"]]
     path = folder / "config.json"
     try:
-        parsed = CausalConfig(**_common(config), **entries(config))
+        parsed = CausalConfig(
+            **_common(config) | entries(config),
+            rotary=parse_rotary(config, folder=folder, kinds=_ROTARY.get(config["model_type"])),
+        )
     except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
         raise CheckpointError(f"{path}: missing or unusable: {error!r}.") from error
     _check_sizes(parsed, path)
-    _check_rotary(config, path)
     if parsed.activation not in ACTIVATIONS:
         raise UnsupportedCheckpointError(
             f"{path}: the activation {parsed.activation!r} is not known; "
@@ -97,7 +108,7 @@ def parse_causal(config: dict[str, Any], *, folder: Path) -> CausalConfig:
 
 def _common(config: dict[str, Any]) -> dict[str, Any]:
     heads = int(config["num_attention_heads"])
-    rotary = _rotary(config)
+    bias = bool(config.get("attention_bias", False))
     return {
         "layers": int(config["num_hidden_layers"]),
         "hidden": int(config["hidden_size"]),
@@ -107,9 +118,9 @@ def _common(config: dict[str, Any]) -> dict[str, Any]:
         "vocabulary": int(config["vocab_size"]),
         "positions": int(config["max_position_embeddings"]),
         "epsilon": float(config.get("rms_norm_eps", 1e-6)),
-        "rotary_base": float(rotary.get("rope_theta") or config.get("rope_theta", 10000.0)),
-        "rotary_factor": float(rotary.get("factor") or 1.0),
-        "attention_bias": bool(config.get("attention_bias", False)),
+        "input_bias": bias,
+        "output_bias": bias,
+        "tied": bool(config.get("tie_word_embeddings", False)),
     }
 
 
@@ -123,6 +134,7 @@ def _gemma(config: dict[str, Any]) -> dict[str, Any]:
         "activation": str(config.get("hidden_activation") or "gelu_pytorch_tanh"),
         "embedding_scale": int(config["hidden_size"]) ** 0.5,
         "norms_add_one": True,
+        "tied": bool(config.get("tie_word_embeddings", True)),
     }
 
 
@@ -141,12 +153,79 @@ def _minicpm(config: dict[str, Any]) -> dict[str, Any]:
 def _gemma2(config: dict[str, Any]) -> dict[str, Any]:
     # `attn_logit_softcapping` is left out, as FlagEmbedding leaves it out: it runs Gemma 2 with
     # torch's attention function, which has no such thing.
-    window = config.get("sliding_window")
+    window = _window(config.get("sliding_window"))
+    layers = int(config["num_hidden_layers"])
     return _gemma(config) | {
         "attention_scale": float(config["query_pre_attn_scalar"]) ** -0.5,
         "norms_after": True,
-        "window": None if window is None else int(window),
+        "windows": tuple(None if layer % 2 else window for layer in range(layers)),
     }
+
+
+def _llama(config: dict[str, Any]) -> dict[str, Any]:
+    _check_whole_heads(config)
+    width = int(
+        config.get("head_dim") or int(config["hidden_size"]) // int(config["num_attention_heads"])
+    )
+    return {
+        "head_width": width,
+        "attention_scale": width**-0.5,
+        "activation": str(config.get("hidden_act", "silu")),
+        "feed_bias": bool(config.get("mlp_bias", False)),
+    }
+
+
+def _mistral(config: dict[str, Any]) -> dict[str, Any]:
+    window = _window(config.get("sliding_window", 4096))
+    return _llama(config) | {
+        "input_bias": False,
+        "output_bias": False,
+        "feed_bias": False,
+        "windows": (window,) * int(config["num_hidden_layers"]),
+    }
+
+
+def _qwen2(config: dict[str, Any]) -> dict[str, Any]:
+    return _llama(config) | {
+        "input_bias": True,
+        "output_bias": False,
+        "feed_bias": False,
+        "windows": _chosen_windows(config),
+    }
+
+
+def _qwen3(config: dict[str, Any]) -> dict[str, Any]:
+    return _llama({"head_dim": 128} | config) | {
+        "feed_bias": False,
+        "head_norms": True,
+        "windows": _chosen_windows(config),
+    }
+
+
+def _chosen_windows(config: dict[str, Any]) -> tuple[int | None, ...]:
+    """Return the windows where layers are of two kinds, as in Qwen's models."""
+    window = _window(config.get("sliding_window", 4096))
+    if not config.get("use_sliding_window", False) or window is None:
+        return ()
+    layers, first = int(config["num_hidden_layers"]), int(config.get("max_window_layers", 28))
+    kinds = config.get("layer_types") or [
+        "sliding_attention" if layer >= first else "full_attention" for layer in range(layers)
+    ]
+    if len(kinds) != layers or not set(kinds) <= {"sliding_attention", "full_attention"}:
+        raise ValueError(f"layer_types {kinds!r}")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _window(value: Any) -> int | None:
+    return None if value is None else int(value)
+
+
+def _check_whole_heads(config: dict[str, Any]) -> None:
+    """Refuse what turns only a part of each head, as some descendants of Llama do."""
+    rotary = config.get("rope_parameters") or {}
+    part = config.get("partial_rotary_factor") or rotary.get("partial_rotary_factor") or 1.0
+    if float(part) != 1.0:
+        raise ValueError(f"partial_rotary_factor {part!r}")
 
 
 # What only an architecture itself says of its sizes and factors, by model type.
@@ -157,23 +236,14 @@ ARCHITECTURES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "minicpm": _minicpm,
     # BAAI/bge-reranker-v2.5-gemma2-lightweight
     "cost_wise_gemma": _gemma2,
+    # What FlagEmbedding's FlagLLMReranker is fine-tuned from besides Gemma.
+    "llama": _llama,
+    "mistral": _mistral,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
 }
-
-
-def _rotary(config: dict[str, Any]) -> dict[str, Any]:
-    """Return what is said of rotary positions: by transformers 5 in one entry, before in two."""
-    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    return dict(found)
-
-
-def _check_rotary(config: dict[str, Any], path: Path) -> None:
-    rotary = _rotary(config)
-    kind = rotary.get("rope_type") or rotary.get("type") or "default"
-    if kind not in ("default", "linear"):
-        raise UnsupportedCheckpointError(
-            f"{path}: rotary positions of the type {kind!r} are not known; "
-            "supported are 'default' and 'linear'."
-        )
+# Kinds of rotary positions where FlagEmbedding's own code for an architecture has fewer.
+_ROTARY = {"minicpm": ("default", "linear"), "cost_wise_gemma": ("default", "linear")}
 
 
 def _check_sizes(config: CausalConfig, path: Path) -> None:
@@ -186,7 +256,7 @@ def _check_sizes(config: CausalConfig, path: Path) -> None:
         "intermediate_size": config.intermediate,
         "vocab_size": config.vocabulary,
         "max_position_embeddings": config.positions,
-        "sliding_window": 1 if config.window is None else config.window,
+        "sliding_window": min((each for each in config.windows if each is not None), default=1),
     }
     for name, value in least.items():
         if value < 1:

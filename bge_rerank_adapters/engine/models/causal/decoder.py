@@ -47,7 +47,7 @@ class DecoderModel(CausalModel):
         with open_weights(folder, adapter) as weights:
             # A head that is stored counts, even where the config says that it is the embeddings:
             # transformers 5 ties the two only where they are equal.
-            tied = config.get("tie_word_embeddings", True) and _HEAD not in weights
+            tied = parsed.tied and _HEAD not in weights
             name = "model.embed_tokens.weight" if tied else _HEAD
             head = HeadRow(name, yes_id, parsed.vocabulary)
             super().__init__(

@@ -46,7 +46,9 @@ class _Layer:
     Attributes:
         attention_norm: Before the attention.
         query: From width h to that of all query heads.
+        query_norm: Of each head of the query, where the model has such norms.
         key_value: To that of all keys, then all values.
+        key_norm: Of each head of the key, likewise.
         attention_output: Back to width h.
         attention_end_norm: After the attention, where the model has such norms.
         feed_norm: Before the feed-forward block.
@@ -57,7 +59,9 @@ class _Layer:
 
     attention_norm: RmsNorm
     query: Linear
+    query_norm: RmsNorm | None
     key_value: Linear
+    key_norm: RmsNorm | None
     attention_output: Linear
     attention_end_norm: RmsNorm | None
     feed_norm: RmsNorm
@@ -114,7 +118,7 @@ class CausalModel:
         self._attend = causal_attention_for(
             device, dtype, heads=config.heads(0), width=config.head_width
         )
-        self._frequencies = _frequencies(config, device)
+        self._frequencies = config.rotary.frequencies(config.head_width).to(device)
         self._head = read.row(head.tensor, head.row, (head.rows, config.hidden))
 
     @torch.inference_mode()
@@ -191,11 +195,13 @@ class CausalModel:
         layer, config = self._layers[index], self.config
         normed = layer.attention_norm(states)
         key, value = layer.key_value(normed).chunk(2, dim=-1)
+        key = _norm_heads(key, layer.key_norm)
         key = self._rotate(key, layout.positions, config.key_heads)
         positions = layout.positions
         if last:
             states, normed, positions = (each[layout.last] for each in (states, normed, positions))
-        query = self._rotate(layer.query(normed), positions, config.query_heads)
+        query = _norm_heads(layer.query(normed), layer.query_norm)
+        query = self._rotate(query, positions, config.query_heads)
         attended = self._attend(query, key, value, layout, config.heads(index))
         states = self._add(states, layer.attention_output(attended), layer.attention_end_norm)
         gate, up = layer.gate_up(layer.feed_norm(states)).chunk(2, dim=-1)
@@ -209,16 +215,18 @@ class CausalModel:
     def _rotate(self, rows: Tensor, positions: Tensor, heads: int) -> Tensor:
         """Turn each head of each row by its position; shape (rows, heads * width) as before."""
         angles = positions[:, None, None].float() * self._frequencies
-        cosine, sine = angles.cos(), angles.sin()
+        scale = self.config.rotary.scale
+        cosine, sine = angles.cos() * scale, angles.sin() * scale
         first, second = rows.view(len(rows), heads, -1).float().chunk(2, dim=-1)
         turned = torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
         return turned.to(rows.dtype).view(rows.shape)
 
 
-def _frequencies(config: CausalConfig, device: torch.device) -> Tensor:
-    """Return by what angle a step turns each pair of channels; float32, shape (width / 2,)."""
-    steps = torch.arange(0, config.head_width, 2, dtype=torch.float32) / config.head_width
-    return (1.0 / config.rotary_base**steps / config.rotary_factor).to(device)
+def _norm_heads(rows: Tensor, norm: RmsNorm | None) -> Tensor:
+    """Norm each head of each row; shape (rows, heads * width) as before."""
+    if norm is None:
+        return rows
+    return norm(rows.view(len(rows), -1, len(norm.weight))).view(rows.shape)
 
 
 def _check_last_layer(weights: Weights, config: CausalConfig) -> None:
@@ -251,9 +259,9 @@ class CausalReader:
         row = self.weights.tensor(name, shape)[index]
         return row.to(self.device, torch.float32, copy=True)
 
-    def norm(self, name: str) -> RmsNorm:
-        """Return a norm, in float32."""
-        weight = self.tensor(f"{name}.weight", (self.config.hidden,), torch.float32)
+    def norm(self, name: str, *, width: int | None = None) -> RmsNorm:
+        """Return a norm, in float32; over the width of a token's vector unless told another."""
+        weight = self.tensor(f"{name}.weight", (width or self.config.hidden,), torch.float32)
         return RmsNorm(weight + float(self.config.norms_add_one), self.config.epsilon)
 
     def layer(self, index: int) -> _Layer:
@@ -261,25 +269,32 @@ class CausalReader:
         name, config = f"model.layers.{index}", self.config
         queries = config.query_heads * config.head_width
         keys = config.key_heads * config.head_width
-        hidden, inner, bias = config.hidden, config.intermediate, config.attention_bias
-        after = config.norms_after
+        hidden, inner, after = config.hidden, config.intermediate, config.norms_after
+        bias, output_bias, feed_bias = config.input_bias, config.output_bias, config.feed_bias
         return _Layer(
             attention_norm=self.norm(f"{name}.input_layernorm"),
             query=self._linear([f"{name}.self_attn.q_proj"], queries, hidden, bias=bias),
+            query_norm=self._head_norm(f"{name}.self_attn.q_norm"),
             key_value=self._linear(
                 [f"{name}.self_attn.k_proj", f"{name}.self_attn.v_proj"], keys, hidden, bias=bias
             ),
-            attention_output=self._linear([f"{name}.self_attn.o_proj"], hidden, queries, bias=bias),
+            key_norm=self._head_norm(f"{name}.self_attn.k_norm"),
+            attention_output=self._linear(
+                [f"{name}.self_attn.o_proj"], hidden, queries, bias=output_bias
+            ),
             attention_end_norm=self.norm(f"{name}.post_attention_layernorm") if after else None,
             feed_norm=self.norm(
                 f"{name}.pre_feedforward_layernorm" if after else f"{name}.post_attention_layernorm"
             ),
             gate_up=self._linear(
-                [f"{name}.mlp.gate_proj", f"{name}.mlp.up_proj"], inner, hidden, bias=False
+                [f"{name}.mlp.gate_proj", f"{name}.mlp.up_proj"], inner, hidden, bias=feed_bias
             ),
-            down=self._linear([f"{name}.mlp.down_proj"], hidden, inner, bias=False),
+            down=self._linear([f"{name}.mlp.down_proj"], hidden, inner, bias=feed_bias),
             feed_end_norm=self.norm(f"{name}.post_feedforward_layernorm") if after else None,
         )
+
+    def _head_norm(self, name: str) -> RmsNorm | None:
+        return self.norm(name, width=self.config.head_width) if self.config.head_norms else None
 
     def _linear(self, names: list[str], outputs: int, inputs: int, *, bias: bool) -> Linear:
         """Return layers of equal size side by side as one."""
