@@ -631,7 +631,7 @@ def test_assigned_top_k_is_used(reranker):
     [
         {"top_k": 2},
         {"top_k": None, "score_threshold": 0.25, "metadata_fields": ["title"]},
-        {"device": ["cpu", "cuda:1"], "dtype": "float32", "max_length": 128},
+        {"device": ["cpu", "cpu"], "dtype": "float32", "max_length": 128},
     ],
 )
 def test_dump_and_pickle_build_an_equal_compressor(settings):
