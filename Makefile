@@ -38,7 +38,7 @@ test: lint
 
 test-oldest: .venv-oldest/installed
 	.venv-oldest/bin/python -m pytest tests/test_families.py tests/test_flag.py tests/test_models.py \
-		tests/test_tokenization.py tests/test_hub.py
+		tests/test_tokenization.py tests/test_hub.py tests/test_flag_embedding.py tests/test_reading.py
 
 clean:
 	rm -rf .venv .venv-oldest build dist

@@ -1,4 +1,4 @@
-"""Reranking inside LangChain: a document compressor, a retriever and a runnable.
+"""Reranking inside LangChain: a document compressor, a retriever, a runnable, a cross-encoder.
 
 ```python
 from langchain_classic.retrievers import ContextualCompressionRetriever
@@ -14,7 +14,7 @@ retriever = compressor.wrap(first_stage)  # the same, on langchain-core alone
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 try:
     from langchain_core.callbacks import (
@@ -22,6 +22,7 @@ try:
         CallbackManagerForRetrieverRun,
         Callbacks,
     )
+    from langchain_core.cross_encoders import BaseCrossEncoder
     from langchain_core.documents import BaseDocumentCompressor, Document
     from langchain_core.retrievers import BaseRetriever, RetrieverLike
     from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda
@@ -44,7 +45,10 @@ from bge_rerank_adapters.calls.ranking import RankedDocument
 from bge_rerank_adapters.calls.runner import map_in_turns
 from bge_rerank_adapters.engine.hosted.copies import copied
 from bge_rerank_adapters.engine.hosted.fields import AdapterSettings
+from bge_rerank_adapters.engine.hosted.lazy import LazyEngine
 from bge_rerank_adapters.errors import InputTypeError
+from bge_rerank_adapters.settings import EngineOptions, EngineSettings
+from bge_rerank_adapters.settings.options import check_options, shows_options
 
 
 class BGEDocumentCompressor(AdapterSettings, BaseDocumentCompressor):
@@ -169,6 +173,61 @@ class RerankingRetriever(BaseRetriever):
         config = RunnableConfig(callbacks=run_manager.get_child())
         found = await self.base_retriever.ainvoke(query, config, **kwargs)
         return await self.compressor.acompress_documents(found, query, run_manager.get_child())
+
+
+class BGECrossEncoder(BaseCrossEncoder):
+    """Scores pairs of texts, as LangChain's interface of cross-encoders.
+
+    For what takes such a model, langchain-classic's `CrossEncoderReranker` for one, in place of
+    `HuggingFaceCrossEncoder`. `BGEDocumentCompressor` does more: it keeps scores, traces its runs
+    and does not block event loops. The model is loaded on first use.
+    """
+
+    @shows_options(EngineOptions)
+    def __init__(
+        self,
+        model: str = EngineSettings.model,
+        *,
+        reranker: Any = None,
+        **options: Unpack[EngineOptions],
+    ) -> None:
+        """Check the settings.
+
+        Args:
+            model: A folder, a name on the hub, or `"tiny"` for the bundled checkpoint.
+            reranker: A ready engine, such as a `RemoteReranker`, to use instead of loading one; not
+                together with engine settings.
+            **options: The engine's settings by their names, as `EngineSettings` describes them.
+
+        Raises:
+            TypeError: There is no setting of that name.
+            SettingsError: A setting has a value that is not allowed, or stands beside an engine.
+        """
+        check_options(BGECrossEncoder, options)
+        beside = [*options, *(["model"] if model != EngineSettings.model else [])]
+        settings = EngineSettings(model=model, **options)
+        self._engine = LazyEngine(settings, reranker=reranker, beside=beside)
+
+    def score(self, text_pairs: list[tuple[str, str]]) -> list[float]:
+        """Return the scores of (query, document) pairs in input order: in [0, 1], `[]` for none.
+
+        Raises:
+            InputTypeError: A pair is not two `str`; the message names which.
+            RerankError: The model could not be loaded, or failed.
+        """
+        engine: Any = self._engine.get()
+        return [float(score) for score in engine.score_pairs(text_pairs)]
+
+    def warm_up(self) -> None:
+        """Load the model now and run it once, so that the first query does not wait for it."""
+        self._engine.warm_up()
+
+    def close(self) -> None:
+        """Let go of the shared engine, which is freed with its last user; a later use loads again.
+
+        An engine that was given as `reranker=` stays open: it is its owner's to close.
+        """
+        self._engine.close()
 
 
 def _config(callbacks: Callbacks | None) -> RunnableConfig:

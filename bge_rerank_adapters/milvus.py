@@ -12,7 +12,6 @@ pymilvus is imported, and nothing is installed at run time.
 """
 
 import copy
-import numbers
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self, Unpack
@@ -20,6 +19,13 @@ from typing import Any, Self, Unpack
 from bge_rerank_adapters.calls.checks import check_documents, check_query
 from bge_rerank_adapters.calls.limits import Limits
 from bge_rerank_adapters.calls.ranking import RankedDocument, Scorer
+from bge_rerank_adapters.engine.hosted.flag_arguments import (
+    Devices,
+    Instruction,
+    check_batch_size,
+    engine_devices,
+    is_whole,
+)
 from bge_rerank_adapters.engine.hosted.lazy import LazyEngine
 from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.settings import EngineSettings, setting_names
@@ -74,10 +80,10 @@ class BGERerankFunction:
         use_fp16: bool = True,
         batch_size: int = 32,
         normalize: bool = True,
-        device: str | int | Sequence[str | int] | None = None,
+        device: Devices = None,
         query_max_length: int | None = _QUERY_MAX_LENGTH,
         max_length: int = EngineSettings.max_length,
-        devices: str | int | Sequence[str | int] | None = None,
+        devices: Devices = None,
         *,
         dtype: str | None = None,
         trust_remote_code: bool = False,
@@ -124,27 +130,26 @@ class BGERerankFunction:
             DeviceError: The device is not there.
         """
         check_options(BGERerankFunction, options)
-        if not _is_whole(batch_size) or batch_size < 1:
-            raise SettingsError(f"batch_size must be at least 1, got {batch_size!r}.")
+        check_batch_size(batch_size)
         if trust_remote_code:
             raise SettingsError("trust_remote_code must be False: no code of a checkpoint is run.")
         self.model_name, self.batch_size, self.normalize = model_name, batch_size, normalize
-        self._query = _Instruction(
+        self._query = Instruction(
             query_instruction_for_rerank,
             query_instruction_format,
             # So that it stays where the query's beginning is cut off.
             in_engine=options.get("query_truncation_side") == "left" and reranker is None,
         )
-        self._passage = _Instruction(passage_instruction_for_rerank, passage_instruction_format)
+        self._passage = Instruction(passage_instruction_for_rerank, passage_instruction_format)
         settings = EngineSettings(
             model=model_name,
-            device=_devices(device if devices is None else devices),
+            device=engine_devices(device if devices is None else devices),
             dtype=dtype or ("bfloat16" if use_bf16 else "auto" if use_fp16 else "float32"),
             max_length=max_length,
             query_max_length=_query_max_length(query_max_length, max_length),
             family=_family(model_class),
-            query_instruction=self._query.of_the_engine,
-            passage_instruction=self._passage.of_the_engine,
+            query_instruction=self._query.setting,
+            passage_instruction=self._passage.setting,
             **options,
         )
         self._engine = LazyEngine(settings, reranker=reranker, beside=_about_the_model(settings))
@@ -211,45 +216,6 @@ class BGERerankFunction:
         return ranked.logit
 
 
-@dataclass(frozen=True, slots=True)
-class _Instruction:
-    """An instruction before a text, in FlagEmbedding's way (`abc/inference/AbsReranker.py`)."""
-
-    instruction: str | None
-    template: str
-    in_engine: bool = False
-
-    def __post_init__(self) -> None:
-        places = ("\ue000instruction", "\ue000text")
-        try:
-            # One that has a single place would drop the text without a word.
-            filled = self.template.format(*places)
-            cause = None
-        except (IndexError, KeyError, ValueError, AttributeError) as error:
-            filled, cause = "", error
-        if not all(place in filled for place in places):
-            raise SettingsError(
-                f"An instruction format needs two places, like '{{}}{{}}', got {self.template!r}."
-            ) from cause
-        if self.in_engine and not filled.endswith(places[1]):
-            raise SettingsError(
-                'With query_truncation_side="left" the query must end query_instruction_format, '
-                f"like '{{}}{{}}', got {self.template!r}."
-            )
-
-    @property
-    def of_the_engine(self) -> str | None:
-        """The engine's setting: empty where the instruction is put into the text here."""
-        if self.instruction is None:
-            return None
-        return self.template.format(self.instruction, "") if self.in_engine else ""
-
-    def apply(self, text: str) -> str:
-        if self.instruction is None or self.in_engine:
-            return text
-        return self.template.format(self.instruction, text)
-
-
 def _about_the_model(settings: EngineSettings) -> list[str]:
     """Return the settings that were given and that a ready engine has decided already."""
     usual = EngineSettings(query_max_length=_QUERY_MAX_LENGTH)
@@ -269,28 +235,11 @@ def _family(model_class: object) -> str | None:
 
 def _query_max_length(given: int | None, max_length: object) -> int | None:
     # The default was made for a max_length of 512; one who asks for less means the pair.
-    short = _is_whole(max_length) and max_length <= _QUERY_MAX_LENGTH  # type: ignore[operator]
+    short = is_whole(max_length) and max_length <= _QUERY_MAX_LENGTH  # type: ignore[operator]
     return None if short and given == _QUERY_MAX_LENGTH else given
-
-
-def _devices(value: str | int | Sequence[str | int] | None) -> str | tuple[str, ...]:
-    if value is None:
-        return "auto"
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return tuple(_one_device(each) for each in value)
-    return _one_device(value)
 
 
 def _top_k(value: Any) -> int | None:
     # Of several numbers numpy does not say whether they are falsy; they are refused.
     one = getattr(value, "shape", ()) == ()
     return None if one and not value else Limits(value).top_k
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def _one_device(value: object) -> str:
-    text = str(value)
-    return f"cuda:{text}" if text.isdecimal() else text

@@ -19,7 +19,10 @@ LAYERS = (
     ("settings",),
     ("calls",),
     ("engine", "remote"),
-    ("langchain", "llama_index", "milvus", "evaluation", "serve", "ray"),
+    (
+        *("langchain", "llama_index", "milvus", "flag_embedding"),
+        *("evaluation", "serve", "ray"),
+    ),
     ("cli",),
     ("__main__", "__init__"),
 )
@@ -175,7 +178,9 @@ def test_importing_the_package_loads_nothing_heavy():
     assert loaded_after(f"from {NAME} import Reranker", ("torch",)) == ["torch"]
 
 
-@pytest.mark.parametrize("module", ["milvus", "cli", "settings", "engine.checkpoints.hub", "serve"])
+@pytest.mark.parametrize(
+    "module", ["milvus", "flag_embedding", "cli", "settings", "engine.checkpoints.hub", "serve"]
+)
 def test_light_modules_load_no_torch(module):
     assert loaded_after(f"import {NAME}.{module}", ("torch", "transformers", "numpy")) == []
 

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from bge_rerank_adapters.errors import SettingsError
+
 DEFAULT_MODEL = "BAAI/bge-reranker-v2-m3"
 TINY = "tiny"
 
@@ -66,3 +68,25 @@ def known_family(model: str) -> str | None:
         return "encoder"
     known = CHECKPOINTS.get(model)
     return known.family if known else None
+
+
+def family_setting(model: object, family: str, *, instead: str) -> str | None:
+    """Return the engine's setting of a family for what runs models of that family alone.
+
+    It is left open where the model is known, so that all who name it share an engine.
+
+    Args:
+        model: A folder or a name.
+        family: The one that is run.
+        instead: What runs other families, for the message.
+
+    Raises:
+        SettingsError: The model is known to be of another family.
+    """
+    known = known_family(str(model))
+    if known not in (None, family):
+        raise SettingsError(
+            f"{model} is of the {known} family, not of the {family} family, which this runs; "
+            f"{instead}."
+        )
+    return None if known else family

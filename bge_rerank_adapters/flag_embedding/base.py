@@ -1,0 +1,174 @@
+"""What FlagEmbedding's classes have in common: the engine, and the settings of each call."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Self, TypedDict
+
+from bge_rerank_adapters.calls.ranking import sigmoid
+from bge_rerank_adapters.calls.requests import Request
+from bge_rerank_adapters.engine.hosted.flag_arguments import (
+    Devices,
+    Instruction,
+    check_batch_size,
+    engine_devices,
+)
+from bge_rerank_adapters.engine.hosted.lazy import LazyEngine
+from bge_rerank_adapters.errors import SettingsError
+from bge_rerank_adapters.settings import EngineSettings
+from bge_rerank_adapters.settings.checkpoints import family_setting
+from bge_rerank_adapters.settings.options import check_options
+
+Pairs = Sequence[Sequence[str]]
+"""Pairs of a query and a document, or a single one: a list of two texts."""
+Scores = list[float]
+
+_AUTO = "use FlagAutoReranker.from_finetuned(), which finds the class"
+
+
+class FlagOptions(TypedDict, total=False):
+    """Settings that FlagEmbedding has no name for, by those that they have here."""
+
+    revision: str | None
+    local_files_only: bool
+    token: str | None
+    pack_tokens: int | str
+    max_queued_pairs: int
+
+
+class FlagBase:
+    """What FlagEmbedding's classes have in common.
+
+    Attributes that a constructor sets may be assigned, as there, and hold for the calls that
+    follow. Pickling carries the settings, never weights or the token; a copy loads on first use.
+    """
+
+    family: ClassVar[str]
+    # Those that the engine puts before texts by itself.
+    instructions: ClassVar[tuple[str | None, str | None]] = ("A: ", "B: ")
+    prompt: str | None = None
+
+    def __init__(
+        self,
+        model_name_or_path: str,
+        *,
+        half: bool,
+        query_instruction: tuple[str | None, str],
+        passage_instruction: tuple[str | None, str],
+        cache_dir: str | None,
+        devices: Devices,
+        batch_size: int,
+        query_max_length: int | None,
+        max_length: int,
+        normalize: bool,
+        options: FlagOptions,
+        peft_path: str | None = None,
+        prompt: str | None = None,
+    ) -> None:
+        check_options(type(self).__init__, options)
+        check_batch_size(batch_size)
+        _check_no_adapter(peft_path)
+        self.model_name_or_path, self.prompt = model_name_or_path, prompt
+        self.query_instruction_for_rerank, self.query_instruction_format = query_instruction
+        self.passage_instruction_for_rerank, self.passage_instruction_format = passage_instruction
+        self.batch_size, self.normalize = batch_size, normalize
+        self.query_max_length, self.max_length = query_max_length, max_length
+        self._engine = LazyEngine(
+            EngineSettings(
+                model=model_name_or_path,
+                family=family_setting(model_name_or_path, self.family, instead=_AUTO),
+                dtype="auto" if half else "float32",
+                device=engine_devices(devices),
+                cache_dir=cache_dir,
+                **self._text_settings(),
+                **options,
+            )
+        )
+        self.target_devices: list[str] = self.reranker.device.split(", ")
+
+    @property
+    def reranker(self) -> Any:
+        """The engine that scores, shared by all with equal settings, and loaded again if need be.
+
+        Raises:
+            RerankError: The model cannot be loaded.
+        """
+        return self._engine.get()
+
+    def stop_self_pool(self) -> None:
+        """Let go of the shared engine, which is freed with its last user; a later use loads again.
+
+        FlagEmbedding's name of `close`. May be repeated.
+        """
+        self._engine.close()
+
+    def close(self) -> None:
+        """Do what `stop_self_pool` does."""
+        self.stop_self_pool()
+
+    def _compute(
+        self,
+        pairs: Pairs,
+        *,
+        batch_size: int | None,
+        normalize: bool | None,
+        layers: tuple[int, ...] = (),
+        **changes: Any,
+    ) -> Any:
+        """Return the scores of pairs, as this call's arguments and otherwise the attributes say."""
+        from bge_rerank_adapters.engine.models.reading import Reading
+
+        check_batch_size(self.batch_size if batch_size is None else batch_size)
+        query, passage = self._instructions()
+        requests, engine = Request.checked_pairs(_pairs(pairs)), self.reranker
+        rows = engine.pair_logits(
+            [(query.apply(each.query), passage.apply(each.texts[0])) for each in requests],
+            Reading(replace(engine.settings, **self._text_settings(**changes)), layers),
+        )
+        scores = [list(layer) for layer in zip(*rows, strict=True)]
+        if self.normalize if normalize is None else normalize:
+            scores = [list(map(sigmoid, layer)) for layer in scores]
+        # Of no pairs there are no layers either.
+        return scores if len(scores) > 1 else [each for layer in scores for each in layer]
+
+    def _text_settings(self, **changes: Any) -> dict[str, Any]:
+        """Return how texts are read: as `changes` say where they are not `None`."""
+        query, passage = self._instructions()
+        settings = {
+            "max_length": self.max_length,
+            "query_max_length": self.query_max_length,
+            "query_instruction": query.setting,
+            "passage_instruction": passage.setting,
+            "prompt": self.prompt,
+        }
+        return settings | {name: value for name, value in changes.items() if value is not None}
+
+    def _instructions(self) -> tuple[Instruction, Instruction]:
+        of_query, of_passage = self.instructions
+        return (
+            Instruction(self.query_instruction_for_rerank, self.query_instruction_format, of_query),
+            Instruction(
+                self.passage_instruction_for_rerank, self.passage_instruction_format, of_passage
+            ),
+        )
+
+    def __enter__(self) -> Self:
+        """Return the reranker itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.close()
+
+
+def _check_no_adapter(peft_path: object) -> None:
+    if peft_path is not None:
+        raise SettingsError(
+            f"peft_path={peft_path!r} is not needed: give this folder as model_name_or_path; its "
+            "adapter_config.json names the base that it is merged with."
+        )
+
+
+def _pairs(pairs: Any) -> Any:
+    """Return a list of pairs, of a single one as well."""
+    single = isinstance(pairs, list | tuple) and pairs and isinstance(pairs[0], str)
+    return [pairs] if single else pairs
