@@ -97,6 +97,9 @@ def test_the_checksum_changes_with_any_source(tmp_path):
         path.write_bytes(path.read_bytes() + b"\n")
         seen.add(build.checksum(tmp_path))
     assert len(seen) == 1 + len(build.sources())
+    c_files = {path.name for path in build.FOLDER.iterdir() if path.suffix in (".c", ".h")}
+    # How they are compiled counts as well.
+    assert {path.name for path in build.sources()} == c_files | {"build.py"}
 
 
 def test_the_makefile_knows_all_sources():
