@@ -14,11 +14,15 @@ pymilvus is imported, and nothing is installed at run time.
 import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Self, Unpack
 
 from bge_rerank_adapters.calls.checks import check_documents, check_query
+from bge_rerank_adapters.calls.hits import hits_of_one_query, text_of_hit
 from bge_rerank_adapters.calls.limits import Limits
+from bge_rerank_adapters.calls.metadata import added_metadata
 from bge_rerank_adapters.calls.ranking import RankedDocument, Scorer
+from bge_rerank_adapters.engine.hosted.copies import copied
 from bge_rerank_adapters.engine.hosted.flag_arguments import (
     Devices,
     Instruction,
@@ -182,25 +186,73 @@ class BGERerankFunction:
 
         Args:
             query: The question.
-            documents: n texts; may be empty.
+            documents: n texts, or objects with one, as `Reranker.rerank` takes them; may be empty.
             top_k: Most results; a falsy one (0 or `None`) gives all.
 
         Returns:
             At most `top_k` results; `[]` for no documents.
 
         Raises:
-            InputTypeError: The query or a document is not a `str`.
+            InputTypeError: The query is not a `str`, or a document has no text.
             SettingsError: `top_k` is negative or not a whole number, or `normalize` is False and
                 the ready engine tells no logits.
             RerankError: The model failed.
         """
         texts = check_documents(documents)
-        ranked = self.reranker.rerank(
+        return [
+            RerankResult(texts[each.index], self._score(each), each.index)
+            for each in self._ranked(query, texts, top_k)
+        ]
+
+    def rerank_hits(
+        self, query: str, hits: Sequence[Any], text_field: str = "text", top_k: int | None = 5
+    ) -> list[Any]:
+        """Return copies of the best hits of a search, best first, each with its score.
+
+        Args:
+            query: The question.
+            hits: One query's hits, as `MilvusClient.search` and `hybrid_search` give them:
+                `result[0]`, or the result itself where it is of a single query.
+            text_field: The field with the text; a search returns it if `output_fields` names it.
+            top_k: Most hits; a falsy one (0 or `None`) gives all.
+
+        Returns:
+            At most `top_k` copies, to which are added, beside the `distance`, `relevance_score`
+            (float, in [0, 1]) and all else that `calls.metadata` describes.
+
+        Raises:
+            InputTypeError: The query is no `str`; what was given are no hits, or those of several
+                queries; or a hit lacks the field, or cannot be copied.
+            SettingsError: `top_k` is negative or not a whole number.
+            RerankError: The model failed.
+        """
+        found = hits_of_one_query(hits)
+        texts = [text_of_hit(hit, text_field, index) for index, hit in enumerate(found)]
+        best: list[Any] = []
+        for each in self._ranked(query, texts, top_k):
+            hit, text = found[each.index], texts[each.index]
+            best.append(
+                copied(partial(copy.deepcopy, hit), name=f"hits[{each.index}]", metadata=hit)
+            )
+            start = max(each.text.rfind(text), 0)
+            best[-1].update(added_metadata(each, start=start, length=len(text)))
+        return best
+
+    def _ranked(self, query: str, texts: list[str], top_k: int | None) -> list[RankedDocument]:
+        ranked: list[RankedDocument] = self.reranker.rerank(
             self._query.apply(check_query(query)),
             [self._passage.apply(text) for text in texts],
             top_k=_top_k(top_k),
         )
-        return [RerankResult(texts[each.index], self._score(each), each.index) for each in ranked]
+        return ranked
+
+    def __repr__(self) -> str:
+        """Name the model and, once it is loaded, device and dtype."""
+        engine = self._engine.loaded
+        model = getattr(self._engine.settings, "model", None) or type(engine).__name__
+        known = {name: getattr(engine, name, None) for name in ("device", "dtype")}
+        more = "".join(f", {name}={value}" for name, value in known.items() if value is not None)
+        return f"BGERerankFunction({model!r}{more})"
 
     def __copy__(self) -> Self:
         """Return another one that shares the engine: threads and weights are not copied."""

@@ -19,7 +19,7 @@ def test_readme_shows_engine_and_every_host():
 
 @pytest.mark.parametrize(
     "block",
-    BLOCKS[:6],
+    BLOCKS[:7],
     ids=["engine", "langchain", "llama_index", "milvus", "windows", "callers"],
 )
 def test_example_runs_and_puts_goethe_first(block, capsys):
@@ -33,13 +33,13 @@ def test_the_server_elsewhere_answers(capsys, reranker):
     for needed in ("httpx", "uvicorn", "fastapi", "langchain_core"):
         pytest.importorskip(needed)
     with serving(reranker, api_key="change-me") as url:
-        exec(BLOCKS[6].replace("http://gpu-box:8000", url), {"__name__": "example"})  # noqa: S102
+        exec(BLOCKS[7].replace("http://gpu-box:8000", url), {"__name__": "example"})  # noqa: S102
     assert capsys.readouterr().out.startswith("Goethe wrote Faust. 0.")
 
 
 def test_the_experiment_runs(capsys, monkeypatch):
     monkeypatch.chdir(README.parent)
-    exec(BLOCKS[7].replace("BAAI/bge-reranker-v2-m3", "tiny"), {"__name__": "example"})  # noqa: S102
+    exec(BLOCKS[8].replace("BAAI/bge-reranker-v2-m3", "tiny"), {"__name__": "example"})  # noqa: S102
     shown = capsys.readouterr().out
     assert "10 queries, 600 documents, 5 candidates" in shown
     assert "p_value" in shown

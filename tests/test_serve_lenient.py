@@ -12,7 +12,9 @@ import pytest
 pytest.importorskip("fastapi")
 
 from bge_rerank_adapters import Reranker, SettingsError
+from bge_rerank_adapters.remote.apis import APIS
 from bge_rerank_adapters.serve import ServerSettings
+from bge_rerank_adapters.settings.token_limits import TokenLimits
 from tests.test_serve import BODY, KEY, TEI_BODY, TINY, client_of, numbers
 from tests.texts import DOCUMENTS, QUERY
 
@@ -398,3 +400,39 @@ async def test_origins_that_are_set_may_ask(reranker):
     async with client_of(reranker, cors_origins=("*",)) as client:
         answer = await client.post("/v2/rerank", json=BODY, headers={"Origin": "null"})
         assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, "*")
+
+
+# Limits of tokens
+
+
+@pytest.mark.parametrize(
+    ("field", "cuts"),
+    [
+        ("max_tokens_per_doc", ("truncated",)),
+        ("max_tokens_per_query", ("query_truncated",)),
+        ("truncate_prompt_tokens", ("truncated", "query_truncated")),
+    ],
+)
+async def test_a_request_may_ask_to_read_less(client, field, cuts):
+    long = "The weather was fine. " * 10
+    body = {"query": long, "documents": [long], "return_details": True}
+    for tokens, cut in ((12, True), (4096, False), (-1, False), (10**20, False)):
+        answer = (await client.post("/v1/rerank", json=body | {field: tokens})).json()
+        told = answer["results"][0]
+        found = {name for name in ("truncated", "query_truncated") if told[name]}
+        assert found == (set(cuts) if cut else set())
+
+
+async def test_too_few_tokens_for_a_pair_are_refused(client):
+    answer = await client.post("/v1/rerank", json=BODY | {"truncate_prompt_tokens": 3})
+    assert answer.status_code == 422
+    assert "leaves no room" in answer.json()["detail"]
+
+
+async def test_a_remote_reranker_asks_for_less(reranker):
+    async with client_of(reranker) as client:
+        limits = TokenLimits(max_document_tokens=3)
+        body = APIS["bge"].request(QUERY, [LONG], model=None, scale="logit", token_limits=limits)
+        told = (await client.post("/v1/rerank", json=body)).json()["results"][0]
+    (wanted,) = reranker.logits(QUERY, [LONG], max_document_tokens=3)
+    assert (told["logit"], told["truncated"]) == (pytest.approx(wanted, abs=1e-5), True)

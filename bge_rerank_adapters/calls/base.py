@@ -2,14 +2,17 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar, Unpack
 
+from bge_rerank_adapters.calls.documents import DocumentLike
 from bge_rerank_adapters.calls.limits import Limits
 from bge_rerank_adapters.calls.progress import ProgressBar
 from bge_rerank_adapters.calls.ranking import PairScore, Ranking, ScoredRequest
 from bge_rerank_adapters.calls.requests import Request, Requests
 from bge_rerank_adapters.calls.runner import AsyncRunner, Call, MakeCall, Reservations, run
 from bge_rerank_adapters.errors import RerankError, ScoringError
+from bge_rerank_adapters.settings.other_names import no_attribute
+from bge_rerank_adapters.settings.token_limits import TokenLimits, TokenOptions, takes_token_limits
 
 SettingsT = TypeVar("SettingsT")
 T = TypeVar("T")
@@ -34,23 +37,30 @@ class BaseReranker(ABC, Generic[SettingsT]):
         reranker._set_up(settings)  # noqa: SLF001 - its own class
         return reranker
 
+    @takes_token_limits
     def rerank(
         self,
         query: str,
-        documents: Sequence[str],
+        documents: Sequence[DocumentLike],
         *,
         top_k: int | None = None,
         score_threshold: float | None = None,
         timeout_s: float | None = None,
+        **tokens: Unpack[TokenOptions],
     ) -> Ranking:
         """Return the documents ranked by how well they answer the query, best first.
 
         Args:
             query: The question; may be empty.
-            documents: n texts; may be empty or repeat themselves.
+            documents: n texts, or objects that each have one: a mapping with exactly one of
+                `text`, `content` and `page_content`, a document of LangChain, a node of LlamaIndex
+                (read as for an embedding) or a hit of Milvus. May be empty or repeat themselves.
             top_k: Most results to return; `None` is all.
             score_threshold: Lowest score to keep, in [0, 1], inclusive; applied before `top_k`.
             timeout_s: Seconds that the call may take at most; `None` is for ever.
+            **tokens: Most tokens that this call reads, as `TokenLimits` describes them:
+                `max_document_tokens`, `max_query_tokens` and `max_pair_tokens`. They cut before
+                windows are made; more than the model reads changes nothing.
 
         Returns:
             At most n `RankedDocument`, highest logit first, equal ones in input order; `[]` for no
@@ -58,79 +68,98 @@ class BaseReranker(ABC, Generic[SettingsT]):
             server's order.
 
         Raises:
-            InputTypeError: The query or a document is not a `str`.
-            SettingsError: `top_k`, `score_threshold` or `timeout_s` is out of range.
+            InputTypeError: The query is not a `str`, or a document has no text that is plain to
+                find.
+            SettingsError: `top_k`, `score_threshold`, `timeout_s` or a number of tokens is out of
+                range, or the server has no field for it.
             Overloaded: Too many pairs wait already, here or on the server.
             RerankTimeoutError: `timeout_s` ran out.
             ScoringError: The model failed, or gave NaN for a pair. As `RemoteError`: the server
                 cannot be reached, refused, or answered wrongly.
             ClosedError: The reranker has been closed.
         """
-        request, limits = Request.checked(query, documents), Limits(top_k, score_threshold)
+        request = Request.checked(query, documents, TokenLimits.of_call(self.rerank, tokens))
+        limits = Limits(top_k, score_threshold)
         return self._run(
             lambda reservations: self._rerank(request, limits, reservations), timeout_s=timeout_s
         )
 
+    @takes_token_limits
     async def arerank(
         self,
         query: str,
-        documents: Sequence[str],
+        documents: Sequence[DocumentLike],
         *,
         top_k: int | None = None,
         score_threshold: float | None = None,
         timeout_s: float | None = None,
+        **tokens: Unpack[TokenOptions],
     ) -> Ranking:
         """Return what `rerank` returns, without blocking the event loop.
 
         A call that is cancelled or runs out of time takes its waiting pairs out of the queue, or
         cancels its requests to the server.
         """
-        request, limits = Request.checked(query, documents), Limits(top_k, score_threshold)
+        request = Request.checked(query, documents, TokenLimits.of_call(self.arerank, tokens))
+        limits = Limits(top_k, score_threshold)
         return await self._arun(
             lambda reservations: self._rerank(request, limits, reservations),
             timeout_s=timeout_s,
             long=self._is_long(request),
         )
 
-    def logits(self, query: str, documents: Sequence[str]) -> list[float]:
+    @takes_token_limits
+    def logits(
+        self, query: str, documents: Sequence[DocumentLike], **tokens: Unpack[TokenOptions]
+    ) -> list[float]:
         """Return the documents' logits in input order: unbounded floats, `[]` for no documents.
 
         Raises:
             RemoteError: The server gives scores alone.
             RerankError: As `rerank`.
         """
-        scores = self._scores(query, documents)
+        limits = TokenLimits.of_call(self.logits, tokens)
+        scores = self._scores(Request.checked(query, documents, limits))
         logits = [each.logit for each in scores if each.logit is not None]
         if len(logits) < len(scores):
             raise self._no_logits()
         return logits
 
-    def score(self, query: str, documents: Sequence[str]) -> list[float]:
+    @takes_token_limits
+    def score(
+        self, query: str, documents: Sequence[DocumentLike], **tokens: Unpack[TokenOptions]
+    ) -> list[float]:
         """Return the documents' scores in input order: in [0, 1], `[]` for no documents.
 
         Raises:
             RerankError: As `rerank`.
         """
-        return [each.score for each in self._scores(query, documents)]
+        limits = TokenLimits.of_call(self.score, tokens)
+        return [each.score for each in self._scores(Request.checked(query, documents, limits))]
 
-    def score_pairs(self, pairs: Iterable[tuple[str, str]]) -> list[float]:
+    @takes_token_limits
+    def score_pairs(
+        self, pairs: Iterable[tuple[str, DocumentLike]], **tokens: Unpack[TokenOptions]
+    ) -> list[float]:
         """Return the scores of (query, document) pairs in input order: in [0, 1], `[]` for none.
 
         Raises:
-            InputTypeError: A pair is not two `str`; the message names which.
+            InputTypeError: A pair is not a `str` and a document; the message names which.
             RerankError: As `rerank`.
         """
-        requests = Request.checked_pairs(pairs)
+        requests = Request.checked_pairs(pairs, TokenLimits.of_call(self.score_pairs, tokens))
         scores = self._run(lambda reservations: self._score_pairs(requests, reservations))
         return [each.score for each in scores]
 
+    @takes_token_limits
     def rerank_many(
         self,
-        requests: Iterable[tuple[str, Sequence[str]]],
+        requests: Iterable[tuple[str, Sequence[DocumentLike]]],
         *,
         top_k: int | None = None,
         score_threshold: float | None = None,
         progress: bool = False,
+        **tokens: Unpack[TokenOptions],
     ) -> list[Ranking]:
         """Return the rankings of many (query, documents) requests, in their order.
 
@@ -141,24 +170,28 @@ class BaseReranker(ABC, Generic[SettingsT]):
             top_k: Most results for each.
             score_threshold: Lowest score to keep, in [0, 1], inclusive.
             progress: Whether to show a bar on standard error; needs rich.
+            **tokens: As of `rerank`, for each of them.
 
         Raises:
             InputTypeError: A request is not a query and documents; the message names which.
             RerankError: As `rerank`, but `Overloaded` by a server alone.
         """
-        checked, limits = Requests(requests), Limits(top_k, score_threshold)
+        checked = Requests(requests, TokenLimits.of_call(self.rerank_many, tokens))
+        limits = Limits(top_k, score_threshold)
         return self._run(
             lambda reservations: self._rerank_many(checked, limits, reservations, progress=progress)
         )
 
+    @takes_token_limits
     async def arerank_many(
         self,
-        requests: Iterable[tuple[str, Sequence[str]]],
+        requests: Iterable[tuple[str, Sequence[DocumentLike]]],
         *,
         top_k: int | None = None,
         score_threshold: float | None = None,
         progress: bool = False,
         timeout_s: float | None = None,
+        **tokens: Unpack[TokenOptions],
     ) -> list[Ranking]:
         """Return what `rerank_many` returns, without blocking the event loop.
 
@@ -166,7 +199,8 @@ class BaseReranker(ABC, Generic[SettingsT]):
         one that waits for its items, from a network, say, keeps others waiting too: gather the
         items first, or call it with a few at a time.
         """
-        checked, limits = Requests(requests), Limits(top_k, score_threshold)
+        checked = Requests(requests, TokenLimits.of_call(self.arerank_many, tokens))
+        limits = Limits(top_k, score_threshold)
         return await self._arun(
             lambda reservations: self._rerank_many(
                 checked, limits, reservations, progress=progress
@@ -195,6 +229,12 @@ class BaseReranker(ABC, Generic[SettingsT]):
     def __exit__(self, *_: object) -> None:
         """Close it."""
         self.close()
+
+    if not TYPE_CHECKING:  # for type checkers any attribute would be there
+
+        def __getattr__(self, name: str) -> NoReturn:
+            """Say what a method of another library is called here."""
+            raise AttributeError(no_attribute(name, of=type(self).__name__), name=name, obj=self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the settings, without secrets; unpickling makes another one of them."""
@@ -264,8 +304,7 @@ class BaseReranker(ABC, Generic[SettingsT]):
         self._check_open()
         return await self._async_runner().run(make_call, timeout_s=timeout_s, long=long)
 
-    def _scores(self, query: str, documents: Sequence[str]) -> list[PairScore]:
-        request = Request.checked(query, documents)
+    def _scores(self, request: Request) -> list[PairScore]:
         return self._run(lambda reservations: self._score(request, reservations)).scores
 
     def _rerank_unbounded(self, query: str, documents: Sequence[str], limits: Limits) -> Ranking:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from bge_rerank_adapters.calls.documents import is_one_document, kind, text_of
 from bge_rerank_adapters.errors import InputTypeError
 
 
@@ -13,30 +14,40 @@ def check_query(query: object) -> str:
         InputTypeError: It is anything else.
     """
     if not isinstance(query, str):
-        raise InputTypeError(f"The query must be a str, got {_kind(query)}.")
+        raise InputTypeError(f"The query must be a str, got {kind(query)}.")
     return _plain(query)
 
 
 def check_documents(documents: object) -> list[str]:
-    """Return the documents as a new list of exact `str`; an empty list is allowed.
+    """Return the documents' texts as a new list of exact `str`; an empty list is allowed.
 
     Raises:
-        InputTypeError: They are one string instead of a list of them, cannot be iterated over,
-            have no order of their own (a dict, a set, a table), or hold something other than a
-            `str`, whose position the message names.
+        InputTypeError: As `list_documents`; or one has no text that is plain to find, and the
+            message names its position.
     """
-    check_ordered(documents, name="documents", wanted="a list of str")
-    if isinstance(documents, str | bytes | bytearray) or not isinstance(documents, Iterable):
+    return [
+        _plain(text_of(document, name=f"documents[{index}]"))
+        for index, document in enumerate(list_documents(documents))
+    ]
+
+
+def list_documents(documents: object) -> list[Any]:
+    """Return the documents as a new list, themselves unchecked.
+
+    Raises:
+        InputTypeError: They are one document instead of a list of them, cannot be iterated over,
+            or have no order of their own (a dict, a set, a table).
+    """
+    # Hosts' documents can be iterated over too, over their fields.
+    one = isinstance(documents, str | bytes | bytearray) or is_one_document(documents)
+    if not one:
+        check_ordered(documents, name="documents", wanted="a list of str")
+    if one or not isinstance(documents, Iterable):
         raise InputTypeError(
-            f"documents must be a list of str, got {_kind(documents)}; "
+            f"documents must be a list of str, got {kind(documents)}; "
             "wrap a single document in a list."
         )
-    texts: list[str] = []
-    for index, text in enumerate(documents):
-        if not isinstance(text, str):
-            raise InputTypeError(f"documents[{index}] must be a str, got {_kind(text)}.")
-        texts.append(_plain(text))
-    return texts
+    return list(documents)
 
 
 def check_ordered(items: object, *, name: str, wanted: str) -> None:
@@ -60,7 +71,7 @@ def check_ordered(items: object, *, name: str, wanted: str) -> None:
         action = "wrap a single item in a list"
     else:
         return
-    raise InputTypeError(f"{name} must be {wanted}, got {_kind(items)}; {action}.")
+    raise InputTypeError(f"{name} must be {wanted}, got {kind(items)}; {action}.")
 
 
 def check_pairs(pairs: object) -> list[tuple[str, str]]:
@@ -72,20 +83,19 @@ def check_pairs(pairs: object) -> list[tuple[str, str]]:
     check_ordered(pairs, name="pairs", wanted="a list of (query, document) tuples")
     if isinstance(pairs, str | bytes) or not isinstance(pairs, Iterable):
         raise InputTypeError(
-            f"pairs must be a list of (query, document) tuples, got {_kind(pairs)}."
+            f"pairs must be a list of (query, document) tuples, got {kind(pairs)}."
         )
     checked: list[tuple[str, str]] = []
     for index, pair in enumerate(pairs):
         if isinstance(pair, str | bytes) or not isinstance(pair, Sequence) or len(pair) != 2:
             raise InputTypeError(
-                f"pairs[{index}] must be a (query, document) tuple, got {_kind(pair)}."
+                f"pairs[{index}] must be a (query, document) tuple, got {kind(pair)}."
             )
-        for name, text in zip(("query", "document"), pair, strict=True):
-            if not isinstance(text, str):
-                raise InputTypeError(
-                    f"The {name} of pairs[{index}] must be a str, got {_kind(text)}."
-                )
-        checked.append((_plain(pair[0]), _plain(pair[1])))
+        query, document = pair
+        if not isinstance(query, str):
+            raise InputTypeError(f"The query of pairs[{index}] must be a str, got {kind(query)}.")
+        text = text_of(document, name=f"The document of pairs[{index}]")
+        checked.append((_plain(query), _plain(text)))
     return checked
 
 
@@ -97,9 +107,3 @@ def _plain(text: str) -> str:
     """
     # Not str(text), which a class may answer with something else: an enum does, with its name.
     return text if type(text) is str else str.__str__(text)
-
-
-def _kind(value: Any) -> str:
-    """Name a value's type, and its text where that is short."""
-    shown = repr(value)
-    return type(value).__name__ if len(shown) > 40 else f"{type(value).__name__} ({shown})"

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from bge_rerank_adapters.calls.display import to_html, to_records, to_text
@@ -24,6 +24,8 @@ class RankedDocument:
         span: With windows, the characters of the one that scored best, as (start, end) in `text`;
             of a document that needed none, all of them. `None` without windows.
         query_truncated: Whether the query was cut, which documents of one call have in common.
+        document: The document as it was given: the very object, be it a text or what has one.
+            Not compared.
     """
 
     index: int
@@ -33,6 +35,7 @@ class RankedDocument:
     truncated: bool = False
     span: tuple[int, int] | None = None
     query_truncated: bool = False
+    document: Any = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,6 +166,7 @@ class ScoredRequest:
             truncated=score.truncated,
             span=score.span,
             query_truncated=score.query_truncated,
+            document=self.request.document(index),
         )
 
 

@@ -3,15 +3,17 @@
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 from bge_rerank_adapters.calls.checks import (
     check_documents,
     check_ordered,
     check_pairs,
     check_query,
+    list_documents,
 )
 from bge_rerank_adapters.errors import InputTypeError
+from bge_rerank_adapters.settings.token_limits import NO_TOKEN_LIMITS, TokenLimits
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,35 +23,48 @@ class Request:
     Attributes:
         query: The question.
         texts: The documents' texts.
+        documents: The documents as they were given; `None` where their texts are all there is.
+        token_limits: How much is read of them.
     """
 
     query: str
     texts: list[str]
+    documents: list[Any] | None = None
+    token_limits: TokenLimits = NO_TOKEN_LIMITS
 
     @classmethod
-    def checked(cls, query: object, documents: object) -> Self:
+    def checked(
+        cls, query: object, documents: object, token_limits: TokenLimits = NO_TOKEN_LIMITS
+    ) -> Self:
         """Return a request for a query and its documents.
 
         Raises:
-            InputTypeError: The query or a document is not a `str`.
+            InputTypeError: The query is not a `str`, or a document has no text.
         """
-        return cls(check_query(query), check_documents(documents))
+        query, given = check_query(query), list_documents(documents)
+        return cls(query, check_documents(given), given, token_limits)
 
     @classmethod
-    def checked_pairs(cls, pairs: object) -> list[Self]:
+    def checked_pairs(
+        cls, pairs: object, token_limits: TokenLimits = NO_TOKEN_LIMITS
+    ) -> list[Self]:
         """Return a request of one document for each (query, document) pair.
 
         Raises:
-            InputTypeError: The pairs are not a list, or one of them is not two `str`.
+            InputTypeError: The pairs are not a list, or one of them is not a `str` and a document.
         """
-        return [cls(query, [text]) for query, text in check_pairs(pairs)]
+        return [cls(query, [text], token_limits=token_limits) for query, text in check_pairs(pairs)]
+
+    def document(self, index: int) -> Any:
+        """Return a document as it was given."""
+        return self.texts[index] if self.documents is None else self.documents[index]
 
 
 class Requests:
     """Requests that are checked as they are read; as long as what they come from."""
 
-    def __init__(self, requests: object) -> None:
-        """Take an iterable of (query, documents) tuples.
+    def __init__(self, requests: object, token_limits: TokenLimits = NO_TOKEN_LIMITS) -> None:
+        """Take an iterable of (query, documents) tuples, and how much is read of each.
 
         Raises:
             InputTypeError: It is none. While reading: a request is not a query and documents;
@@ -61,7 +76,7 @@ class Requests:
                 "requests must be (query, documents) tuples, got "
                 f"{type(requests).__name__}; use rerank for a single query."
             )
-        self._requests = requests
+        self._requests, self._token_limits = requests, token_limits
 
     def __len__(self) -> int:
         """Return how many there are.
@@ -83,7 +98,7 @@ class Requests:
                     raise InputTypeError(
                         f"must be a (query, documents) tuple, got {len(request)} items."
                     )
-                checked = Request.checked(request[0], request[1])
+                checked = Request.checked(request[0], request[1], self._token_limits)
             yield checked
 
 

@@ -7,6 +7,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from functools import partial
 from itertools import islice
 from typing import TypeVar, Unpack
 
@@ -34,6 +35,7 @@ from bge_rerank_adapters.engine.text.pairs import TokenizedPairs
 from bge_rerank_adapters.errors import ScoringError
 from bge_rerank_adapters.settings import EngineOptions, EngineSettings
 from bge_rerank_adapters.settings.options import check_options, shows_options
+from bge_rerank_adapters.settings.token_limits import NO_TOKEN_LIMITS
 
 # How many pairs of a long run of requests are tokenised and queued at a time, and how many such
 # pieces are under way: one is scored while the next is tokenised.
@@ -265,8 +267,9 @@ class Reranker(BaseReranker[EngineSettings]):
             name: What an error calls the pair at an index.
             counted: As how many requests they count.
             bounded: Whether the call may be refused because too many pairs wait.
-            read: Tokenises the pairs; `None` is by the engine's settings.
+            read: Tokenises the pairs; `None` is by the engine's settings and the call's limits.
         """
+        read = read or self._reader(requests)
         pairs = sum(len(request.texts) for request in requests)
         future: Logits = Future()
         if pairs:
@@ -279,7 +282,8 @@ class Reranker(BaseReranker[EngineSettings]):
         tokenized = self._tokenize(
             [(request.query, text) for request in requests for text in request.texts], read
         )
-        self._warn_of_cut_query(tokenized)
+        if read == self._tokenizer.tokenize:
+            self._warn_of_cut_query(tokenized)
         job = Job(tokenized.distinct, future, name)
         queued = time.perf_counter()
         self._core.submit(job)
@@ -303,6 +307,17 @@ class Reranker(BaseReranker[EngineSettings]):
                 self._tokenizer.query_max_length,
                 self,
             )
+
+    def _reader(self, requests: Sequence[Request]) -> Read:
+        """Return what tokenises the pairs of one call, which all have the same limits.
+
+        Raises:
+            SettingsError: The limits leave no room for a document.
+        """
+        limits = requests[0].token_limits if requests else NO_TOKEN_LIMITS
+        if not limits.given():
+            return self._tokenizer.tokenize
+        return partial(self._tokenizer.tokenize, lengths=self._tokenizer.lengths(limits))
 
     def _tokenize(self, pairs: list[tuple[str, str]], read: Read | None = None) -> TokenizedPairs:
         begin = time.perf_counter()

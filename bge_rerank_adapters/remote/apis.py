@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from bge_rerank_adapters.errors import SettingsError
+from bge_rerank_adapters.settings.token_limits import NO_TOKEN_LIMITS, TokenLimits
+
 AUTO = "auto"
 # Hosts that speak one interface; all others are known by their path, or asked.
 _HOSTS = {"api.cohere.com": "cohere", "api.cohere.ai": "cohere", "api.jina.ai": "jina"}
@@ -28,6 +31,7 @@ class Api:
         raw: What asks for logits in place of scores; `None` where there is no way to.
         scale: What its numbers are where the user leaves it open: `"score"` or `"logit"`.
         max_documents: Most documents of a request where the user leaves it open.
+        token_limits: What it calls the limits of `TokenLimits`; those that it lacks are left out.
         states_limit: Whether `GET /info` has `max_client_batch_size`.
         most_documents: Most documents of a request whatever the server allows: parts of a long
             call are better sent side by side.
@@ -39,13 +43,24 @@ class Api:
     raw: Mapping[str, Any] | None = None
     scale: str = "score"
     max_documents: int = 1000
+    token_limits: Mapping[str, str] = field(default_factory=dict)
     states_limit: bool = False
     most_documents: int = 1000
 
     def request(
-        self, query: str, texts: list[str], *, model: str | None, scale: str
+        self,
+        query: str,
+        texts: list[str],
+        *,
+        model: str | None,
+        scale: str,
+        token_limits: TokenLimits = NO_TOKEN_LIMITS,
     ) -> dict[str, Any]:
-        """Return the body of a request for all scores of n texts, ready for JSON."""
+        """Return the body of a request for all scores of n texts, ready for JSON.
+
+        Raises:
+            SettingsError: There is no field for one of the limits.
+        """
         body: dict[str, Any] = {"query": query, self.texts: texts, **self.constants}
         if model is not None:
             body["model"] = model
@@ -54,11 +69,26 @@ class Api:
             body["top_n"] = len(texts)
         if scale == "logit" and self.raw is not None:
             body |= self.raw
+        for name, tokens in token_limits.given().items():
+            if name not in self.token_limits:
+                raise SettingsError(_no_field(name))
+            body[self.token_limits[name]] = tokens
         return body
 
 
+# vLLM's names; Cohere has the first.
+_OUR_TOKEN_LIMITS = {
+    "max_document_tokens": "max_tokens_per_doc",
+    "max_query_tokens": "max_tokens_per_query",
+    "max_pair_tokens": "truncate_prompt_tokens",
+}
 APIS: Mapping[str, Api] = {
-    "bge": Api(("/v1/rerank",), constants={"return_details": True}, states_limit=True),
+    "bge": Api(
+        ("/v1/rerank",),
+        constants={"return_details": True},
+        token_limits=_OUR_TOKEN_LIMITS,
+        states_limit=True,
+    ),
     "tei": Api(
         ("/rerank",),
         texts="texts",
@@ -70,10 +100,13 @@ APIS: Mapping[str, Api] = {
     ),
     # -1 cuts to the model's length; left out, a pair that is too long is an error there.
     "vllm": Api(
-        ("/rerank",), constants={"truncate_prompt_tokens": -1}, raw={"use_activation": False}
+        ("/rerank",),
+        constants={"truncate_prompt_tokens": -1},
+        raw={"use_activation": False},
+        token_limits=_OUR_TOKEN_LIMITS,
     ),
     "infinity": Api(("/rerank",), raw={"raw_scores": True}),
-    "cohere": Api(("/v2/rerank",)),
+    "cohere": Api(("/v2/rerank",), token_limits={"max_document_tokens": "max_tokens_per_doc"}),
     "jina": Api(("/v1/rerank",), constants={"return_documents": False}),
 }
 # What our own server calls itself in `/info`.
@@ -81,6 +114,14 @@ OUR_NAME = "bge_rerank_adapters"
 # What Cohere's, Jina's, vLLM's, infinity's and our own server have in common.
 COMMON = Api(("/rerank", "/v1/rerank", "/v2/rerank"))
 NAMES = (AUTO, *APIS)
+
+
+def _no_field(name: str) -> str:
+    able = " or ".join(f'"{api}"' for api, each in APIS.items() if name in each.token_limits)
+    return (
+        f"{name} cannot be asked of this server, whose API has no field for it; leave it out, or "
+        f"give api={able} if the server is of such a kind."
+    )
 
 
 def api_of_address(url: str) -> Api | None:

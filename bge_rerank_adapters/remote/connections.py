@@ -13,11 +13,12 @@ import time
 from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import httpx
 
+from bge_rerank_adapters.calls.requests import Request
 from bge_rerank_adapters.errors import ClosedError, RerankTimeoutError, SettingsError
 from bge_rerank_adapters.remote.answers import RemoteScore, read_answer
 from bge_rerank_adapters.remote.apis import (
@@ -100,11 +101,9 @@ class Connections:
         """Return how the server is asked, if that is known."""
         return self._plan
 
-    def ask(self, query: str, texts: list[str]) -> "Future[list[RemoteScore]]":
+    def ask(self, request: Request) -> "Future[list[RemoteScore]]":
         """Return a future of what the server answers about n texts, in its order."""
-        return self._submit(
-            lambda: self._timed(lambda deadline: self._asked(query, texts, deadline))
-        )
+        return self._submit(lambda: self._timed(lambda deadline: self._asked(request, deadline)))
 
     def close(self) -> None:
         """End requests under way with `ClosedError`, and close the connections."""
@@ -205,19 +204,22 @@ class Connections:
         except (ValueError, RecursionError):
             return None
 
-    async def _asked(
-        self, query: str, texts: list[str], deadline: float | None
-    ) -> list[RemoteScore]:
+    async def _asked(self, request: Request, deadline: float | None) -> list[RemoteScore]:
         plan = await self._planned(deadline)
-        scores = await self._ask(plan, query, texts, deadline)
-        self._tally.add(pairs=len(texts))
+        scores = await self._ask(plan, request, deadline)
+        self._tally.add(pairs=len(request.texts))
         return scores
 
-    async def _ask(
-        self, plan: Plan, query: str, texts: list[str], deadline: float | None
-    ) -> list[RemoteScore]:
+    async def _ask(self, plan: Plan, request: Request, deadline: float | None) -> list[RemoteScore]:
+        texts = request.texts
         body = _encoded(
-            plan.api.request(query, texts, model=self._settings.model, scale=plan.scale)
+            plan.api.request(
+                request.query,
+                texts,
+                model=self._settings.model,
+                scale=plan.scale,
+                token_limits=request.token_limits,
+            )
         )
         answer, url = await self._post(plan, body, deadline)
         if answer.status == 200:
@@ -226,8 +228,10 @@ class Connections:
             raise refusal(answer, url, self._settings)
         half = len(texts) // 2
         _log.info("%s refused %d documents as too many or too long; asking in halves", url, half)
-        first = await self._ask(plan, query, texts[:half], deadline)
-        rest = await self._ask(plan, query, texts[half:], deadline)
+        first, rest = [
+            await self._ask(plan, replace(request, texts=part), deadline)
+            for part in (texts[:half], texts[half:])
+        ]
         return first + [each.moved(half) for each in rest]
 
     async def _post(self, plan: Plan, body: bytes, deadline: float | None) -> tuple[Answer, str]:

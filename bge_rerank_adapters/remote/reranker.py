@@ -279,7 +279,8 @@ def _send(
 ) -> "Future[list[RemoteScore]] | None":
     if not part.texts:
         return None
-    return reservations.hold(connections.ask(part.question.request.query, part.texts))
+    request = replace(part.question.request, texts=part.texts, documents=None)
+    return reservations.hold(connections.ask(request))
 
 
 def _collect(under_way: "_UnderWay", finish: Callable[[Question], None]) -> Call[None]:

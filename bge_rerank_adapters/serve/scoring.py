@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from fastapi import Request
 
 from bge_rerank_adapters.calls.ranking import RankedDocument, Ranking
+from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.serve.refusals import Refusal, unknown_fields
 from bge_rerank_adapters.serve.schemas.requests import RerankRequest, TeiRerankRequest
 from bge_rerank_adapters.serve.service import Service
@@ -27,10 +28,14 @@ async def rank(
         if service.settings.strict:
             raise unknown_fields(body.ignored)
         request.app.state.metrics.ignored.count(body.ignored)
-    _check_token_limits(body, service, texts)
     if isinstance(body, RerankRequest):
         _check_chunks(body.max_chunks_per_doc, service.engine.settings, texts)
-    ranking = await service.rank(request.receive, body.query, texts)
+    try:
+        ranking = await service.rank(
+            request.receive, body.query, texts, token_limits=body.token_limits
+        )
+    except SettingsError as error:  # too few tokens for a query and a document
+        raise Refusal(422, str(error)) from error
     request.app.state.tracing.scored(ranking.usage, documents=len(texts))
     if body.truncation_direction == "left":
         if service.settings.engine.query_truncation_side != "left":
@@ -48,34 +53,6 @@ async def rank(
 def shown_score(body: RerankRequest | TeiRerankRequest, result: RankedDocument) -> float | None:
     """Return what a request calls a result's score."""
     return result.logit if body.wants_logits else result.score
-
-
-def _check_token_limits(
-    body: RerankRequest | TeiRerankRequest, service: Service, texts: Sequence[str]
-) -> None:
-    """Refuse limits that would change what is read of a text.
-
-    Raises:
-        Refusal: One would.
-    """
-    settings = service.engine.settings
-    longest = max(map(len, texts), default=0)
-    for name, given, length, least in (
-        ("max_tokens_per_doc", body.max_tokens_per_doc, longest, settings.max_length),
-        ("max_tokens_per_query", body.max_tokens_per_query, len(body.query), settings.max_length),
-        (
-            "truncate_prompt_tokens",
-            body.truncate_prompt_tokens,
-            len(body.query) + longest,
-            settings.max_length,
-        ),
-    ):
-        if given is None or given >= length:
-            continue
-        if given < least or settings.long_documents == "window":
-            raise Refusal(
-                422, f"{name}={given} cannot be honoured here; leave it out, or send less text."
-            )
 
 
 def _check_chunks(most: int | None, settings: EngineSettings, texts: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ from bge_rerank_adapters.calls.ranking import Ranking
 from bge_rerank_adapters.errors import ClosedError
 from bge_rerank_adapters.serve.refusals import CLIENT_GONE, Refusal, unavailable
 from bge_rerank_adapters.serve.settings import ANY_MODEL, ServerSettings, variable
+from bge_rerank_adapters.settings.token_limits import TokenLimits
 
 if TYPE_CHECKING:
     from bge_rerank_adapters.engine.reranker import Reranker
@@ -95,7 +96,9 @@ class Service:
             "by both names, or with * among them to let requests name any.",
         )
 
-    async def rank(self, receive: Receive, query: str, texts: Sequence[str]) -> Ranking:
+    async def rank(
+        self, receive: Receive, query: str, texts: Sequence[str], *, token_limits: TokenLimits
+    ) -> Ranking:
         """Return the ranking of all of a request's texts.
 
         Args:
@@ -103,13 +106,21 @@ class Service:
                 its pairs need not be scored.
             query: The question.
             texts: n texts.
+            token_limits: How much is read of them.
 
         Raises:
             Refusal: Something is too long, or the client has gone.
             RerankError: As `Reranker.arerank`.
         """
         self._check_lengths(query, texts)
-        scoring = self.engine.arerank(query, texts, timeout_s=self.settings.timeout_s)
+        scoring = self.engine.arerank(
+            query,
+            texts,
+            timeout_s=self.settings.timeout_s,
+            max_document_tokens=token_limits.max_document_tokens,
+            max_query_tokens=token_limits.max_query_tokens,
+            max_pair_tokens=token_limits.max_pair_tokens,
+        )
         call, gone = asyncio.ensure_future(scoring), asyncio.ensure_future(_until_gone(receive))
         try:
             await asyncio.wait((call, gone), return_when=asyncio.FIRST_COMPLETED)

@@ -20,6 +20,7 @@ from bge_rerank_adapters.settings.families import (
     check_backend_settings,
     check_family_settings,
 )
+from bge_rerank_adapters.settings.other_names import dtype_here
 from bge_rerank_adapters.settings.parsing import (
     AUTO_OR_COUNT,
     COUNT,
@@ -94,7 +95,9 @@ def _one_device(name: str, value: object) -> str:
 def _dtype(name: str, value: object) -> str:
     text = str(value).removeprefix("torch.")
     if text not in DTYPES:
-        raise SettingsError(f"{name} {text!r} is not known; use one of {', '.join(DTYPES)}.")
+        here = dtype_here(text)
+        wrong = "is not known" if here is None else f"is called {here!r} here"
+        raise SettingsError(f"{name} {text!r} {wrong}; use one of {', '.join(DTYPES)}.")
     return text
 
 

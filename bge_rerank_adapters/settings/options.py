@@ -2,10 +2,10 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from typing import Any, TypeVar, get_type_hints
 
 from bge_rerank_adapters.settings.engine import EngineSettings
+from bge_rerank_adapters.settings.other_names import unexpected_option
 from bge_rerank_adapters.settings.table import rows, with_entries
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -57,12 +57,7 @@ def check_options(function: Callable[..., Any], options: Mapping[str, Any]) -> N
     Raises:
         TypeError: There is one; the message names those that are allowed.
     """
-    allowed = list(inspect.signature(function).parameters)
+    allowed = list(inspect.signature(function).parameters) if options else []
     for name in options:
         if name not in allowed:
-            close = get_close_matches(name, allowed, n=1)
-            raise TypeError(
-                f"{function.__qualname__}() got an unexpected keyword argument {name!r}"
-                f"{f'; did you mean {close[0]!r}?' if close else '.'} "
-                f"It takes {', '.join(allowed)}."
-            )
+            raise unexpected_option(name, of=function.__name__, allowed=allowed)

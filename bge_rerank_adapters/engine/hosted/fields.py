@@ -23,6 +23,7 @@ from bge_rerank_adapters.calls.ranking import Scorer
 from bge_rerank_adapters.engine.hosted.lazy import LazyEngine
 from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.settings import EngineSettings, check_setting
+from bge_rerank_adapters.settings.other_names import advice_on_option
 from bge_rerank_adapters.settings.table import rows, with_entries
 
 _ROWS = rows(EngineSettings)
@@ -104,6 +105,16 @@ class AdapterSettings(BaseModel):
                 f"top_k ({data['top_k']!r}) and top_n ({data['top_n']!r}) are one setting; "
                 "give one of top_k, top_n."
             )
+        return data
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_of_others(cls, data: Any) -> Any:
+        """Say what an option of another library is called here."""
+        for name in data if isinstance(data, Mapping) else ():
+            advice = None if name in cls.model_fields else advice_on_option(str(name))
+            if name != "top_n" and advice is not None:
+                raise SettingsError(f"{name}: {advice}.")
         return data
 
     @field_validator(*_CHECKED_BY_THE_ENGINE, mode="before")

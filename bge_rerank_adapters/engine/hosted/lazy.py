@@ -83,6 +83,11 @@ class LazyEngine:
         """
         self._loaded = None
 
+    @property
+    def loaded(self) -> Scorer | None:
+        """The engine, given or loaded; `None` where the next use would load it."""
+        return self._ready()
+
     def share(self, other: "LazyEngine") -> None:
         """Hold what another one has loaded, if this one would load the same."""
         if self.settings == other.settings:

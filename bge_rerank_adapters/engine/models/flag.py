@@ -25,10 +25,11 @@ from bge_rerank_adapters.engine.models.encoder.tensors import check_one_label
 from bge_rerank_adapters.engine.models.families import Family
 from bge_rerank_adapters.engine.models.lora import open_weights
 from bge_rerank_adapters.engine.models.made_up import made_up_error, made_up_weights
-from bge_rerank_adapters.engine.text.pairs import TokenizedPairs, TokenPair
+from bge_rerank_adapters.engine.text.pairs import Lengths, TokenizedPairs, TokenPair
 from bge_rerank_adapters.engine.text.tokenizer import PairTokenizer, without_surrogates
-from bge_rerank_adapters.errors import DeviceError, UnsupportedCheckpointError
+from bge_rerank_adapters.errors import DeviceError, SettingsError, UnsupportedCheckpointError
 from bge_rerank_adapters.settings import EngineSettings
+from bge_rerank_adapters.settings.token_limits import TokenLimits
 
 # The release of transformers on which all of FlagEmbedding 1.4.2's classes run.
 _WORKING_TRANSFORMERS = "4.44.2"
@@ -50,9 +51,28 @@ class TextPair(TokenPair):
 class TextPairTokenizer(PairTokenizer):
     """Counts tokens and tells what is cut, by the same rule, and keeps the texts."""
 
-    def tokenize(self, pairs: Sequence[tuple[str, str]]) -> TokenizedPairs:
+    def lengths(self, limits: TokenLimits) -> Lengths:
+        """Refuse limits of one call that would cut: FlagEmbedding does not read them.
+
+        Raises:
+            SettingsError: There is one.
+        """
+        lengths = super().lengths(limits)
+        if lengths.query < self.query_max_length or self.max_length > min(
+            lengths.pair, lengths.document
+        ):
+            given = ", ".join(f"{name}={tokens}" for name, tokens in limits.given().items())
+            raise SettingsError(
+                f"{given} needs backend='native', got 'flagembedding'; leave it out, or set "
+                "max_length and query_max_length where the engine is made."
+            )
+        return lengths
+
+    def tokenize(
+        self, pairs: Sequence[tuple[str, str]], lengths: Lengths | None = None
+    ) -> TokenizedPairs:
         """Return the distinct pairs with their texts; see `PairTokenizer.tokenize`."""
-        tokenized = super().tokenize(pairs)
+        tokenized = super().tokenize(pairs, lengths)
         return TokenizedPairs(
             [_with_texts(pair, *pairs[pair.index]) for pair in tokenized.distinct],
             tokenized.positions,

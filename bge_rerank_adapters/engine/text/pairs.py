@@ -1,5 +1,6 @@
 """Pairs of texts as token ids, and what a model puts around them."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -64,6 +65,21 @@ class TokenizedPairs:
             return self.positions
         winners = [max(window, key=logits.__getitem__) for window in self.windows]
         return [winners[position] for position in self.positions]
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Most tokens that are read, instructions included; without windows, of what fits the model.
+
+    Attributes:
+        query: Of a query.
+        pair: Of query and document with the template, but for its `extra_tokens`.
+        document: Of a document.
+    """
+
+    query: int
+    pair: int = sys.maxsize
+    document: int = sys.maxsize
 
 
 @dataclass(frozen=True, slots=True)

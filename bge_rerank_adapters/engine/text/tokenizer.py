@@ -2,13 +2,21 @@
 
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from bge_rerank_adapters.engine.text.batches import encode_texts
-from bge_rerank_adapters.engine.text.pairs import PairTemplate, TokenIds, TokenizedPairs, TokenPair
+from bge_rerank_adapters.engine.text.pairs import (
+    Lengths,
+    PairTemplate,
+    TokenIds,
+    TokenizedPairs,
+    TokenPair,
+)
 from bge_rerank_adapters.errors import CheckpointError, ScoringError, SettingsError
+from bge_rerank_adapters.settings.token_limits import TokenLimits
 
 # Bounds the memory that the tokenizer's own records take for a call with very many documents.
 _TEXTS_PER_BATCH = 1024
@@ -71,6 +79,7 @@ class PairTokenizer:
                 f"{self._query_instruction_tokens} tokens of query_instruction; make "
                 "query_max_length larger or query_instruction shorter."
             )
+        self._lengths = Lengths(self.query_max_length, max_length)
         self._check_room()
         self._keeps_query_end = query_truncation_side == "left"
         # Set once and never again: changing it while another thread encodes is what raises
@@ -115,15 +124,40 @@ class PairTokenizer:
             raise CheckpointError(f"The tokenizer makes no token of {text!r}, which is needed.")
         return int(ids[0])
 
-    def tokenize(self, pairs: Sequence[tuple[str, str]]) -> TokenizedPairs:
+    def lengths(self, limits: TokenLimits) -> Lengths:
+        """Return how much is read of a call's texts, at most what the settings allow.
+
+        Raises:
+            SettingsError: The limits leave no room for a document, or for a query.
+        """
+        lengths = Lengths(
+            query=self._query_instruction_tokens + (limits.max_query_tokens or sys.maxsize),
+            pair=limits.max_pair_tokens or sys.maxsize,
+            document=self._instruction_tokens + (limits.max_document_tokens or sys.maxsize),
+        )
+        # A token of the document is left at least.
+        beside_one = self._beside(self._instruction_tokens + 1, lengths)
+        query = min(lengths.query, self.query_max_length, lengths.pair * 3 // 4, beside_one)
+        if query <= self._query_instruction_tokens:
+            raise SettingsError(
+                f"max_pair_tokens {lengths.pair} leaves no room for a query and a document beside "
+                f"{self._template.tokens} special tokens and the instructions; make it larger."
+            )
+        return replace(lengths, query=query)
+
+    def tokenize(
+        self, pairs: Sequence[tuple[str, str]], lengths: Lengths | None = None
+    ) -> TokenizedPairs:
         """Return the token ids of (query, document) pairs; each distinct text is read once.
 
         Args:
             pairs: n pairs; may be empty.
+            lengths: How much is read of them; `None` is all that the settings allow.
 
         Returns:
             The distinct pairs, and the position among them of each of the n.
         """
+        lengths = lengths or self._lengths
         distinct: dict[tuple[str, str], int] = {}
         first: list[int] = []
         positions: list[int] = []
@@ -137,17 +171,17 @@ class PairTokenizer:
         documents = self._encode((text for _, text in distinct), template.passage_instruction)
         return TokenizedPairs(
             [
-                self._join(queries[query], documents[document], index)
+                self._join(queries[query], documents[document], index, lengths)
                 for (query, document), index in zip(distinct, first, strict=True)
             ],
             positions,
         )
 
-    def _join(self, query: TokenIds, document: TokenIds, index: int) -> TokenPair:
+    def _join(self, query: TokenIds, document: TokenIds, index: int, lengths: Lengths) -> TokenPair:
         template = self._template
-        query_truncated = len(query) > self.query_max_length
-        query = self._cut_query(query)
-        room = self._room(len(query))
+        query_truncated = len(query) > lengths.query
+        query = self._cut_query(query, lengths.query)
+        room = self._room(len(query), lengths)
         ids = np.concatenate(
             (template.before, query, template.between, document[:room], template.after)
         )
@@ -162,16 +196,16 @@ class PairTokenizer:
             query_truncated=query_truncated,
         )
 
-    def _cut_query(self, query: TokenIds) -> TokenIds:
-        beyond = len(query) - self.query_max_length
+    def _cut_query(self, query: TokenIds, most: int) -> TokenIds:
+        beyond = len(query) - most
         if beyond <= 0 or not self._keeps_query_end:
-            return query[: self.query_max_length]
+            return query[:most]
         first = self._query_instruction_tokens
         return np.concatenate((query[:first], query[first + beyond :]))
 
     def _check_room(self) -> None:
         """Refuse lengths at which documents would be cut to nothing, and all score alike."""
-        if self._room(self.query_max_length) - self._instruction_tokens < 1:
+        if self._room(self.query_max_length, self._lengths) - self._instruction_tokens < 1:
             instruction = self._instruction_tokens
             beside = f", {instruction} tokens of passage_instruction" if instruction else ""
             shorter = " or passage_instruction shorter" if instruction else ""
@@ -181,11 +215,17 @@ class PairTokenizer:
                 f"special tokens; make max_length larger or query_max_length smaller{shorter}."
             )
 
-    def _room(self, query_tokens: int) -> int:
-        """Return how many tokens of a document and its instruction fit beside a query."""
+    def _room(self, query_tokens: int, lengths: Lengths) -> int:
+        """Return how many tokens of a document and its instruction are read beside a query."""
+        return min(self._document_room(query_tokens, each) for each in (lengths, self._lengths))
+
+    def _document_room(self, query_tokens: int, lengths: Lengths) -> int:
+        return min(lengths.document, self._beside(query_tokens, lengths))
+
+    def _beside(self, tokens: int, lengths: Lengths) -> int:
+        """Return how many tokens of one text fit a pair beside so many of the other."""
         template = self._template
-        room = self.max_length + template.extra_tokens - template.tokens - query_tokens
-        return min(self.max_length, room)
+        return min(lengths.pair, lengths.pair + template.extra_tokens - template.tokens - tokens)
 
     def _encode(self, texts: Iterable[str], instruction: str) -> dict[str, TokenIds]:
         """Return each distinct text's ids, without special tokens, cut after `max_length`."""

@@ -10,7 +10,13 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from bge_rerank_adapters.engine.text.batches import encode_texts
-from bge_rerank_adapters.engine.text.pairs import PairTemplate, TokenIds, TokenizedPairs, TokenPair
+from bge_rerank_adapters.engine.text.pairs import (
+    Lengths,
+    PairTemplate,
+    TokenIds,
+    TokenizedPairs,
+    TokenPair,
+)
 from bge_rerank_adapters.engine.text.tokenizer import PairTokenizer, without_surrogates
 from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.settings import EngineSettings, check_window_sizes
@@ -46,13 +52,17 @@ class _Document:
     text: str
     spans: list[Span]
 
-    def windows(self, size: int, overlap: int) -> Iterator[tuple[TokenIds, Span]]:
-        """Yield the token ids and characters of each window; one of all where it fits."""
-        if len(self.ids) <= size:
+    def windows(self, size: int, overlap: int, most: int) -> Iterator[tuple[TokenIds, Span]]:
+        """Yield the token ids and characters of each window of the first `most` tokens.
+
+        Where all of the text fits, that is one of all of it.
+        """
+        if len(self.ids) <= min(size, most):
             yield np.concatenate((self.before, self.ids)), (0, len(self.text))
             return
+        tokens = min(len(self.ids), most)
         for start, end in cut_windows(
-            len(self.ids), size=size, overlap=overlap, starts_word=self.starts_word
+            tokens, size=size, overlap=overlap, starts_word=self.starts_word
         ):
             yield np.concatenate((self.before, self.ids[start:end])), self.span(start, end)
 
@@ -120,38 +130,48 @@ class WindowTokenizer(PairTokenizer):
         self._overlap_tokens = window_overlap_tokens
         self._instruction = self._template.passage_instruction
 
-    def tokenize(self, pairs: Sequence[tuple[str, str]]) -> TokenizedPairs:
+    def tokenize(
+        self, pairs: Sequence[tuple[str, str]], lengths: Lengths | None = None
+    ) -> TokenizedPairs:
         """Return the windows of (query, document) pairs; each distinct text is read once.
 
         Args:
             pairs: n pairs; may be empty.
+            lengths: How much is read of them, before windows are made; `None` is all.
 
         Returns:
             The windows of the distinct pairs, each with its `span`, and for each of the n pairs
             which windows are of it.
         """
+        lengths = lengths or Lengths(self.query_max_length)
         first: dict[tuple[str, str], int] = {}
         for index, pair in enumerate(pairs):
             first.setdefault(pair, index)
         queries = self._encode((query for query, _ in first), self._template.query_instruction)
-        sizes = {query: self._window_size(ids) for query, ids in queries.items()}
+        sizes = {query: self._window_size(ids, lengths) for query, ids in queries.items()}
         documents = self._read(
             list(dict.fromkeys(document for _, document in first)),
-            longest_whole=min(sizes.values(), default=0),
+            longest_whole=min((min(each) for each in sizes.values()), default=0),
         )
         rows: list[TokenPair] = []
         groups: list[range] = []
         for (query, text), index in first.items():
-            begin = len(rows)
-            for ids, span in documents[text].windows(sizes[query], self._overlap(sizes[query])):
-                rows.append(replace(self._join(queries[query], ids, index), span=span))
+            begin, (size, most) = len(rows), sizes[query]
+            truncated = len(documents[text].ids) > most
+            for ids, span in documents[text].windows(size, self._overlap(size), most):
+                row = self._join(queries[query], ids, index, lengths)
+                rows.append(replace(row, span=span, truncated=truncated))
             groups.append(range(begin, len(rows)))
         place = {pair: number for number, pair in enumerate(first)}
         return TokenizedPairs(rows, [place[pair] for pair in pairs], groups)
 
-    def _window_size(self, query: TokenIds) -> int:
-        room = self._room(min(len(query), self.query_max_length)) - self._instruction_tokens
-        return room if self._window_tokens is None else min(room, self._window_tokens)
+    def _window_size(self, query: TokenIds, lengths: Lengths) -> tuple[int, int]:
+        """Return most tokens of a window beside a query, and of all that is read of a document."""
+        room, most = (
+            self._document_room(min(len(query), lengths.query), each) - self._instruction_tokens
+            for each in (self._lengths, lengths)
+        )
+        return (room if self._window_tokens is None else min(room, self._window_tokens)), most
 
     def _overlap(self, size: int) -> int:
         if self._overlap_tokens is None:

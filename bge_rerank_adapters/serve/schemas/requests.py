@@ -16,6 +16,7 @@ from bge_rerank_adapters.serve.schemas.kinds import (
     Threshold,
     Tokens,
 )
+from bge_rerank_adapters.settings.token_limits import TokenLimits
 
 
 class _Request(BaseModel):
@@ -60,6 +61,15 @@ class _Request(BaseModel):
     def wants_logits(self) -> bool:
         """Whether scores are to be logits."""
         return bool(self.raw_scores) or self.use_activation is False
+
+    @property
+    def token_limits(self) -> TokenLimits:
+        """How much is read of the texts."""
+        return TokenLimits(
+            max_document_tokens=self.max_tokens_per_doc,
+            max_query_tokens=self.max_tokens_per_query,
+            max_pair_tokens=self.truncate_prompt_tokens,
+        )
 
     @property
     def ignored(self) -> Mapping[str, Any]:
