@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bge_rerank_adapters import CheckpointError, Reranker, UnsupportedCheckpointError
+from bge_rerank_adapters.engine.models.causal.model import CausalModel
 from tests.family_checkpoints import build_family, family_texts
 
 transformers = pytest.importorskip("transformers")
@@ -163,3 +164,29 @@ def test_a_head_that_is_not_stored_is_missed(tmp_path):
     path.write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"lm_head\.weight"):
         Reranker(str(folder), family="decoder", device="cpu")
+
+
+def test_a_query_is_computed_once_for_all_its_documents(tmp_path, monkeypatch):
+    """Rows that a pack computes, and what comes out of it with each query computed anew."""
+    computed = []
+    run_layer = CausalModel._run_layer
+
+    def counted(self, index, states, layout, *, last):
+        computed.append(len(states))
+        return run_layer(self, index, states, layout, last=last)
+
+    monkeypatch.setattr(CausalModel, "_run_layer", counted)
+    folder = build(tmp_path, "mistral-window")
+    queries, sentences = family_texts()
+    query, documents = " ".join(queries[:6]), [*sentences[:6], "", sentences[0]]
+    with Reranker(str(folder), family="decoder", device="cpu", dtype="float32") as reranker:
+        alone = [reranker.logits(query, [document])[0] for document in documents]
+        computed.clear()
+        shared = reranker.logits(query, documents)
+        rows = computed[0]
+        monkeypatch.setattr(CausalModel, "shares_queries", False)
+        computed.clear()
+        separate = reranker.logits(query, documents)
+    assert shared == pytest.approx(separate, abs=1e-5)
+    assert shared == pytest.approx(alone, abs=1e-5)
+    assert rows < 0.6 * computed[0]

@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -15,22 +17,84 @@ from bge_rerank_adapters.engine.models.layers.attention import (
     agree,
     probe_states,
 )
+from bge_rerank_adapters.engine.text.pairs import TokenPair
+
+# Rows are shared where that saves at least this part of them: repeating rows has a price as well.
+_LEAST_SAVED = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class SharedRows:
+    """Which rows of a pack need computing where pairs begin with the same tokens.
+
+    A token of a decoder depends on those before it alone, so pairs that begin with one query have
+    the same rows for it.
+
+    Attributes:
+        computed: Which of all rows are computed; int64, shape (computed rows,).
+        repeated: For each of all rows its place among the computed ones; int64, shape (rows,).
+    """
+
+    computed: npt.NDArray[np.int64]
+    repeated: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, pairs: Sequence[TokenPair]) -> Self | None:
+        """Return the rows of a pack; `None` where next to nothing is shared."""
+        firsts: dict[bytes, int] = {}
+        source, start = [], 0
+        for pair in pairs:
+            rows = np.arange(start, start + len(pair), dtype=np.int64)
+            query = pair.ids[: pair.document_start]
+            first = firsts.setdefault(query.tobytes(), start)
+            rows[: len(query)] += first - start
+            source.append(rows)
+            start += len(pair)
+        rows = np.concatenate(source)
+        computed, repeated = np.unique(rows, return_inverse=True)
+        return cls(computed, repeated) if len(computed) <= (1 - _LEAST_SAVED) * start else None
 
 
 class CausalLayout(Layout):
     """Where each pair of a pack begins and ends, and where each token stands in its pair.
 
+    Pairs may share the rows of what they begin with: these are computed once, and repeated for
+    attention alone. `bounds` and `groups` are of the rows with all repetitions.
+
     Attributes:
-        last: Row of each pair's last token; int64, shape (n,).
-        positions: Each row's position within its pair, counted from 0; int64, shape (rows,).
+        last: Computed row of each pair's last token; int64, shape (n,).
+        positions: Each computed row's position within its pair, counted from 0; int64,
+            shape (computed rows,).
     """
 
-    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
-        """Take the lengths, in the order in which the pairs stand in the row."""
+    def __init__(
+        self, lengths: Sequence[int], device: torch.device, *, shared: SharedRows | None = None
+    ) -> None:
+        """Take the lengths, in the order in which the pairs stand in the row.
+
+        Args:
+            lengths: Number of tokens of each pair.
+            device: Where the model runs.
+            shared: Which rows are computed; `None` is all.
+        """
         super().__init__(lengths, device)
-        self.last = self.bounds[1:].long() - 1
-        positions = [np.arange(length, dtype=np.int64) for length in self.lengths]
-        self.positions = torch.from_numpy(np.concatenate(positions)).to(device)
+        last = np.cumsum(self.lengths, dtype=np.int64) - 1
+        positions = np.concatenate([np.arange(each, dtype=np.int64) for each in self.lengths])
+        self._computed = self._repeated = None
+        if shared is not None:
+            last, positions = shared.repeated[last], positions[shared.computed]
+            self._computed = torch.from_numpy(shared.computed).to(device)
+            self._repeated = torch.from_numpy(shared.repeated).to(device)
+        self.last = torch.from_numpy(last).to(device)
+        self.positions = torch.from_numpy(positions).to(device)
+
+    def computed(self, rows: Tensor) -> Tensor:
+        """Return of rows with all repetitions those that are computed."""
+        return rows if self._computed is None else rows[self._computed]
+
+    def repeated(self, rows: Tensor) -> Tensor:
+        """Return computed rows with all repetitions."""
+        return rows if self._repeated is None else rows[self._repeated]
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,9 @@ _DEFAULT_COMPRESS_LAYERS = (8,)
 class LightweightModel(SeveralHeadsModel):
     """A Gemma 2 model on one device, run up to the layer whose logit is asked for."""
 
+    # What is averaged on the way would have to be found among shared rows.
+    shares_queries = False
+
     def __init__(
         self,
         config: dict[str, Any],

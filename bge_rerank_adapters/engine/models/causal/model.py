@@ -13,7 +13,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from bge_rerank_adapters.engine.models.base import default_pack_tokens
-from bge_rerank_adapters.engine.models.causal.attention import CausalLayout, causal_attention_for
+from bge_rerank_adapters.engine.models.causal.attention import (
+    CausalLayout,
+    SharedRows,
+    causal_attention_for,
+)
 from bge_rerank_adapters.engine.models.causal.config import CausalConfig
 from bge_rerank_adapters.engine.models.cpu.threads import ALONE, Helpers
 from bge_rerank_adapters.engine.models.layers.activations import ACTIVATIONS
@@ -80,9 +84,11 @@ class CausalModel:
         depth: How many layers are run.
         streams: 1: it runs a pack as a whole.
         pack_tokens: Token budget of a pack that suits the device.
+        shares_queries: Whether the query of several pairs is computed once for all of them.
     """
 
     streams = 1
+    shares_queries = True
 
     def __init__(
         self,
@@ -156,8 +162,9 @@ class CausalModel:
         Returns:
             One tensor for each of the layers; shape (n, hidden).
         """
-        layout = CausalLayout([len(pair) for pair in pairs], self.device)
-        states, found = self._embed(pairs), []
+        shared = SharedRows.of(pairs) if self.shares_queries else None
+        layout = CausalLayout([len(pair) for pair in pairs], self.device, shared=shared)
+        states, found = layout.computed(self._embed(pairs)), []
         for index in range(layers[-1]):
             if index in layers:
                 found.append(self._norm(states[layout.last]))
@@ -202,7 +209,12 @@ class CausalModel:
             states, normed, positions = (each[layout.last] for each in (states, normed, positions))
         query = _norm_heads(layer.query(normed), layer.query_norm)
         query = self._rotate(query, positions, config.query_heads)
+        if not last:
+            query = layout.repeated(query)
+        key, value = layout.repeated(key), layout.repeated(value)
         attended = self._attend(query, key, value, layout, config.heads(index))
+        if not last:
+            attended = layout.computed(attended)
         states = self._add(states, layer.attention_output(attended), layer.attention_end_norm)
         gate, up = layer.gate_up(layer.feed_norm(states)).chunk(2, dim=-1)
         fed = layer.down(self._activation(gate) * up)
