@@ -332,6 +332,15 @@ async def test_json_is_json_whatever_it_is_called(client, kind):
     assert (await client.post("/v2/rerank", content=b"query=a", headers=headers)).status_code == 400
 
 
+async def test_a_body_that_another_server_lost_is_explained(client):
+    headers = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c"}
+    for content, status in ((b"", 400), (json.dumps(BODY).encode(), 200)):
+        answer = await client.post("/v2/rerank", content=content, headers=headers)
+        assert answer.status_code == status
+    answer = await client.post("/v2/rerank", content=b"", headers=headers)
+    assert "let the client speak HTTP/1.1 alone" in answer.json()["detail"]
+
+
 async def test_bodies_may_be_packed(reranker):
     content = json.dumps(BODY).encode()
     packed = gzip.compress(content)

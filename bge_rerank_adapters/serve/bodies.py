@@ -111,6 +111,13 @@ class JsonRequest(Request):
             raise self._too_slow(arrival) from error
         except ClientDisconnect as error:
             raise Refusal(CLIENT_GONE, "The client has gone.") from error
+        if not size and "upgrade" in self.headers:
+            raise Refusal(
+                400,
+                "The body did not get here: the server in front of this app leaves it out where a "
+                "client offers another protocol; let the client speak HTTP/1.1 alone, or a proxy "
+                "take its Upgrade header away.",
+            )
         place: Place = self.scope[PLACE]
         place.take()
         return b"".join(chunks)
