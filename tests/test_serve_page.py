@@ -239,7 +239,7 @@ def test_the_description_shows_every_route_and_field(page, url):
     page.get(f"{url}/docs")
     assert found(page, "section")
     shown = found(page, "body")[0].get_property("textContent")
-    described = httpx.get(f"{url}/openapi.json").json()
+    described = httpx.get(f"{url}/openapi.json", timeout=60).json()
     for route in described["paths"]:
         assert route in shown
     for name in ("RerankRequest", "TeiRerankRequest", "RerankResponse", "Info"):

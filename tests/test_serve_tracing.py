@@ -134,7 +134,12 @@ def test_the_command_sends_spans_where_the_environment_says():
         try:
             until(lambda: is_up(f"http://127.0.0.1:{port}") or process.poll() is not None)
             url = f"http://127.0.0.1:{port}/v2/rerank"
-            assert httpx.post(url, content=json.dumps(BODY), headers=CALLER).status_code == 200
+            assert (
+                httpx.post(
+                    url, content=json.dumps(BODY), headers=CALLER, timeout=WAIT_S
+                ).status_code
+                == 200
+            )
             process.terminate()
             _, told = process.communicate(timeout=WAIT_S)
         finally:

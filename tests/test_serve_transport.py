@@ -96,7 +96,7 @@ def test_a_jdk_client_that_offers_http_2_is_answered_in_1_1(port, caplog):
 
 
 def test_a_connection_that_is_kept_may_be_silent_between_requests(port):
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=WAIT_S) as client:
         for _ in range(2):
             assert client.post("/v2/rerank", content=BODY).status_code == 200
             time.sleep(3 * QUICK_S)
@@ -107,7 +107,7 @@ def test_a_connection_that_is_kept_may_be_silent_between_requests(port):
 def test_requests_in_one_go_are_all_answered_and_counted(port):
     answer = exchange(port, post(BODY) * 7 + post(BODY, CLOSE))
     assert statuses(answer) == [200] * 8
-    text = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+    text = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=WAIT_S).text
     seconds = 'bge_rerank_http_request_seconds_count{route="/v2/rerank",status="200"}'
     assert numbers(text)[seconds] == 8
 
@@ -155,7 +155,7 @@ def test_a_head_that_is_just_too_large_is_told_so(port):
     answer = exchange(port, post(BODY, CLOSE, b"X: " + b"a" * 40_000))
     assert statuses(answer) == [431]
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["detail"].endswith(".")
-    text = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+    text = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=WAIT_S).text
     assert numbers(text)['bge_rerank_http_refused_heads_total{status="431"}'] == 1
     assert statuses(exchange(port, post(BODY, CLOSE, b"X: " + b"a" * 20_000))) == [200]
 
