@@ -20,7 +20,8 @@ LAYERS = (
     ("calls",),
     ("engine", "remote"),
     (
-        *("langchain", "llama_index", "milvus", "flag_embedding"),
+        *("langchain", "llama_index", "milvus", "haystack"),
+        *("flag_embedding", "cross_encoder"),
         *("evaluation", "serve", "ray"),
     ),
     ("cli",),
@@ -41,6 +42,7 @@ MOST_LEVELS = 8
 HOSTS = {
     "langchain": ("langchain_core", "langchain"),
     "llama_index": ("llama_index", "llama-index"),
+    "haystack": ("haystack", "haystack"),
     "remote": ("httpx", "remote"),
 }
 HEAVY = (

@@ -98,7 +98,7 @@ class Reranker(BaseReranker[EngineSettings]):
         folder = find_folder(settings)
         checkpoint = read_checkpoint(folder, settings)
         tokenizer = self._tokenizer = load_pair_tokenizer(checkpoint, settings)
-        self._readings = Readings(checkpoint, settings, tokenizer)
+        self.readings = Readings(checkpoint, settings, tokenizer)
         models = _in_fresh_thread(
             lambda: load_models(checkpoint, settings, tokenizer=tokenizer, devices=devices)
         )
@@ -141,7 +141,7 @@ class Reranker(BaseReranker[EngineSettings]):
                 layer.
             RerankError: As `rerank`.
         """
-        requests, read = Request.checked_pairs(pairs), self._readings.reader(reading)
+        requests, read = Request.checked_pairs(pairs), self.readings.reader(reading)
         scores, _ = self._run(
             lambda reservations: self._score_together(
                 requests, reservations, name=lambda index: f"pairs[{index}]", read=read

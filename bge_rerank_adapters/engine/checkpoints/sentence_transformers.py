@@ -7,7 +7,7 @@ which prompt stands before each query, and `sentence_bert_config.json` how texts
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +52,17 @@ class AuthorSettings:
         query_prompt: Stands before each query; `""` for nothing.
         max_tokens: Most tokens of a pair; `None` where the author says nothing.
         lowercase: Whether texts are put into lower case first.
+        prompts: All that the author named, by their names.
+        default_prompt_name: Names `query_prompt` among them.
+        activation: Torch's class that makes scores of logits; `None` where the author names none.
     """
 
     query_prompt: str = ""
     max_tokens: int | None = None
     lowercase: bool = False
+    prompts: dict[str, str] = field(default_factory=dict)
+    default_prompt_name: str | None = None
+    activation: str | None = None
 
 
 def read_author_settings(folder: Path, config: dict[str, Any]) -> AuthorSettings:
@@ -71,22 +77,26 @@ def read_author_settings(folder: Path, config: dict[str, Any]) -> AuthorSettings
         UnsupportedCheckpointError: It asks for something that is not done here; the message names
             it.
     """
-    _check_activation(folder / "config.json", _old_activation(config))
+    old = _check_activation(folder / "config.json", _old_activation(config))
     if not (folder / _MODULES).is_file():
         saved = "sentence_transformers" in config
-        return AuthorSettings(max_tokens=_tokenizer_limit(folder) if saved else None)
+        limit = tokenizer_limit(folder) if saved else None
+        return AuthorSettings(max_tokens=limit, activation=old)
     _check_modules(folder / _MODULES)
     kind = read_json(folder / _CONFIG)
     if kind.get("model_type") != "CrossEncoder":
         # It is loaded as any folder without these files.
-        return AuthorSettings()
-    _check_activation(folder / _CONFIG, kind.get("activation_fn"))
+        return AuthorSettings(activation=old)
+    activation = _check_activation(folder / _CONFIG, kind.get("activation_fn"))
     path, entries = _transformer_config(folder)
     _check_transformer(path, entries)
     return AuthorSettings(
         query_prompt=_default_prompt(folder / _CONFIG, kind),
         max_tokens=_limit(folder, entries),
         lowercase=bool(entries.get("do_lower_case")),
+        prompts={name: prompt or "" for name, prompt in (kind.get("prompts") or {}).items()},
+        default_prompt_name=kind.get("default_prompt_name"),
+        activation=activation or old,
     )
 
 
@@ -199,10 +209,11 @@ def _limit(folder: Path, entries: dict[str, Any]) -> int | None:
         entries.get("max_seq_length"),
     )
     found = next((each for each in given if _is_length(each)), None)
-    return _tokenizer_limit(folder) if found is None else found
+    return tokenizer_limit(folder) if found is None else found
 
 
-def _tokenizer_limit(folder: Path) -> int | None:
+def tokenizer_limit(folder: Path) -> int | None:
+    """Return the most tokens of a pair that a folder's tokenizer names; `None` for no limit."""
     limit = read_json(folder / "tokenizer_config.json").get("model_max_length")
     return limit if _is_length(limit) and limit < _NO_LIMIT else None
 
@@ -219,14 +230,15 @@ def _old_activation(config: dict[str, Any]) -> object:
     return config.get("sbert_ce_default_activation_function")
 
 
-def _check_activation(path: Path, name: object) -> None:
-    """Refuse activations that change the order of documents; others leave logits as they are."""
+def _check_activation(path: Path, name: object) -> str | None:
+    """Return an activation's name; refuse those that change the order of documents."""
     # Those that are not torch's are code of the checkpoint's, which sentence-transformers leaves
     # out as well.
     if not isinstance(name, str) or not name.startswith("torch."):
-        return
+        return None
     if name.rpartition(".")[2] not in _RISING:
         raise UnsupportedCheckpointError(
             f"{path}: the activation {name} does not keep the order of the logits, by which "
             f"documents are ranked here; {_RUN_IT_THERE}."
         )
+    return name

@@ -168,6 +168,11 @@ class _UnknownSizes:
     vocabulary: int = sys.maxsize
 
 
+def max_tokens(checkpoint: LocalCheckpoint) -> int:
+    """Return the most tokens of a pair that the model's positions allow."""
+    return _sizes(checkpoint).max_tokens
+
+
 def _sizes(checkpoint: LocalCheckpoint) -> Sizes:
     family, config = checkpoint.family, checkpoint.files.config
     if not family.runs(config):

@@ -4,14 +4,23 @@ FlagEmbedding takes lengths, prompts, layers and compression at every call. None
 weights, so such a call needs another tokenizer at most, and shares packs with all others.
 """
 
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from bge_rerank_adapters.engine.checkpoints.sentence_transformers import (
+    AuthorSettings,
+    tokenizer_limit,
+)
 from bge_rerank_adapters.engine.models.causal.lightweight import check_compress_layers
 from bge_rerank_adapters.engine.models.causal.readout import Readout, ReadPair
-from bge_rerank_adapters.engine.models.loading import LocalCheckpoint, load_pair_tokenizer
+from bge_rerank_adapters.engine.models.loading import (
+    LocalCheckpoint,
+    load_pair_tokenizer,
+    max_tokens,
+)
 from bge_rerank_adapters.engine.text.pairs import TokenizedPairs, TokenPair
 from bge_rerank_adapters.engine.text.tokenizer import PairTokenizer
 from bge_rerank_adapters.errors import SettingsError
@@ -67,6 +76,45 @@ class Readings:
             return replace(tokenized, distinct=distinct)
 
         return read
+
+    @property
+    def author(self) -> AuthorSettings:
+        """How the checkpoint's author has pairs read."""
+        return self._checkpoint.files.author
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of a pair that the author's files and the model's positions allow."""
+        files = self._checkpoint.files
+        limits = (files.author.max_tokens, tokenizer_limit(files.tokenizer_folder))
+        given = next((limit for limit in limits if limit is not None), sys.maxsize)
+        return min(given, max_tokens(self._checkpoint))
+
+    def of_whole_pairs(self, *, max_length: int, prompt: str) -> Reading:
+        """Return a reading that cuts nothing of pairs that fit, however long their queries are.
+
+        Args:
+            max_length: Most tokens of a pair; those of a longer one are the end of its document.
+            prompt: Put before each query.
+
+        Raises:
+            SettingsError: The length leaves no room for a query and a document.
+        """
+        max_length = min(max_length, self.longest)
+        room = max_length - self._own[1].special_tokens - 1
+        if room < 1:
+            raise SettingsError(
+                f"max_length {max_length} leaves no room for a query and a document; make it "
+                "larger."
+            )
+        return Reading(
+            replace(
+                self._settings,
+                max_length=max_length,
+                query_max_length=room,
+                query_instruction=prompt,
+            )
+        )
 
     def _tokenizer(self, settings: EngineSettings) -> PairTokenizer:
         if settings == self._own[0]:

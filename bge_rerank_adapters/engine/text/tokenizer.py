@@ -113,6 +113,11 @@ class PairTokenizer:
             )
         self._embeddings = embeddings
 
+    @property
+    def special_tokens(self) -> int:
+        """How many tokens stand around the texts of a pair."""
+        return self._template.tokens
+
     def first_id(self, text: str) -> int:
         """Return the first token id of a text.
 
