@@ -1,10 +1,6 @@
-"""The encoder against transformers, what it reads, and the choice of device and dtype."""
+"""The encoder against transformers, and what it reads."""
 
 import json
-import os
-import platform
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +9,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForSequenceClassification
 
-from bge_rerank_adapters import CheckpointError, DeviceError, Reranker, UnsupportedCheckpointError
-from bge_rerank_adapters.engine.models import devices
+from bge_rerank_adapters import CheckpointError, Reranker, UnsupportedCheckpointError
 from bge_rerank_adapters.engine.models.layers.activations import ACTIVATIONS
 from bge_rerank_adapters.engine.models.loading import (
     load_model,
@@ -210,117 +205,3 @@ def test_half_types_stay_near(folder, dtype, within):
     exact, half = own_logits(folder), own_logits(folder, dtype=dtype)
     assert_near(half, exact, within)
     assert half != exact
-
-
-# Devices and dtypes
-
-
-@pytest.fixture
-def machine(monkeypatch):
-    """Pretends that a machine has some accelerators."""
-
-    def pretend(**counts):
-        monkeypatch.setattr(devices, "_device_count", lambda kind: counts.get(kind, 0))
-
-    return pretend
-
-
-@pytest.mark.parametrize(
-    ("counts", "name", "found"),
-    [
-        ({}, "auto", "cpu"),
-        ({}, "cpu", "cpu"),
-        ({}, "cpu:3", "cpu"),
-        ({"cuda": 2}, "auto", "cuda:0"),
-        ({"cuda": 2, "xpu": 1}, "auto", "cuda:0"),
-        ({"xpu": 1}, "auto", "xpu:0"),
-        ({"mps": 1}, "auto", "mps"),
-        ({"mps": 1}, "mps", "mps"),
-        ({"cuda": 2}, "cuda", "cuda:0"),
-        ({"cuda": 2}, "cuda:1", "cuda:1"),
-    ],
-)
-def test_devices_are_resolved(machine, counts, name, found):
-    machine(**counts)
-    assert str(devices.resolve_device(name)) == found
-
-
-@pytest.mark.parametrize(
-    ("counts", "name", "message"),
-    [
-        ({}, "cuda", "device 'cuda' is not available on this machine .none found of kind cuda"),
-        ({}, "mps", "device 'mps' is not available"),
-        ({"cuda": 2}, "cuda:2", "device 'cuda:2' is not available on this machine .2 found"),
-    ],
-)
-def test_absent_devices_are_refused(machine, counts, name, message):
-    machine(**counts)
-    with pytest.raises(DeviceError, match=message):
-        devices.resolve_device(name)
-
-
-@pytest.mark.parametrize("kind", ["cuda:99", "xpu:99", "npu:99", "hpu:99", "mtia:99"])
-def test_devices_that_no_machine_has_are_refused(kind):
-    with pytest.raises(DeviceError, match=f"'{kind}' is not available"):
-        devices.resolve_device(kind)
-
-
-@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
-def test_a_named_dtype_is_taken_as_it_is(name):
-    assert devices.resolve_dtype(name, torch.device("cpu")) is getattr(torch, name)
-
-
-def test_auto_is_a_dtype_and_stays_the_same():
-    found = devices.resolve_dtype("auto", torch.device("cpu"))
-    assert found in (torch.float32, torch.bfloat16, torch.float16)
-    assert devices.resolve_dtype("auto", torch.device("cpu")) is found
-
-
-@pytest.mark.parametrize(
-    ("kind", "bfloat16", "float16", "found"),
-    [
-        ("cpu", 1.5, 1.5, torch.float32),
-        ("cpu", 0.9, 0.9, torch.float32),
-        ("cpu", 0.5, 0.5, torch.bfloat16),
-        ("cpu", 0.6, 0.3, torch.float16),
-        ("cpu", float("inf"), 0.3, torch.float16),
-        ("cuda", 0.5, 0.5, torch.float16),
-        ("cuda", 0.5, float("inf"), torch.bfloat16),
-    ],
-)
-def test_auto_follows_the_timing(monkeypatch, kind, bfloat16, float16, found):
-    times = {torch.float32: 1.0, torch.bfloat16: bfloat16, torch.float16: float16}
-    monkeypatch.setattr(devices, "_seconds", lambda device, dtype, limit_s=0: times[dtype])
-    assert devices._fastest_dtype.__wrapped__(kind, None) is found
-
-
-def test_a_dtype_that_cannot_run_takes_for_ever():
-    assert devices._seconds(torch.device("cpu"), torch.int8) == float("inf")
-    assert 0 < devices._seconds(torch.device("cpu"), torch.float32) < float("inf")
-
-
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="the setting is for x86")
-def test_auto_is_float32_where_half_precision_is_emulated():
-    code = (
-        "import torch; from bge_rerank_adapters.engine.models.devices import resolve_dtype; "
-        'print(resolve_dtype("auto", torch.device("cpu")))'
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"},
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
-    assert done.stdout.strip() == "torch.float32"
-
-
-def test_a_dtype_far_from_the_limit_is_not_timed_further(monkeypatch):
-    runs = []
-    real = devices.functional.linear
-    monkeypatch.setattr(
-        devices.functional, "linear", lambda *args: runs.append(args) or real(*args)
-    )
-    assert devices._seconds(torch.device("cpu"), torch.float32, 1e-9) == float("inf")
-    assert len(runs) == 2

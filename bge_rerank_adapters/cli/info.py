@@ -24,31 +24,31 @@ def info() -> None:
     """Show devices, dtypes with their timings, what "auto" picks and why, layers and versions."""
     # Imported here, since torch takes seconds.
     from bge_rerank_adapters.engine.models.devices import (
-        WORTHWHILE_SPEEDUP,
+        choose_dtype,
         device_name,
+        dtype_name,
         dtype_timings,
         resolve_device,
-        resolve_dtype,
     )
     from bge_rerank_adapters.engine.models.encoder.kit import describe_kits
 
     console = Console()
     device = resolve_device("auto")
-    dtype = resolve_dtype("auto", device)
-    picked = str(dtype).removeprefix("torch.")
+    dtype, reason = choose_dtype(device)
+    picked = dtype_name(dtype)
     console.print(f'device "auto": {device} ({device_name(device)})', highlight=False)
-    console.print(f'dtype "auto":  {picked}', highlight=False)
-    console.print(_timings(dtype_timings(device), picked, worthwhile=WORTHWHILE_SPEEDUP))
+    console.print(f'dtype "auto":  {picked} ({reason})', highlight=False)
+    console.print(_timings(dtype_timings(device), picked))
     console.print(
-        f"A half type is picked where it is {WORTHWHILE_SPEEDUP} times as fast as float32; int8 "
-        "only where it is asked for.\n",
+        "The device's capability flags pick the dtype, unless timings clearly say the opposite; "
+        "int8 is picked only where it is asked for.\n",
         highlight=False,
     )
     console.print(_kits(describe_kits(device, dtype)))
     console.print(_versions())
 
 
-def _timings(timings: dict[str, float], picked: str, *, worthwhile: float) -> Table:
+def _timings(timings: dict[str, float], picked: str) -> Table:
     table = Table("dtype", "a feed-forward block", "against float32", "verdict")
     for name, seconds in timings.items():
         speed = timings["float32"] / seconds
@@ -56,10 +56,8 @@ def _timings(timings: dict[str, float], picked: str, *, worthwhile: float) -> Ta
             verdict = "picked"
         elif not speed:
             verdict = "cannot run here"
-        elif name == "float32":
-            verdict = "slower"
         else:
-            verdict = "another is preferred" if speed >= worthwhile else "not fast enough"
+            verdict = ""
         shown = (f"{1000 * seconds:.2f} ms", f"{speed:.2f}x") if speed else ("-", "-")
         table.add_row(name, *shown, verdict)
     return table

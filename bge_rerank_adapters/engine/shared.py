@@ -4,8 +4,16 @@ import os
 import threading
 import weakref
 
+from bge_rerank_adapters.engine.models.devices import resolve_device
 from bge_rerank_adapters.engine.reranker import Reranker
 from bge_rerank_adapters.settings import EngineSettings
+
+# Settings, and the devices that they mean: "cuda" is another one once the current device is.
+_Key = tuple[EngineSettings, tuple[str, ...]]
+
+
+def _key(settings: EngineSettings) -> _Key:
+    return settings, tuple(str(resolve_device(name)) for name in settings.devices)
 
 
 class _Registry:
@@ -14,22 +22,21 @@ class _Registry:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         # Weak as well: a lock lives as long as someone loads, and settings may hold a token.
-        self._loading: weakref.WeakValueDictionary[EngineSettings, threading.Lock] = (
+        self._loading: weakref.WeakValueDictionary[_Key, threading.Lock] = (
             weakref.WeakValueDictionary()
         )
-        self._engines: weakref.WeakValueDictionary[EngineSettings, Reranker] = (
-            weakref.WeakValueDictionary()
-        )
+        self._engines: weakref.WeakValueDictionary[_Key, Reranker] = weakref.WeakValueDictionary()
 
     def get(self, settings: EngineSettings) -> Reranker:
+        key = _key(settings)
         with self._lock:
-            loading = self._loading.setdefault(settings, threading.Lock())
+            loading = self._loading.setdefault(key, threading.Lock())
         # Held while it loads, so that ten threads that ask at once load one model.
         with loading:
-            engine = self._engines.get(settings)
+            engine = self._engines.get(key)
             if engine is None or engine.closed:
                 engine = Reranker.from_settings(settings)
-                self._engines[settings] = engine
+                self._engines[key] = engine
             return engine
 
 

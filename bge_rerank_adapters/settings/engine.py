@@ -148,7 +148,7 @@ class EngineSettings(Table):
         _dtype,
         '`"float32"`, `"bfloat16"`, `"float16"`, or on a CPU `"int8"`, which takes what `"auto"` '
         'finds where 8-bit layers are slower; `"auto"` is the fastest of the others that this '
-        "device runs natively, by a short timing",
+        "device runs natively, by its capability flags",
     )
     max_length: int = setting(
         512,

@@ -1,28 +1,41 @@
 """Which device and which dtype a model runs on."""
 
+import logging
 import time
+from collections.abc import Callable
 from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
 
+from bge_rerank_adapters.engine.models.capabilities import Verdict, runs_natively
 from bge_rerank_adapters.engine.models.cpu.onednn.ranges import int8_works
+from bge_rerank_adapters.engine.models.cpu.threads import in_one_thread
 from bge_rerank_adapters.engine.models.device_faults import check_not_forked
 from bge_rerank_adapters.errors import DeviceError
 
 # A faster dtype costs some exactness, so it has to be worth it.
 WORTHWHILE_SPEEDUP = 1.3
-"""How many times as fast as float32 a half type must be to be picked."""
-# A dtype whose first run takes so many times the limit is emulated; it is not timed further, since
-# that could take a second.
-_HOPELESS = 3.0
+"""How many times as fast as float32 a half type must be to be picked by a timing alone."""
+# How far a timing must be from what the hardware's flags say to overrule them, and how often it
+# must be so: other processes may make one timing twice as long, and hardly so many in a row.
+_DISAGREEMENT = 2.0
+_ROUNDS = 4
+# Rows, inputs and outputs of the product that is timed, and how often it runs before each wait. A
+# GPU is given so much that launching it takes no share of the time that counts.
+_CPU_BLOCK, _CPU_REPEATS = (128, 768, 3072), 1
+_GPU_BLOCK, _GPU_REPEATS = (4096, 1024, 4096), 4
+
+_log = logging.getLogger(__name__)
 
 
 def resolve_device(name: str) -> torch.device:
     """Return the device of a name that the settings allow.
 
     Args:
-        name: `"auto"` takes an accelerator if there is one, the first of its kind.
+        name: `"auto"` takes an accelerator if there is one. Without a number it is the calling
+            thread's current device of its kind, the first unless the program has set another.
 
     Raises:
         DeviceError: The device is not there, or cannot be used in a forked process.
@@ -33,7 +46,8 @@ def resolve_device(name: str) -> torch.device:
     kind, _, number = name.partition(":")
     if kind == "cpu":
         return torch.device("cpu")
-    index, count = int(number or 0), _device_count(kind)
+    count = _device_count(kind)
+    index = int(number) if number else _current_index(kind)
     if index >= count:
         found = f"{count} found" if count else "none found"
         raise DeviceError(
@@ -47,9 +61,10 @@ def resolve_device(name: str) -> torch.device:
 def resolve_dtype(name: str, device: torch.device, *, wide_range: bool = False) -> torch.dtype:
     """Return the dtype of a name; `"auto"` is the fastest that the device runs natively.
 
-    Half types are taken where a short timing finds them faster than float32 by a third at least;
-    bfloat16 before float16 on a CPU, the other way round elsewhere, since float16 keeps
-    three more bits of the logit. int8 is for CPUs, and only where it is asked for.
+    The hardware's capability flags decide, so that every start on a machine finds the same, and a
+    timing overrules them only where it says the opposite each time. Of two half types that a CPU
+    has, bfloat16 is taken; elsewhere float16, which keeps three more bits of the logit. int8 is
+    for CPUs, and only where it is asked for.
 
     Args:
         name: `"auto"`, `"int8"`, or torch's name of a floating-point dtype.
@@ -65,8 +80,32 @@ def resolve_dtype(name: str, device: torch.device, *, wide_range: bool = False) 
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)
         return dtype
+    choice = choose_dtype(device, wide_range=wide_range)
+    _log.info('dtype "auto" is %s on %s: %s', dtype_name(choice.dtype), device, choice.reason)
+    return choice.dtype
+
+
+class Choice(NamedTuple):
+    """What `dtype="auto"` is on a device, and why.
+
+    Attributes:
+        dtype: A floating-point dtype.
+        reason: In words, for the log and for `bge-rerank info`.
+    """
+
+    dtype: torch.dtype
+    reason: str
+
+
+def choose_dtype(device: torch.device, *, wide_range: bool = False) -> Choice:
+    """Return what `"auto"` is on a device, found once in a process; see `resolve_dtype`."""
     halves = (torch.bfloat16,) if wide_range else (torch.bfloat16, torch.float16)
-    return _fastest_dtype(device.type, device.index, halves)
+    return _choose(device, halves if device.type == "cpu" else halves[::-1])
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return torch's name of a dtype as the settings have it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _check_int8(device: torch.device) -> None:
@@ -92,13 +131,13 @@ def device_name(device: torch.device) -> str:
 def dtype_timings(device: torch.device) -> dict[str, float]:
     """Return the seconds that each dtype takes for one feed-forward block; infinity if it fails."""
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    return {str(dtype).removeprefix("torch."): _seconds(device, dtype) for dtype in dtypes}
+    return {dtype_name(dtype): _seconds(device, dtype) for dtype in dtypes}
 
 
 def _accelerator() -> str | None:
     for kind in ("cuda", "xpu", "mps"):
         if _device_count(kind):
-            return kind if kind == "mps" else f"{kind}:0"
+            return kind if kind == "mps" else f"{kind}:{_current_index(kind)}"
     return None
 
 
@@ -112,44 +151,91 @@ def _device_count(kind: str) -> int:
     return int(module.device_count())
 
 
-@cache
-def _fastest_dtype(
-    kind: str, index: int | None, halves: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
-) -> torch.dtype:
-    device = torch.device(kind, index) if index is not None else torch.device(kind)
-    if kind != "cpu":
-        halves = halves[::-1]
-    limit = _seconds(device, torch.float32) / WORTHWHILE_SPEEDUP
-    timed = [
-        (seconds, half) for half in halves if (seconds := _seconds(device, half, limit)) < limit
-    ]
-    if not timed:
-        return torch.float32
-    fastest = min(seconds for seconds, _ in timed)
-    # The preferred one wins unless the other is clearly faster.
-    return next(half for seconds, half in timed if seconds <= 1.2 * fastest)
+def _current_index(kind: str) -> int:
+    """Return the current device of a kind.
 
-
-def _seconds(device: torch.device, dtype: torch.dtype, limit_s: float = float("inf")) -> float:
-    """Return the best of some timings of one feed-forward block.
-
-    Infinity if it cannot run, or if its first run is far from `limit_s`.
+    Where nothing has used the kind yet, it is the first; asking would begin to use it, after which
+    this process could not be forked.
     """
+    module: Any = getattr(torch, kind, None)
+    used = getattr(module, "is_initialized", None)
+    return int(module.current_device()) if used is not None and used() else 0
+
+
+@cache
+def _choose(device: torch.device, halves: tuple[torch.dtype, ...]) -> Choice:
+    verdicts = []
+    for half in halves:
+        verdicts.append(_timed_verdict(device, half, runs_natively(device, half)))
+        if verdicts[-1].native:
+            return Choice(half, verdicts[-1].reason)
+    return Choice(torch.float32, "; ".join(verdict.reason for verdict in verdicts))
+
+
+def _timed_verdict(device: torch.device, half: torch.dtype, told: Verdict) -> Verdict:
+    """Return what flags say of a half type, unless every timing says clearly the opposite."""
+    if told.native is None:
+        fast = _always(device, half, lambda speed: speed >= WORTHWHILE_SPEEDUP)
+        found = "fast enough" if fast else "too slow"
+        return Verdict(fast, f"{told.reason}, and timings found {dtype_name(half)} {found}")
+    if told.native and _always(device, half, lambda speed: speed < 1 / _DISAGREEMENT):
+        reason = f"{told.reason}; yet {_ROUNDS} timings found it less than half as fast as float32"
+        return Verdict(False, reason)
+    if not told.native and _always(device, half, lambda speed: speed > _DISAGREEMENT):
+        reason = f"{told.reason}; yet {_ROUNDS} timings found it over twice as fast as float32"
+        return Verdict(True, reason)
+    return told
+
+
+def _always(device: torch.device, half: torch.dtype, holds: Callable[[float], bool]) -> bool:
+    """Return whether something holds for each timing of a half type; ends with the first other."""
+    return all(holds(_speed(device, half)) for _ in range(_ROUNDS))
+
+
+def _speed(device: torch.device, half: torch.dtype) -> float:
+    """Return how many times as fast as float32 a half type is; 0 if it cannot run.
+
+    NaN, which agrees with nothing, where float32 itself cannot be timed, for want of memory, say.
+    """
+    full = _seconds(device, torch.float32)
+    return full / _seconds(device, half) if full < float("inf") else float("nan")
+
+
+def _seconds(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the best of some timings of one feed-forward block; infinity if it cannot run.
+
+    On a CPU it is one thread's own time, which is the same beside busy processes.
+    """
+    if device.type == "cpu":
+        return in_one_thread(
+            lambda: _best(device, dtype, _CPU_BLOCK, _CPU_REPEATS, clock=time.thread_time)
+        )
+    return _best(device, dtype, _GPU_BLOCK, _GPU_REPEATS, clock=time.perf_counter)
+
+
+def _best(
+    device: torch.device,
+    dtype: torch.dtype,
+    block: tuple[int, int, int],
+    repeats: int,
+    *,
+    clock: Callable[[], float],
+) -> float:
+    rows, inputs, outputs = block
     try:
-        states = torch.ones(512, 768, device=device, dtype=dtype)
-        weight = torch.ones(3072, 768, device=device, dtype=dtype)
-        norm = torch.ones(3072, device=device, dtype=dtype)
+        states = torch.ones(rows, inputs, device=device, dtype=dtype)
+        weight = torch.ones(outputs, inputs, device=device, dtype=dtype)
+        norm = torch.ones(outputs, device=device, dtype=dtype)
 
         def run() -> float:
-            begin = time.perf_counter()
-            out = functional.layer_norm(functional.linear(states, weight), (3072,), norm, norm)
-            out[0, 0].item()
-            return time.perf_counter() - begin
+            begin = clock()
+            for _ in range(repeats):
+                out = functional.linear(states, weight)
+            functional.layer_norm(out, (outputs,), norm, norm)[0, 0].item()
+            return clock() - begin
 
         with torch.inference_mode():
             run()
-            if run() > _HOPELESS * limit_s:
-                return float("inf")
-            return min(run() for _ in range(5))
+            return min(run() for _ in range(3))
     except (RuntimeError, NotImplementedError):
         return float("inf")
