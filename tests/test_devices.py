@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.dtype_choice import choices
-from bge_rerank_adapters import DeviceError
+from bge_rerank_adapters import DeviceError, Reranker
 from bge_rerank_adapters.engine.models import capabilities, devices
 
 
@@ -272,3 +272,25 @@ def test_every_start_chooses_the_same_dtype_beside_busy_processes(monkeypatch, l
     for name, value in limit.items():
         monkeypatch.setenv(name, value)
     assert len(choices(4, busy=2)) == 1
+
+
+@pytest.fixture
+def matmul_precision():
+    """Sets torch's precision of float32 products, and sets it back."""
+    before = torch.get_float32_matmul_precision()
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "warned"),
+    [("medium", "float32", True), ("highest", "float32", False), ("medium", "bfloat16", False)],
+)
+def test_a_lower_precision_of_float32_products_is_told(
+    matmul_precision, caplog, precision, dtype, warned
+):
+    matmul_precision(precision)
+    with Reranker("tiny", device="cpu", dtype=dtype):
+        pass
+    assert ("torch.set_float32_matmul_precision('medium') is set" in caplog.text) is warned
+    assert torch.get_float32_matmul_precision() == precision

@@ -66,7 +66,8 @@ def _on_cpu(device: torch.device, half: torch.dtype) -> Verdict:
 
 def _onednn_lack(half: torch.dtype) -> str | None:
     """Return why oneDNN does not use a half type here, or `None` if it may."""
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+    onednn: Any = torch.backends.mkldnn
+    if not (onednn.is_available() and onednn.enabled):
         return "oneDNN is not there, or is switched off"
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
     if limit not in ("", "DEFAULT", "ALL") and not any(each in limit for each in _ALLOWING[half]):

@@ -15,6 +15,7 @@ from bge_rerank_adapters.engine.checkpoints.inspection import (
 from bge_rerank_adapters.engine.models.base import Model
 from bge_rerank_adapters.engine.models.device_faults import told_as_device_errors
 from bge_rerank_adapters.engine.models.devices import resolve_dtype
+from bge_rerank_adapters.engine.models.encoder.plain import check_plain_attention
 from bge_rerank_adapters.engine.models.families import (
     FAMILIES,
     Family,
@@ -23,6 +24,7 @@ from bge_rerank_adapters.engine.models.families import (
     family_of,
 )
 from bge_rerank_adapters.engine.models.flag import FlagModel, TextPairTokenizer
+from bge_rerank_adapters.engine.models.precision import warn_of_matmul_precision
 from bge_rerank_adapters.engine.models.unsupported import unsupported_message
 from bge_rerank_adapters.engine.text.tokenizer import PairTokenizer
 from bge_rerank_adapters.engine.text.tokenizer_files import load_tokenizer
@@ -146,7 +148,7 @@ def load_model(
     family, files = checkpoint.family, checkpoint.files
     settings = files.apply_author(settings)
     if settings.backend == "flagembedding":
-        return FlagModel(
+        model = FlagModel(
             files.folder,
             settings,
             family=family,
@@ -154,7 +156,11 @@ def load_model(
             query_max_length=tokenizer.query_max_length,
             device=device,
         )
+        check_plain_attention(device, model.dtype)
+        warn_of_matmul_precision(device, model.dtype)
+        return model
     dtype = resolve_dtype(settings.dtype, device, wide_range=family.wide_range)
+    warn_of_matmul_precision(device, dtype)
     return family.load(
         ModelSource(files.config, files.folder, files.adapter, settings, tokenizer, device, dtype)
     )

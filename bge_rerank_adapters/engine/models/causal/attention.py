@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 import numpy as np
@@ -17,6 +18,7 @@ from bge_rerank_adapters.engine.models.layers.attention import (
     agree,
     probe_states,
 )
+from bge_rerank_adapters.engine.models.layers.attention_check import Trial, first_right
 from bge_rerank_adapters.engine.text.pairs import TokenPair
 
 # Rows are shared where that saves at least this part of them: repeating rows has a price as well.
@@ -121,9 +123,18 @@ CausalAttention = Callable[[Tensor, Tensor, Tensor, Layout, Heads], Tensor]
 
 
 def grouped_causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, heads: Heads
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    heads: Heads,
+    *,
+    copied: bool = False,
 ) -> Tensor:
-    """Attend by one call for each run of pairs of equal length; runs on any device."""
+    """Attend by one call for each run of pairs of equal length; runs on any device.
+
+    With `copied` torch's kernel is given contiguous copies that lie head by head.
+    """
     single = len(query) != len(key)
     attended = torch.empty_like(query)
     begin = 0
@@ -131,11 +142,19 @@ def grouped_causal_attention(
         rows = slice(group.start, group.start + group.pairs * group.tokens)
         asked = slice(begin, begin + group.pairs) if single else rows
         begin += group.pairs
-        attended[asked] = _attend(query[asked], key[rows], value[rows], group, heads)
+        attended[asked] = _attend(query[asked], key[rows], value[rows], group, heads, copied=copied)
     return attended
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, group: Group, heads: Heads) -> Tensor:
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    group: Group,
+    heads: Heads,
+    *,
+    copied: bool = False,
+) -> Tensor:
     def split(rows: Tensor, number: int) -> Tensor:
         return rows.reshape(group.pairs, -1, number, rows.shape[-1] // number).transpose(1, 2)
 
@@ -148,6 +167,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, group: Group, heads: Head
             keys, values = keys[:, :, -heads.window :], values[:, :, -heads.window :]
         else:
             mask = _window_mask(group.tokens, heads.window, query.device)
+    if copied:
+        asked, keys, values = asked.contiguous(), keys.contiguous(), values.contiguous()
     out = functional.scaled_dot_product_attention(
         asked,
         keys,
@@ -199,6 +220,26 @@ def varlen_causal_attention(
     # A tuple only where more than the values is asked for.
     attended: Tensor = out[0] if isinstance(out, tuple) else out
     return attended.reshape(query.shape)
+
+
+def checked_causal_attention(
+    device: torch.device, dtype: torch.dtype, *, heads: Heads, width: int
+) -> CausalAttention:
+    """Return the fastest attention that is right on this device; see `first_right`."""
+    ways = (
+        causal_attention_for(device, dtype, heads=heads, width=width),
+        partial(grouped_causal_attention, copied=True),
+    )
+    layout = CausalLayout(PROBE_LENGTHS, device)
+    trial = Trial(heads.queries, heads.keys, width, heads.scale, causal=True, window=heads.window)
+    place = first_right(
+        [lambda *states, way=way: way(*states, layout, heads) for way in ways],
+        trial,
+        asked=layout.last,
+        device=device,
+        dtype=dtype,
+    )
+    return ways[place]
 
 
 def causal_attention_for(

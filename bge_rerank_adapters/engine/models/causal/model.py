@@ -16,7 +16,7 @@ from bge_rerank_adapters.engine.models.base import default_pack_tokens
 from bge_rerank_adapters.engine.models.causal.attention import (
     CausalLayout,
     SharedRows,
-    causal_attention_for,
+    checked_causal_attention,
 )
 from bge_rerank_adapters.engine.models.causal.config import CausalConfig
 from bge_rerank_adapters.engine.models.cpu.threads import ALONE, Helpers
@@ -121,7 +121,7 @@ class CausalModel:
         self._words = read.tensor("model.embed_tokens.weight", (config.vocabulary, config.hidden))
         self._norm = read.norm("model.norm")
         self._layers = [read.layer(index) for index in range(depth)]
-        self._attend = causal_attention_for(
+        self._attend = checked_causal_attention(
             device, dtype, heads=config.heads(0), width=config.head_width
         )
         self._frequencies = config.rotary.frequencies(config.head_width).to(device)

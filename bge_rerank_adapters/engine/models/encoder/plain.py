@@ -1,5 +1,6 @@
 """The kit of layers that runs everywhere, from which those of back ends derive."""
 
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -8,7 +9,14 @@ from bge_rerank_adapters.engine.models.cpu.streams import stream_count
 from bge_rerank_adapters.engine.models.encoder.config import EncoderConfig
 from bge_rerank_adapters.engine.models.encoder.layer import EncoderLayer, LayerSource, linear_layer
 from bge_rerank_adapters.engine.models.layers.activations import ACTIVATIONS
-from bge_rerank_adapters.engine.models.layers.attention import Attention, attention_for
+from bge_rerank_adapters.engine.models.layers.attention import (
+    PROBE_LENGTHS,
+    Attention,
+    Layout,
+    attention_for,
+    grouped_attention,
+)
+from bge_rerank_adapters.engine.models.layers.attention_check import Trial, first_right
 from bge_rerank_adapters.engine.models.layers.linear import PlainLinear, few_sizes
 
 
@@ -70,7 +78,19 @@ class PlainKit:
         """Return what attends to the query, key and value that these layers give."""
         heads = self.config.heads
         width = self.config.hidden // heads
-        return attention_for(self.device, self.dtype, heads=heads, width=width)
+        ways = (
+            attention_for(self.device, self.dtype, heads=heads, width=width),
+            partial(grouped_attention, copied=True),
+        )
+        layout = Layout(PROBE_LENGTHS, self.device)
+        place = first_right(
+            [lambda *states, way=way: way(*states, layout, heads) for way in ways],
+            Trial(heads, heads, width, width**-0.5),
+            asked=layout.first,
+            device=self.device,
+            dtype=self.dtype,
+        )
+        return ways[place]
 
     def pack_rows(self, tokens: int) -> int:
         """Return how many tokens a pack is filled up to."""
@@ -79,3 +99,20 @@ class PlainKit:
     def stream_count(self) -> int:
         """Return among how many streams the packs of a model are best shared out."""
         return stream_count(self.device, self.layer_dtype)
+
+
+def check_plain_attention(device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse a device on which torch's own attention is wrong as other libraries call it.
+
+    Raises:
+        DeviceError: It is.
+    """
+    heads, width = 4, 32
+    layout = Layout(PROBE_LENGTHS, device)
+    first_right(
+        [lambda query, key, value: grouped_attention(query, key, value, layout, heads)],
+        Trial(heads, heads, width, width**-0.5),
+        asked=layout.first,
+        device=device,
+        dtype=dtype,
+    )

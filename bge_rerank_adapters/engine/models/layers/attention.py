@@ -67,9 +67,18 @@ Attention = Callable[[Tensor, Tensor, Tensor, Layout, int], Tensor]
 
 
 def grouped_attention(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, heads: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    heads: int,
+    *,
+    copied: bool = False,
 ) -> Tensor:
-    """Attend by one call for each run of pairs of equal length; runs on any device."""
+    """Attend by one call for each run of pairs of equal length; runs on any device.
+
+    With `copied` torch's kernel is given contiguous copies that lie head by head.
+    """
     single = len(query) != len(key)
     attended = torch.empty_like(query)
     begin = 0
@@ -77,13 +86,18 @@ def grouped_attention(
         rows = slice(group.start, group.start + group.pairs * group.tokens)
         asked = slice(begin, begin + group.pairs) if single else rows
         begin += group.pairs
-        attended[asked] = _attend(query[asked], key[rows], value[rows], group.pairs, heads)
+        attended[asked] = _attend(
+            query[asked], key[rows], value[rows], group.pairs, heads, copied=copied
+        )
     return attended
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, pairs: int, heads: int) -> Tensor:
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, pairs: int, heads: int, *, copied: bool = False
+) -> Tensor:
     def split(rows: Tensor) -> Tensor:
-        return rows.reshape(pairs, -1, heads, rows.shape[-1] // heads).transpose(1, 2)
+        states = rows.reshape(pairs, -1, heads, rows.shape[-1] // heads).transpose(1, 2)
+        return states.contiguous() if copied else states
 
     out = functional.scaled_dot_product_attention(split(query), split(key), split(value))
     return out.transpose(1, 2).reshape(-1, query.shape[-1])
