@@ -123,7 +123,7 @@ def test_a_query_that_is_none_is_refused(reranker):
     message(info, "query", "str", "None")
 
 
-@pytest.mark.parametrize("value", [7, 1.5, b"bytes", ["list"], {"text": "x"}, object()])
+@pytest.mark.parametrize("value", [7, 1.5, b"bytes", ["list"], {"title": "x"}, object()])
 def test_anything_but_text_is_refused_by_its_type(reranker, value):
     kind = type(value).__name__
     with pytest.raises(InputTypeError) as info:

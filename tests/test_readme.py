@@ -14,13 +14,13 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), flags=re.
 
 
 def test_readme_shows_engine_and_every_host():
-    assert len(BLOCKS) == 8
+    assert len(BLOCKS) == 9
 
 
 @pytest.mark.parametrize(
     "block",
     BLOCKS[:7],
-    ids=["engine", "langchain", "llama_index", "milvus", "windows", "callers"],
+    ids=["engine", "langchain", "llama_index", "milvus", "documents", "windows", "callers"],
 )
 def test_example_runs_and_puts_goethe_first(block, capsys):
     exec(block.replace("BAAI/bge-reranker-v2-m3", "tiny"), {"__name__": "example"})  # noqa: S102
