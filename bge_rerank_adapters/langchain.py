@@ -37,9 +37,10 @@ except ImportError as error:
         'run: pip install "bge-rerank-adapters[langchain]"'
     ) from error
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, field_validator
 
 from bge_rerank_adapters.calls.checks import check_query
+from bge_rerank_adapters.calls.limits import check_top_k
 from bge_rerank_adapters.calls.metadata import ADDED_METADATA, added_metadata
 from bge_rerank_adapters.calls.ranking import RankedDocument
 from bge_rerank_adapters.calls.runner import map_in_turns
@@ -153,26 +154,56 @@ class RerankingRetriever(BaseRetriever):
     Attributes:
         base_retriever: The first stage, which should find more than `compressor.top_k`.
         compressor: What reranks and cuts.
+        top_k: How many documents to return; `None` is as the compressor says. `invoke` takes it as
+            well, for one call.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
     base_retriever: RetrieverLike
     compressor: BGEDocumentCompressor
+    top_k: int | None = None
+
+    @field_validator("top_k", mode="before")
+    @classmethod
+    def _checked_top_k(cls, value: Any) -> Any:
+        return check_top_k(value)
 
     def _get_relevant_documents(
-        self, query: str, *, run_manager: CallbackManagerForRetrieverRun, **kwargs: Any
+        self,
+        query: str,
+        *,
+        run_manager: CallbackManagerForRetrieverRun,
+        top_k: int | None = None,
+        **kwargs: Any,
     ) -> list[Document]:
         config = RunnableConfig(callbacks=run_manager.get_child())
         found = self.base_retriever.invoke(query, config, **kwargs)
-        return self.compressor.compress_documents(found, query, run_manager.get_child())
+        compressor = self.compressor
+        if (most := self._most(top_k)) is not None and found:
+            # Loaded first, so that the copy shares an engine which is there for the next call too.
+            compressor.scorer  # noqa: B018
+            compressor = compressor.model_copy(update={"top_k": most})
+        return compressor.compress_documents(found, query, run_manager.get_child())
 
     async def _aget_relevant_documents(
-        self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, **kwargs: Any
+        self,
+        query: str,
+        *,
+        run_manager: AsyncCallbackManagerForRetrieverRun,
+        top_k: int | None = None,
+        **kwargs: Any,
     ) -> list[Document]:
         config = RunnableConfig(callbacks=run_manager.get_child())
         found = await self.base_retriever.ainvoke(query, config, **kwargs)
-        return await self.compressor.acompress_documents(found, query, run_manager.get_child())
+        compressor = self.compressor
+        if (most := self._most(top_k)) is not None and found:
+            await compressor.ascorer()
+            compressor = compressor.model_copy(update={"top_k": most})
+        return await compressor.acompress_documents(found, query, run_manager.get_child())
+
+    def _most(self, top_k: int | None) -> int | None:
+        return self.top_k if top_k is None else check_top_k(top_k)
 
 
 class BGECrossEncoder(BaseCrossEncoder):
