@@ -24,7 +24,7 @@ from bge_rerank_adapters.ray.recipe import (
     make_recipe,
 )
 from bge_rerank_adapters.ray.rows import DOCUMENTS, rank_all
-from bge_rerank_adapters.ray.storage import fingerprint, kind_of, list_files, locate
+from bge_rerank_adapters.ray.storage import fingerprint, kind_of, list_files, locate, storage_errors
 from bge_rerank_adapters.ray.writing import aside_jsonl, ranked_jsonl, ranked_parquet
 from bge_rerank_adapters.settings import EngineSettings
 
@@ -115,7 +115,8 @@ def rerank_files(
     system, path = locate(source)
     folder = Folder(*locate(output))
     _refuse_inside(folder.path, path)
-    files = list_files(system, path)
+    with storage_errors("source", source):
+        files = list_files(system, path)
     job = Job(
         recipe=recipe,
         corpus=texts,
@@ -135,7 +136,8 @@ def rerank_files(
         "part_bytes": check_count("part_bytes", part_bytes),
     }
     parts = cut(system, files, part_bytes=part_bytes, documents=IDS if texts else DOCUMENTS)
-    todo = folder.begin(asked, parts)
+    with storage_errors("output", output):
+        todo = folder.begin(asked, parts)
     if todo:
         _run(job, todo, actors, resources, progress=progress)
     folder.finish()

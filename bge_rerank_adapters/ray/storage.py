@@ -4,6 +4,7 @@ import io
 import os
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,37 @@ def locate(path: str | os.PathLike[str]) -> tuple[fs.FileSystem, str]:
     try:
         return fs.FileSystem.from_uri(text)  # type: ignore[no-any-return]
     except (pa.ArrowException, ValueError, OSError) as error:
+        # Without its cause, whose message may repeat the URI, which may hold a password.
+        shown = without_secrets(text)
         raise SettingsError(
-            f"{text} cannot be reached: {error}; give a path, or a URI that pyarrow can open."
+            f"{shown} cannot be reached: {str(error).replace(text, shown)}; give a path, or a URI "
+            "that pyarrow can open."
+        ) from None
+
+
+def without_secrets(uri: str) -> str:
+    """Return a URI without user, password and options, any of which may be secret."""
+    scheme, _, rest = uri.partition("://")
+    place = rest.partition("?")[0]
+    return f"{scheme}://{place.rpartition('@')[2]}"
+
+
+@contextmanager
+def storage_errors(what: str, path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn what a file system raises into errors that name the path and what to check.
+
+    Args:
+        what: "source" or "output".
+        path: As it was given.
+    """
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        text = os.fspath(path)
+        shown = without_secrets(text) if "://" in text else text
+        raise SettingsError(
+            f"{what} {shown} cannot be used: {error}; check that its bucket or folder is there, "
+            "and that these credentials may list, read and write it."
         ) from error
 
 
@@ -45,7 +75,7 @@ def list_files(system: fs.FileSystem, path: str) -> list[fs.FileInfo]:
     """
     (root,) = system.get_file_info([path])
     if root.type == fs.FileType.NotFound:
-        raise SettingsError(f"{path} cannot be read: there is no such file or folder.")
+        raise SettingsError(f"{path} cannot be read: there is no such file, folder or bucket.")
     found = [root]
     if root.type == fs.FileType.Directory:
         below = system.get_file_info(fs.FileSelector(path, recursive=True))
