@@ -30,7 +30,7 @@ def test_the_cross_encoder_scores_pairs_and_serves_langchains_own_compressor():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"model_name": "tiny"}, TypeError, "did you mean 'model'"),
+        ({"model_name": "tiny"}, TypeError, "here it is called model"),
         ({"dtype": "int3"}, ValueError, "int3"),
         ({"reranker": object()}, ValueError, "rerank"),
     ],

@@ -64,7 +64,7 @@ class FlagBase:
         peft_path: str | None = None,
         prompt: str | None = None,
     ) -> None:
-        check_options(type(self).__init__, options)
+        check_options(type(self), options)
         check_batch_size(batch_size)
         _check_no_adapter(peft_path)
         self.model_name_or_path, self.prompt = model_name_or_path, prompt
