@@ -80,7 +80,8 @@ class BGERanker:
             TypeError: There is no setting of that name.
             SettingsError: A setting has a value that is not allowed, or stands beside an engine.
         """
-        check_options(BGERanker, options)
+        # Haystack's metaclass hides the constructor's signature behind one of its own.
+        check_options(BGERanker.__init__, options)
         limits = Limits(top_k, score_threshold)
         self.top_k, self.score_threshold = limits.top_k, limits.score_threshold
         self.meta_fields_to_embed = list(meta_fields_to_embed or [])
