@@ -156,7 +156,8 @@ def test_langchain_documents_are_left_alone_and_ranked_as_by_the_engine(
     for document, result in zip(kept, expected, strict=True):
         assert document.page_content == result.text
         assert document.metadata["relevance_score"] == pytest.approx(result.score, abs=COMPANY)
-        added = {"relevance_score", "retrieval_index", "relevance_truncated"}
+        added = {"relevance_score", "retrieval_index"}
+        added |= {"relevance_truncated", "relevance_query_truncated"}
         own = {k: v for k, v in document.metadata.items() if k not in added}
         assert own == {k: v for k, v in rows[result.index][1].items() if k not in added}
     assert asyncio.run(compressor.acompress_documents(found, query)) == kept

@@ -90,12 +90,13 @@ def read_author_settings(folder: Path, config: dict[str, Any]) -> AuthorSettings
     activation = _check_activation(folder / _CONFIG, kind.get("activation_fn"))
     path, entries = _transformer_config(folder)
     _check_transformer(path, entries)
+    prompts, default = _read_prompts(folder / _CONFIG, kind), kind.get("default_prompt_name")
     return AuthorSettings(
-        query_prompt=_default_prompt(folder / _CONFIG, kind),
+        query_prompt=_default_prompt(folder / _CONFIG, default, prompts),
         max_tokens=_limit(folder, entries),
         lowercase=bool(entries.get("do_lower_case")),
-        prompts={name: prompt or "" for name, prompt in (kind.get("prompts") or {}).items()},
-        default_prompt_name=kind.get("default_prompt_name"),
+        prompts=prompts,
+        default_prompt_name=default,
         activation=activation or old,
     )
 
@@ -121,20 +122,25 @@ def _check_modules(path: Path) -> None:
         )
 
 
-def _default_prompt(path: Path, config: dict[str, Any]) -> str:
-    name, prompts = config.get("default_prompt_name"), config.get("prompts") or {}
+def _read_prompts(path: Path, config: dict[str, Any]) -> dict[str, str]:
+    prompts = config.get("prompts") or {}
+    if not isinstance(prompts, dict):
+        raise CheckpointError(f"{path}: prompts must be an object of strings, got {prompts!r}.")
+    for name, prompt in prompts.items():
+        if not isinstance(prompt, str | None):
+            raise CheckpointError(f"{path}: the prompt {name!r} must be a string, got {prompt!r}.")
+    return {name: prompt or "" for name, prompt in prompts.items()}
+
+
+def _default_prompt(path: Path, name: Any, prompts: dict[str, str]) -> str:
     if name is None:
         return ""
-    if not isinstance(prompts, dict) or not isinstance(name, str) or name not in prompts:
-        known = ", ".join(prompts) if isinstance(prompts, dict) else prompts
+    if not isinstance(name, str) or name not in prompts:
         raise CheckpointError(
-            f"{path}: default_prompt_name {name!r} is none of its prompts ({known}); name one of "
-            "them, or null."
+            f"{path}: default_prompt_name {name!r} is none of its prompts ({', '.join(prompts)}); "
+            "name one of them, or null."
         )
-    prompt = prompts[name] or ""
-    if not isinstance(prompt, str):
-        raise CheckpointError(f"{path}: the prompt {name!r} must be a string, got {prompt!r}.")
-    return prompt
+    return prompts[name]
 
 
 def _transformer_config(folder: Path) -> tuple[Path, dict[str, Any]]:
