@@ -1,11 +1,12 @@
 """The table of checkpoints, as `bge-rerank models` shows it."""
 
+import re
+
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from bge_rerank_adapters.cli import app
-from bge_rerank_adapters.cli import models as model_table
+from bge_rerank_adapters.cli import app, model_table
 from bge_rerank_adapters.settings.checkpoints import CHECKPOINTS
 
 
@@ -13,8 +14,9 @@ def table(width: int = 200) -> list[list[str]]:
     console = Console(width=width, record=True, file=None, quiet=False)
     with console.capture() as shown:
         model_table.run(console)
-    rows = [line.split("│") for line in shown.get().splitlines() if line.startswith("│")]
-    return [[cell.strip() for cell in row[1:-1]] for row in rows]
+    # Columns are two spaces or more apart.
+    rows = [re.split(r"\s{2,}", line.strip()) for line in shown.get().splitlines()]
+    return [row for row in rows if row[0] in CHECKPOINTS]
 
 
 def test_every_checkpoint_has_a_row():

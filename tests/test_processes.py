@@ -135,7 +135,7 @@ def test_a_child_forked_while_all_locks_are_held_ends_cleanly_and_loads_its_own(
     pid = os.fork()
     if pid:
         over.set()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 100
         while not (ended := os.waitpid(pid, os.WNOHANG))[0] and time.monotonic() < deadline:
             time.sleep(0.01)
         if not ended[0]:
@@ -174,7 +174,7 @@ def test_a_child_forked_where_tokenizers_are_told_to_use_threads_scores(folder, 
     logits = engine.logits("query", LONG[:20])
     pid = os.fork()
     if pid:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 100
         while not (ended := os.waitpid(pid, os.WNOHANG))[0] and time.monotonic() < deadline:
             time.sleep(0.01)
         if not ended[0]:

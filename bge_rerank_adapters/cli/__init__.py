@@ -82,7 +82,7 @@ def verify(
 @app.command()
 def models() -> None:
     """List the BGE rerankers: family, languages, size, and memory needed in each dtype."""
-    from bge_rerank_adapters.cli.models import run
+    from bge_rerank_adapters.cli.model_table import run
 
     run(Console())
 
