@@ -436,6 +436,16 @@ def test_bad_arguments_are_refused(collection, first_stage, reranker):
         collection.sample(0)
 
 
+def test_what_was_cut_of_queries_and_documents_is_counted(collection, first_stage):
+    long = next(iter(collection.queries))
+    queries = {**collection.queries, long: "who and when " * 200}
+    chat = Collection(collection.name, collection.documents, queries, collection.judgements)
+    report = evaluate(chat, first_stage, TINY)
+    assert report["tiny"].queries_truncated == 1
+    assert report.to_records()[1]["queries_truncated"] == 1
+    assert "queries cut" in str(report)
+
+
 def test_a_query_without_candidates_counts_as_zero(collection, reranker):
     few = collection.sample(2)
     without, judged = few.queries

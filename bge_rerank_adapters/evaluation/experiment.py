@@ -30,7 +30,7 @@ from bge_rerank_adapters.settings import EngineSettings
 from bge_rerank_adapters.settings.checkpoints import TINY
 
 # Of the files that keep scores; it is raised where what they hold changes.
-_LAYOUT = 2
+_LAYOUT = 3
 
 
 def evaluate(
@@ -172,6 +172,7 @@ def _score_query(
         "logits": logits,
         "scores": [each.score for each in ranked],
         "truncated": sum(each.truncated for each in ranked),
+        "query_truncated": any(each.query_truncated for each in ranked),
         "seconds": seconds,
         "engine": repr(reranker),
     }

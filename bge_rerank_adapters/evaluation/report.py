@@ -128,6 +128,7 @@ class Report:
                     "latency_p95_ms": 1000 * each.latency_s(0.95),
                     "passages_per_s": each.passages_per_s,
                     "truncated": each.truncated,
+                    "queries_truncated": each.queries_truncated,
                 }
             )
         return records

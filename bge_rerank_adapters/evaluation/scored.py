@@ -23,6 +23,7 @@ class Scored:
         scores: For each query its documents with their scores, in [0, 1].
         seconds: For each query how long its reranking took.
         truncated: How many pairs had their document cut.
+        queries_truncated: How many queries were cut.
         depth_seconds: For numbers of candidates that were timed, the median seconds of a query;
             empty where they were not.
     """
@@ -33,6 +34,7 @@ class Scored:
     scores: Run
     seconds: dict[str, float]
     truncated: int
+    queries_truncated: int = 0
     depth_seconds: dict[int, float] = field(default_factory=dict)
 
     @classmethod
@@ -48,6 +50,7 @@ class Scored:
             scores=_by_document(kept, "scores"),
             seconds={row["query"]: row["seconds"] for row in kept},
             truncated=sum(row["truncated"] for row in kept),
+            queries_truncated=sum(row["query_truncated"] for row in kept),
             depth_seconds=_medians(timed),
         )
 

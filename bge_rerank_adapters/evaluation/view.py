@@ -70,6 +70,7 @@ def rows(report: "Report") -> list[list[str]]:
         ("95 % of the queries within, ms", [_ms(each.latency_s(0.95)) for each in report.scored]),
         ("pairs a second", [f"{each.passages_per_s:.0f}" for each in report.scored]),
         ("documents cut", [str(each.truncated) for each in report.scored]),
+        ("queries cut", [str(each.queries_truncated) for each in report.scored]),
     ):
         table.append([label, "", *cells])
     return table
