@@ -7,7 +7,8 @@ torch and no httpx: these come with `Reranker` and `RemoteReranker`.
 
 from typing import TYPE_CHECKING, Any
 
-from bge_rerank_adapters.calls.ranking import RankedDocument, Ranking, Scorer
+from bge_rerank_adapters.calls.ranked_document import RankedDocument
+from bge_rerank_adapters.calls.ranking import Ranking, Scorer
 from bge_rerank_adapters.engine.stats import EngineStats
 from bge_rerank_adapters.errors import (
     CheckpointError,

@@ -32,7 +32,7 @@ except ImportError as error:
 
 from bge_rerank_adapters.calls.checks import check_query
 from bge_rerank_adapters.calls.limits import Limits
-from bge_rerank_adapters.calls.ranking import RankedDocument
+from bge_rerank_adapters.calls.ranked_document import RankedDocument
 from bge_rerank_adapters.engine.hosted.copies import copied
 from bge_rerank_adapters.engine.hosted.lazy import LazyEngine
 from bge_rerank_adapters.errors import InputTypeError, SettingsError

@@ -42,7 +42,7 @@ from pydantic import ConfigDict, Field, field_validator
 from bge_rerank_adapters.calls.checks import check_query
 from bge_rerank_adapters.calls.limits import check_top_k
 from bge_rerank_adapters.calls.metadata import ADDED_METADATA, added_metadata
-from bge_rerank_adapters.calls.ranking import RankedDocument
+from bge_rerank_adapters.calls.ranked_document import RankedDocument
 from bge_rerank_adapters.calls.runner import map_in_turns
 from bge_rerank_adapters.engine.hosted.copies import copied
 from bge_rerank_adapters.engine.hosted.fields import AdapterSettings

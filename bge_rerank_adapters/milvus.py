@@ -21,7 +21,8 @@ from bge_rerank_adapters.calls.checks import check_documents, check_query
 from bge_rerank_adapters.calls.hits import hits_of_one_query, text_of_hit
 from bge_rerank_adapters.calls.limits import Limits
 from bge_rerank_adapters.calls.metadata import added_metadata
-from bge_rerank_adapters.calls.ranking import RankedDocument, Scorer
+from bge_rerank_adapters.calls.ranked_document import RankedDocument
+from bge_rerank_adapters.calls.ranking import Scorer
 from bge_rerank_adapters.engine.hosted.copies import copied
 from bge_rerank_adapters.engine.hosted.flag_arguments import (
     Devices,

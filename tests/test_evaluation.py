@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import t as student
 
 from bge_rerank_adapters import Reranker, evaluation
-from bge_rerank_adapters.calls.ranking import RankedDocument
+from bge_rerank_adapters.calls.ranked_document import RankedDocument
 from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.evaluation import (
     Collection,

@@ -10,12 +10,8 @@ from hypothesis import strategies as st
 
 from bge_rerank_adapters.calls.checks import check_documents, check_pairs, check_query
 from bge_rerank_adapters.calls.limits import Limits, check_top_k
-from bge_rerank_adapters.calls.ranking import (
-    PairScore,
-    RankedDocument,
-    ScoredRequest,
-    sigmoid,
-)
+from bge_rerank_adapters.calls.ranked_document import RankedDocument
+from bge_rerank_adapters.calls.ranking import PairScore, ScoredRequest, sigmoid
 from bge_rerank_adapters.calls.requests import Request
 from bge_rerank_adapters.errors import InputTypeError, SettingsError
 

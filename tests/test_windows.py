@@ -15,8 +15,9 @@ from tokenizers import Regex, pre_tokenizers
 from bge_rerank_adapters import Reranker
 from bge_rerank_adapters.engine.checkpoints.hub import TINY_FOLDER
 from bge_rerank_adapters.engine.text import windows
+from bge_rerank_adapters.engine.text.cutting import cut_windows
 from bge_rerank_adapters.engine.text.tokenizer_files import load_tokenizer
-from bge_rerank_adapters.engine.text.windows import WindowTokenizer, cut_windows
+from bge_rerank_adapters.engine.text.windows import WindowTokenizer
 from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.langchain import BGEDocumentCompressor
 from bge_rerank_adapters.llama_index import BGENodePostprocessor

@@ -1,1 +1,1 @@
-"""What every reranker speaks, local or remote: checked inputs, limits, rankings, runners."""
+"""What local and remote rerankers share: checked inputs, limits, rankings and call runners."""

@@ -1,34 +1,30 @@
 """The methods that every reranker has, whether it scores here or asks a server."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar, Unpack
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar, Unpack
 
 from bge_rerank_adapters.calls.documents import DocumentLike
 from bge_rerank_adapters.calls.limits import Limits
 from bge_rerank_adapters.calls.progress import ProgressBar
 from bge_rerank_adapters.calls.ranking import PairScore, Ranking, ScoredRequest
 from bge_rerank_adapters.calls.requests import Request, Requests
-from bge_rerank_adapters.calls.runner import AsyncRunner, Call, MakeCall, Reservations, run
-from bge_rerank_adapters.errors import RerankError, ScoringError
+from bge_rerank_adapters.calls.runner import Call, Reservations
+from bge_rerank_adapters.calls.scoring import Scoring
 from bge_rerank_adapters.settings.other_names import no_attribute
 from bge_rerank_adapters.settings.token_limits import TokenLimits, TokenOptions, takes_token_limits
 
 SettingsT = TypeVar("SettingsT")
-T = TypeVar("T")
 
 
-class BaseReranker(ABC, Generic[SettingsT]):
-    """Checks what is asked for, has it scored from a thread or an event loop, and ranks it.
+class BaseReranker(Scoring[SettingsT]):
+    """Checks the arguments of a call, has its pairs scored, and ranks them.
 
-    A subclass says how pairs are scored (`_score`, `_score_pairs`, `_score_many`, as calls of
-    `calls.runner`), and how it is made, warmed up and closed.
+    A subclass implements `Scoring`, `warm_up` and `close`.
 
     Attributes:
         settings: The settings it was made with.
     """
-
-    settings: SettingsT
 
     @classmethod
     def from_settings(cls, settings: SettingsT) -> Self:
@@ -54,13 +50,12 @@ class BaseReranker(ABC, Generic[SettingsT]):
             query: The question; may be empty.
             documents: n texts, or objects that each have one: a mapping with exactly one of
                 `text`, `content` and `page_content`, a document of LangChain, a node of LlamaIndex
-                (read as for an embedding) or a hit of Milvus. May be empty or repeat themselves.
-            top_k: Most results to return; `None` is all.
+                (read as for an embedding) or a hit of Milvus. May be empty or have duplicates.
+            top_k: Maximum number of results; `None` is all.
             score_threshold: Lowest score to keep, in [0, 1], inclusive; applied before `top_k`.
-            timeout_s: Seconds that the call may take at most; `None` is for ever.
-            **tokens: Most tokens that this call reads, as `TokenLimits` describes them:
-                `max_document_tokens`, `max_query_tokens` and `max_pair_tokens`. They cut before
-                windows are made; more than the model reads changes nothing.
+            timeout_s: Maximum seconds that the call may take; `None` is for ever.
+            **tokens: `max_document_tokens`, `max_query_tokens` and `max_pair_tokens`, as in
+                `TokenLimits`. Texts are cut to them before windows are made.
 
         Returns:
             At most n `RankedDocument`, highest logit first, equal ones in input order; `[]` for no
@@ -68,14 +63,13 @@ class BaseReranker(ABC, Generic[SettingsT]):
             server's order.
 
         Raises:
-            InputTypeError: The query is not a `str`, or a document has no text that is plain to
-                find.
+            InputTypeError: The query is not a `str`, or a document has no text or several.
             SettingsError: `top_k`, `score_threshold`, `timeout_s` or a number of tokens is out of
                 range, or the server has no field for it.
             Overloaded: Too many pairs wait already, here or on the server.
             RerankTimeoutError: `timeout_s` ran out.
-            ScoringError: The model failed, or gave NaN for a pair. As `RemoteError`: the server
-                cannot be reached, refused, or answered wrongly.
+            ScoringError: The model failed, or gave NaN for a pair. `RemoteError`, a subclass: the
+                server cannot be reached, refused, or answered wrongly.
             ClosedError: The reranker has been closed.
         """
         request = Request.checked(query, documents, TokenLimits.of_call(self.rerank, tokens))
@@ -163,18 +157,18 @@ class BaseReranker(ABC, Generic[SettingsT]):
     ) -> list[Ranking]:
         """Return the rankings of many (query, documents) requests, in their order.
 
-        A few are under way at a time, and other calls are served in between.
+        A few are scored at a time, and other calls are served in between.
 
         Args:
-            requests: Any number of (query, documents) tuples; an iterator is read as it goes.
-            top_k: Most results for each.
+            requests: Any number of (query, documents) tuples; an iterator is read as needed.
+            top_k: Maximum number of results of each.
             score_threshold: Lowest score to keep, in [0, 1], inclusive.
             progress: Whether to show a bar on standard error; needs rich.
-            **tokens: As of `rerank`, for each of them.
+            **tokens: As for `rerank`, for each request.
 
         Raises:
             InputTypeError: A request is not a query and documents; the message names which.
-            RerankError: As `rerank`, but `Overloaded` by a server alone.
+            RerankError: As `rerank`; `Overloaded` only by a server.
         """
         checked = Requests(requests, TokenLimits.of_call(self.rerank_many, tokens))
         limits = Limits(top_k, score_threshold)
@@ -195,9 +189,9 @@ class BaseReranker(ABC, Generic[SettingsT]):
     ) -> list[Ranking]:
         """Return what `rerank_many` returns, without blocking the event loop.
 
-        An iterator is read in another thread. All long calls of a reranker share two of these, so
-        one that waits for its items, from a network, say, keeps others waiting too: gather the
-        items first, or call it with a few at a time.
+        An iterator is read in another thread. All long calls of a reranker share two threads, so
+        an iterator that waits, for example for a network, delays other calls: collect the items
+        first, or pass a few at a time.
         """
         checked = Requests(requests, TokenLimits.of_call(self.arerank_many, tokens))
         limits = Limits(top_k, score_threshold)
@@ -216,11 +210,11 @@ class BaseReranker(ABC, Generic[SettingsT]):
 
     @abstractmethod
     def warm_up(self) -> None:
-        """Score something once, so that the first query need not wait for what comes first."""
+        """Score something once, so that the first query does not wait for one-time work."""
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of what it holds; calls under way and later ones raise `ClosedError`."""
+        """Release its resources; running and later calls raise `ClosedError`."""
 
     def __enter__(self) -> Self:
         """Return the reranker itself."""
@@ -230,14 +224,14 @@ class BaseReranker(ABC, Generic[SettingsT]):
         """Close it."""
         self.close()
 
-    if not TYPE_CHECKING:  # for type checkers any attribute would be there
+    if not TYPE_CHECKING:  # or type checkers would accept any attribute
 
         def __getattr__(self, name: str) -> NoReturn:
-            """Say what a method of another library is called here."""
+            """Name the method here that stands for one of another library."""
             raise AttributeError(no_attribute(name, of=type(self).__name__), name=name, obj=self)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the settings, without secrets; unpickling makes another one of them."""
+        """Pickle the settings, without secrets; unpickling makes a new reranker from them."""
         return type(self).from_settings, (self.settings,)
 
     def __copy__(self) -> Self:
@@ -248,67 +242,11 @@ class BaseReranker(ABC, Generic[SettingsT]):
         """Return the reranker itself, as `__copy__`."""
         return self
 
-    @abstractmethod
-    def _set_up(self, settings: SettingsT) -> None:
-        """Keep the settings, and make ready to be asked."""
-
-    @abstractmethod
-    def _check_open(self) -> None:
-        """Raise unless it can score."""
-
-    @abstractmethod
-    def _async_runner(self) -> AsyncRunner:
-        """Return what runs calls from event loops."""
-
-    @abstractmethod
-    def _score(
-        self, request: Request, reservations: Reservations, *, bounded: bool = True
-    ) -> Call[ScoredRequest]:
-        """Score the documents of one request.
-
-        Args:
-            request: n documents; may be none.
-            reservations: Holds what is waited for.
-            bounded: Whether the call may be refused because too many pairs wait here.
-        """
-
-    @abstractmethod
-    def _score_pairs(
-        self, requests: list[Request], reservations: Reservations
-    ) -> Call[list[PairScore]]:
-        """Score the only document of each request together, and return the scores in order."""
-
-    @abstractmethod
-    def _score_many(
-        self,
-        requests: Iterable[Request],
-        reservations: Reservations,
-        *,
-        finish: Callable[[ScoredRequest], None],
-    ) -> Call[None]:
-        """Score requests, which are read as it goes; `finish` is called with each, in order."""
-
-    def _is_long(self, request: Request) -> bool:  # noqa: ARG002 - of use to subclasses
-        """Return whether a request takes long to prepare, so that short ones should overtake it."""
-        return False
-
-    def _no_logits(self) -> RerankError:
-        """Return the error for logits that were asked for where only scores are known."""
-        return ScoringError(f"{self!r} gives scores alone, no logits; use score().")
-
-    def _run(self, make_call: MakeCall[T], *, timeout_s: float | None = None) -> T:
-        self._check_open()
-        return run(make_call, timeout_s=timeout_s)
-
-    async def _arun(self, make_call: MakeCall[T], *, timeout_s: float | None, long: bool) -> T:
-        self._check_open()
-        return await self._async_runner().run(make_call, timeout_s=timeout_s, long=long)
-
     def _scores(self, request: Request) -> list[PairScore]:
         return self._run(lambda reservations: self._score(request, reservations)).scores
 
     def _rerank_unbounded(self, query: str, documents: Sequence[str], limits: Limits) -> Ranking:
-        """Return what `rerank` returns; for bulk runs, which wait however much others ask for."""
+        """Return what `rerank` returns; for bulk runs, which wait even while the queue is full."""
         request = Request.checked(query, documents)
         return self._run(
             lambda reservations: self._rerank(request, limits, reservations, bounded=False)

@@ -1,4 +1,4 @@
-"""What callers hand over as a query, as documents or as pairs: made plain texts, or refused."""
+"""Checks queries, documents and pairs, and returns them as plain texts."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -22,8 +22,8 @@ def check_documents(documents: object) -> list[str]:
     """Return the documents' texts as a new list of exact `str`; an empty list is allowed.
 
     Raises:
-        InputTypeError: As `list_documents`; or one has no text that is plain to find, and the
-            message names its position.
+        InputTypeError: As `list_documents`; or one has no text or several, and the message names
+            its position.
     """
     return [
         _plain(text_of(document, name=f"documents[{index}]"))
@@ -32,13 +32,13 @@ def check_documents(documents: object) -> list[str]:
 
 
 def list_documents(documents: object) -> list[Any]:
-    """Return the documents as a new list, themselves unchecked.
+    """Return the documents as a new list, without checking each.
 
     Raises:
-        InputTypeError: They are one document instead of a list of them, cannot be iterated over,
-            or have no order of their own (a dict, a set, a table).
+        InputTypeError: They are a single document, cannot be iterated over, or have no order (a
+            dict, a set, a table).
     """
-    # Hosts' documents can be iterated over too, over their fields.
+    # Iterating over a single document of a host would give its fields.
     one = isinstance(documents, str | bytes | bytearray) or is_one_document(documents)
     if not one:
         check_ordered(documents, name="documents", wanted="a list of str")
@@ -51,10 +51,10 @@ def list_documents(documents: object) -> list[Any]:
 
 
 def check_ordered(items: object, *, name: str, wanted: str) -> None:
-    """Refuse what iterates over something else than its items, in any order, or over nothing.
+    """Refuse dicts, sets, tables and arrays without dimensions.
 
-    An index into the results of a dict, a set or a table would point nowhere, and what was scored
-    would be keys or the names of columns.
+    Iterating over them gives keys or column names, has no order that an index could refer to, or
+    fails.
 
     Raises:
         InputTypeError: It is one of these.
@@ -63,10 +63,10 @@ def check_ordered(items: object, *, name: str, wanted: str) -> None:
         action = "give list(items.values()), or the list that is meant"
     elif isinstance(items, set | frozenset):
         action = "give a list, whose order the results' index can refer to"
-    # Of the type: pandas' Series answers to the labels of its index as well.
+    # Ask the type: on an object of pandas' Series, index labels are attributes too.
     elif hasattr(type(items), "columns") or hasattr(type(items), "column_names"):
         action = "give one column as a list, such as df['text'].tolist()"
-    # An array without dimensions has the method and yet cannot be iterated over.
+    # An array without dimensions has __iter__ and yet cannot be iterated over.
     elif getattr(items, "shape", None) == ():
         action = "wrap a single item in a list"
     else:
@@ -100,10 +100,10 @@ def check_pairs(pairs: object) -> list[tuple[str, str]]:
 
 
 def _plain(text: str) -> str:
-    """Return the characters as an exact `str`, the same object where it is one already.
+    """Return the text as an exact `str`: the same object if it is one already.
 
-    Of a class of its own a text may compare as equal to another text, and identical documents
-    share a score; numpy's would come back in the results.
+    A subclass of `str` may define its own equality, and equal documents share a score. Strings of
+    numpy would also come back in the results.
     """
-    # Not str(text), which a class may answer with something else: an enum does, with its name.
+    # Not str(text), which a subclass may override: an enum returns its name.
     return text if type(text) is str else str.__str__(text)

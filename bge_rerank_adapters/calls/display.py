@@ -1,13 +1,15 @@
-"""A ranking as people see it: a table in a notebook, columns in a terminal, records for pandas."""
+"""Shows a ranking as a table in a notebook, columns in a terminal, or records for pandas."""
 
 import re
 import shutil
 import textwrap
 from collections.abc import Sequence
 from html import escape
-from typing import Any, Protocol
+from typing import Any
 
-# Of a text, in a notebook: enough to judge it, and a whole ranking still fits a screen.
+from bge_rerank_adapters.calls.ranked_document import RankedDocument
+
+# Characters of a text in a notebook: enough to judge it, and a ranking still fits a screen.
 _SHOWN_CHARACTERS = 400
 _NARROWEST_TEXT = 20
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -16,46 +18,7 @@ _BAR = "display:inline-block;width:60px;border:1px solid #888;vertical-align:mid
 _FILLED = "display:block;height:.7em;background:#4c78a8"
 
 
-class Shown(Protocol):
-    """What of a ranked document is shown; see `RankedDocument`."""
-
-    @property
-    def index(self) -> int:
-        """Its place in the input, counted from 0."""
-        ...
-
-    @property
-    def score(self) -> float:
-        """In [0, 1]."""
-        ...
-
-    @property
-    def logit(self) -> float | None:
-        """Unbounded."""
-        ...
-
-    @property
-    def text(self) -> str:
-        """All of it."""
-        ...
-
-    @property
-    def truncated(self) -> bool:
-        """Whether its end was cut off."""
-        ...
-
-    @property
-    def query_truncated(self) -> bool:
-        """Whether the query was cut."""
-        ...
-
-    @property
-    def span(self) -> tuple[int, int] | None:
-        """The characters of its best window."""
-        ...
-
-
-def to_records(ranking: Sequence[Shown]) -> list[dict[str, Any]]:
+def to_records(ranking: Sequence[RankedDocument]) -> list[dict[str, Any]]:
     """Return a plain dict for each result, best first: `pandas.DataFrame(records)` is a table.
 
     `rank` counts from 1, `index` from 0; `span` is `[start, end]` in characters, or `None`.
@@ -75,25 +38,25 @@ def to_records(ranking: Sequence[Shown]) -> list[dict[str, Any]]:
     ]
 
 
-def to_html(ranking: Sequence[Shown]) -> str:
-    """Return a table of HTML: rank, movement against the input order, score, text.
+def to_html(ranking: Sequence[RankedDocument]) -> str:
+    """Return an HTML table: rank, movement against the input order, score, text.
 
-    The characters of the best window are marked where it is not the whole text.
+    The best window is marked if it is not the whole text.
     """
     rows = "".join(_row(rank, each) for rank, each in enumerate(ranking, start=1))
     head = "".join(f"<th {_CELL}>{name}</th>" for name in ("rank", "moved", "score", "text"))
     return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
 
-def to_text(ranking: Sequence[Shown], *, width: int | None = None) -> str:
+def to_text(ranking: Sequence[RankedDocument], *, width: int | None = None) -> str:
     """Return plain columns: rank, movement, score and as much of each text as fits.
 
-    All but the texts is ASCII, which any console can show; lone surrogates, which none can, become
-    question marks. A movement of `+2` is two places up.
+    All but the texts is ASCII, which any console can show. Lone surrogates, which no console can
+    show, become question marks. A movement of `+2` is two places up.
 
     Args:
-        ranking: Best first; of none only the head is left.
-        width: Columns of the terminal; `None` asks it.
+        ranking: Best first; if empty, only the header is returned.
+        width: Columns of the terminal; `None` asks the terminal.
     """
     columns = width or shutil.get_terminal_size().columns
     lines = ["rank  moved  score  text"]
@@ -108,7 +71,7 @@ def to_text(ranking: Sequence[Shown], *, width: int | None = None) -> str:
 
 
 def places_up(rank: int, index: int) -> int:
-    """Return how many places up a result has come; below 0 it went down.
+    """Return how many places a result has moved up; negative if it moved down.
 
     Args:
         rank: Counted from 1.
@@ -118,11 +81,11 @@ def places_up(rank: int, index: int) -> int:
 
 
 def _encodable(text: str) -> str:
-    # As long as before, for the spans count characters.
+    # The length stays the same, since spans count characters.
     return _SURROGATE.sub("?", text)
 
 
-def _row(rank: int, each: Shown) -> str:
+def _row(rank: int, each: RankedDocument) -> str:
     bar = f"<span style='{_BAR}'><span style='{_FILLED};width:{each.score:.0%}'></span></span>"
     places = places_up(rank, each.index)
     moved = f"↑{places}" if places > 0 else f"↓{-places}" if places < 0 else "="
@@ -131,8 +94,8 @@ def _row(rank: int, each: Shown) -> str:
     return f"<tr>{''.join(f'<td {_CELL}>{cell}</td>' for cell in cells)}</tr>"
 
 
-def _text(each: Shown) -> str:
-    """Return the text for HTML, its best window marked, its far ends left out."""
+def _text(each: RankedDocument) -> str:
+    """Return the text as HTML with its best window marked, shortened at both ends."""
     text = _encodable(each.text)
     end = len(text)
     if each.span is None or each.span == (0, end):

@@ -1,4 +1,4 @@
-"""Documents as callers have them, and the text of each, found without importing any host."""
+"""Documents as callers pass them, and the text of each, found without importing any host."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -6,9 +6,9 @@ from typing import Any, Protocol
 from bge_rerank_adapters.errors import InputTypeError
 
 TEXT_NAMES = ("text", "content", "page_content")
-"""Under one of these a mapping has its text."""
+"""The keys under which a mapping may have its text."""
 
-_WAY_OUT = (
+_ADVICE = (
     f"give its text, or an object with one: a mapping with exactly one of {', '.join(TEXT_NAMES)}, "
     "a Document of LangChain, a node of LlamaIndex or a hit of Milvus"
 )
@@ -26,22 +26,22 @@ class HasGetContent(Protocol):
     """A node of LlamaIndex, with or without a score."""
 
     def get_content(self, metadata_mode: Any = ...) -> str:
-        """Return the text, with the metadata that a purpose asks for before it."""
+        """Return the text after the metadata that the mode selects."""
         ...
 
 
 DocumentLike = str | Mapping[Any, Any] | HasPageContent | HasGetContent
-"""A text, or what has one: a dict, a hit of Milvus, a document of LangChain, LlamaIndex' node."""
+"""A text, or an object with one: a dict, a Milvus hit, a LangChain document, a LlamaIndex node."""
 
 
 def text_of(document: object, *, name: str) -> str:
     """Return the text of a document.
 
     Args:
-        document: A text; a mapping with exactly one of `TEXT_NAMES`, or a hit of pymilvus, whose
-            `entity` is such a mapping; a document of LangChain; a node of LlamaIndex, which is
+        document: A text; a mapping with exactly one of `TEXT_NAMES`; a hit of pymilvus, whose
+            `entity` is such a mapping; a document of LangChain; or a node of LlamaIndex, which is
             read as for an embedding.
-        name: What an error calls it.
+        name: Its name in errors.
 
     Raises:
         InputTypeError: It is something else, or has more than one text.
@@ -52,19 +52,19 @@ def text_of(document: object, *, name: str) -> str:
         return _text_of_mapping(document, name=name)
     found = _text_of_object(document)
     if not isinstance(found, str):
-        raise InputTypeError(f"{name} must be a str, got {kind(document)}; {_WAY_OUT}.")
+        raise InputTypeError(f"{name} must be a str, got {kind(document)}; {_ADVICE}.")
     return found
 
 
 def is_one_document(value: object) -> bool:
-    """Return whether a value is one document, of those that are no text."""
+    """Return whether a value is a single document that is not a `str`."""
     if isinstance(value, Mapping):
         return len(_texts_of_mapping(value)) == 1
     return isinstance(_text_of_object(value), str)
 
 
 def kind(value: Any) -> str:
-    """Name a value's type, and its text where that is short."""
+    """Return a value's type for an error, with its repr if that is short."""
     shown = repr(value)
     return type(value).__name__ if len(shown) > 40 else f"{type(value).__name__} ({shown})"
 
@@ -84,7 +84,7 @@ def _text_of_mapping(document: Mapping[Any, Any], *, name: str) -> str:
 
 
 def _texts_of_mapping(document: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return what a mapping has under the names of texts; of a hit, what its fields have."""
+    """Return a mapping's entries under `TEXT_NAMES`, or those of a hit's `entity`."""
     texts = {name: document[name] for name in TEXT_NAMES if _has(document, name)}
     fields = document.get("entity")
     if texts or not isinstance(fields, Mapping):
@@ -100,7 +100,7 @@ def _text_of_object(document: object) -> object:
     if isinstance(document, type):
         return None
     node = getattr(document, "node", document)
-    # Other libraries' objects have one of these methods, LlamaIndex' nodes have both.
+    # Objects of other libraries have one of these methods; only LlamaIndex' nodes have both.
     if hasattr(node, "get_content") and hasattr(node, "get_metadata_str"):
         return node.get_content(metadata_mode=_EMBED)
     return getattr(document, "page_content", None)

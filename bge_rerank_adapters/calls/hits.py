@@ -10,10 +10,10 @@ _WANTED = "hits must be the hits of one query, such as result[0] of MilvusClient
 
 
 def hits_of_one_query(hits: object) -> list[Any]:
-    """Return the hits of what a search for one query gives, or of its only list of hits.
+    """Return the hits of one query, given as themselves or as a list with one list of hits.
 
     Raises:
-        InputTypeError: They are something else, or the hits of several queries.
+        InputTypeError: They are neither, or the hits of several queries.
     """
     found = _listed(hits)
     lists = [each for each in found if isinstance(each, list | tuple)]
@@ -23,7 +23,7 @@ def hits_of_one_query(hits: object) -> list[Any]:
 
 
 def text_of_hit(hit: object, field: str, index: int) -> str:
-    """Return the text of a hit, from its `entity` or, where it has none, from itself.
+    """Return the text of a hit, from its `entity` if it has one.
 
     Raises:
         InputTypeError: It is no hit, or has no such text.
@@ -43,5 +43,5 @@ def text_of_hit(hit: object, field: str, index: int) -> str:
 def _listed(hits: object) -> list[Any]:
     if isinstance(hits, str | bytes | Mapping) or not hasattr(type(hits), "__iter__"):
         raise InputTypeError(f"{_WANTED}, got {kind(hits)}.")
-    # Not `list(hits)`: some fields are decoded as pymilvus' own lists are iterated over.
+    # Not `list(hits)`: pymilvus' lists decode some fields in their `__iter__`, which that skips.
     return list(iter(hits))  # type: ignore[call-overload]

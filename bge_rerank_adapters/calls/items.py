@@ -1,4 +1,4 @@
-"""What bulk runs read and write, from a shell or on many machines: a query with its documents."""
+"""The items of bulk runs, on one machine or many: a query with its documents, read and written."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -7,11 +7,11 @@ from typing import Any
 
 from bge_rerank_adapters.calls.base import BaseReranker
 from bge_rerank_adapters.calls.limits import Limits
-from bge_rerank_adapters.calls.ranking import RankedDocument, Ranking
+from bge_rerank_adapters.calls.ranked_document import RankedDocument
+from bge_rerank_adapters.calls.ranking import Ranking
 from bge_rerank_adapters.calls.trec import parse_run, run_lines
 from bge_rerank_adapters.errors import InputTypeError, ScoringError, SettingsError
 
-# What a result says of a document.
 _RESULT_FIELDS = ("index", "score", "logit", "truncated", "query_truncated", "span")
 
 
@@ -20,13 +20,13 @@ class Item:
     """One query with its documents.
 
     Attributes:
-        line: Number of the input's line where it begins, counted from 1.
-        query: The question.
+        line: Number of its first line in the input, counted from 1.
+        query: The query's text.
         texts: The documents' texts.
-        documents: What is known of each document besides, its id among it.
-        extra: What is known of the query besides.
-        source: The part of the input that it is, without the last line's end.
-        size: How much of the input it is, in bytes or characters.
+        documents: The other fields of each document, such as its id.
+        extra: The other fields of the query.
+        source: Its part of the input, without the final line end.
+        size: Length of that part, in bytes or characters.
     """
 
     line: int
@@ -38,7 +38,7 @@ class Item:
     size: int = 0
 
     def to_json(self, ranked: Iterable[RankedDocument], *, with_text: bool = True) -> bytes:
-        """Return the line with the results, and with all else that was in the input."""
+        """Return a JSON line with the results and all other fields of the input."""
         results = [
             {**_kept(self.documents[each.index]), "text": each.text, **_result_fields(each)}
             for each in ranked
@@ -48,7 +48,7 @@ class Item:
         return _line({**self.extra, "query": self.query, "results": results})
 
     def to_trec(self, ranked: Iterable[RankedDocument]) -> bytes:
-        """Return a TREC run's lines; what has no id is called by line number or index."""
+        """Return the lines of a TREC run; line number and index stand in for missing ids."""
         names = self.document_names()
         found = [
             (names[each.index], each.score if each.logit is None else each.logit) for each in ranked
@@ -57,22 +57,22 @@ class Item:
         return "".join(lines).encode("utf-8", "replace")
 
     def query_name(self) -> str:
-        """Return what a TREC run calls the query."""
+        """Return the query's id in a TREC run."""
         return _id(self.extra, self.line)
 
     def document_names(self) -> list[str]:
-        """Return what a TREC run calls each document."""
+        """Return the documents' ids in a TREC run."""
         return [_id(known, index) for index, known in enumerate(self.documents)]
 
 
 @dataclass(frozen=True, slots=True)
 class Bad:
-    """A part of the input that is no item.
+    """A part of the input that cannot be read or ranked.
 
     Attributes:
-        line: Its number, counted from 1.
+        line: Its line number, counted from 1.
         reason: What is wrong with it.
-        text: The line itself, or the lines, to be mended and given again.
+        text: The part itself, to be mended and given again.
     """
 
     line: int
@@ -80,7 +80,7 @@ class Bad:
     text: str
 
     def to_json(self) -> bytes:
-        """Return the line that puts it aside."""
+        """Return a JSON line with the reason and the part itself."""
         return _line({"line": self.line, "error": self.reason, "input": self.text})
 
 
@@ -93,8 +93,8 @@ def read_jsonl(
     `text`; all its other fields are kept.
 
     Args:
-        lines: Read as they are needed.
-        prepare: Makes such an object of what a line holds; raises `InputTypeError`.
+        lines: Read as needed.
+        prepare: Converts a line's JSON value into such an object; may raise `InputTypeError`.
     """
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -105,7 +105,7 @@ def read_jsonl(
             item = parse_item(number, row if prepare is None else prepare(row))
             yield replace(item, source=source, size=len(line))
         except (ValueError, RecursionError) as error:
-            # json's own error, bytes that are not UTF-8, or brackets within brackets without end
+            # Not JSON, not UTF-8, or nested too deep.
             yield Bad(number, f"not JSON: {error}{_run_hint(source)}", source)
         except InputTypeError as error:
             yield Bad(number, str(error), source)
@@ -117,21 +117,21 @@ def rank_items(
     """Return the ranking of each item, in order, or why there is none.
 
     Args:
-        engine: What scores.
-        items: n items; may be none.
-        limits: Of each ranking.
+        engine: The reranker.
+        items: n items; may be empty.
+        limits: The limits of each ranking.
     """
     requests = [(item.query, item.texts) for item in items]
     try:
         return [*engine.rerank_many(requests, **limits.to_dict())]
     except ScoringError:
-        # One of them is to blame, and the others need not suffer for it.
+        # One of them failed; the others still get their rankings.
         return [_rank_alone(engine, item, limits) for item in items]
 
 
 def _rank_alone(engine: BaseReranker[Any], item: Item, limits: Limits) -> Ranking | Bad:
     try:
-        # Not `rerank`, which other callers of the engine could have refused as `Overloaded`.
+        # Not `rerank`, which raises `Overloaded` while other callers fill the queue.
         return engine._rerank_unbounded(item.query, item.texts, limits)  # noqa: SLF001 - its layer
     except ScoringError as error:
         return Bad(item.line, str(error), item.source)
@@ -144,7 +144,7 @@ def rank_and_write(
     limits: Limits,
     write: Callable[[Item, Iterable[RankedDocument]], bytes],
 ) -> list[bytes | Bad]:
-    """Return what to write for each item of a chunk, in order, or why there is nothing to write."""
+    """Return the bytes to write for each item, in order, or why there are none."""
     good = [item for item in chunk if isinstance(item, Item)]
     ranked = iter(rank_items(engine, good, limits=limits))
     outcomes: list[bytes | Bad] = []
@@ -154,11 +154,8 @@ def rank_and_write(
     return outcomes
 
 
-def with_own_names(items: Iterable[Item | Bad]) -> Iterator[Item | Bad]:
-    """Yield the items that a TREC run can distinguish, and `Bad` in place of the others.
-
-    A run knows queries and documents by their ids alone: equal ones would be one.
-    """
+def with_unique_names(items: Iterable[Item | Bad]) -> Iterator[Item | Bad]:
+    """Yield the items whose ids are unique in a TREC run, and `Bad` in place of the others."""
     seen: dict[str, int] = {}
     for item in items:
         wrong = "" if isinstance(item, Bad) else _shared_name(item, seen)
@@ -183,7 +180,7 @@ def _shared_name(item: Item, seen: dict[str, int]) -> str:
 
 
 def _run_hint(line: str) -> str:
-    """Return what to do about a line of a TREC run, and nothing about others."""
+    """Return advice if the line is of a TREC run, and an empty text otherwise."""
     try:
         found = list(parse_run([line], name="the run"))
     except SettingsError:
@@ -195,7 +192,7 @@ def parse_item(number: int, row: Any) -> Item:
     """Return the item of a row: its query and documents, and all its other fields.
 
     Raises:
-        InputTypeError: The row is none; the message says what is wrong with it.
+        InputTypeError: It is not such a row; the message says why.
     """
     if not isinstance(row, dict):
         raise InputTypeError(f"must be an object with query and documents, got {_kind(row)}.")
@@ -222,7 +219,7 @@ def _line(row: dict[str, Any]) -> bytes:
     try:
         return (json.dumps(row, ensure_ascii=False) + "\n").encode()
     except UnicodeEncodeError:
-        # A lone surrogate, which JSON can escape and UTF-8 cannot hold.
+        # A lone surrogate, which UTF-8 cannot encode but JSON can escape.
         return (json.dumps(row) + "\n").encode()
 
 
@@ -238,7 +235,7 @@ def _result_fields(ranked: RankedDocument) -> dict[str, Any]:
 
 
 def _kept(document: dict[str, Any]) -> dict[str, Any]:
-    """Return a document's fields without those of an earlier ranking, but for its score."""
+    """Return a document's fields without an earlier ranking's; its score is renamed."""
     kept = {name: value for name, value in document.items() if name not in _RESULT_FIELDS}
     if "score" in document:
         kept.setdefault("retrieval_score", document["score"])
@@ -247,7 +244,7 @@ def _kept(document: dict[str, Any]) -> dict[str, Any]:
 
 def _id(known: dict[str, Any], otherwise: int) -> str:
     named = (str(known[name]) for name in ("_id", "id") if known.get(name) is not None)
-    # A TREC run parts its columns by spaces.
+    # A TREC run separates its columns by spaces.
     words = next(filter(None, (each.split() for each in named)), [str(otherwise)])
     return "_".join(words)
 

@@ -1,4 +1,4 @@
-"""How much of a ranking is returned: `top_k` and `score_threshold`, checked and applied here."""
+"""Limits of a ranking: `top_k` and `score_threshold`."""
 
 import operator
 from collections.abc import Callable, Iterable, Iterator
@@ -28,7 +28,7 @@ class Limits:
     """How much of a ranking is returned.
 
     Attributes:
-        top_k: Most results; `None` is all.
+        top_k: Maximum number of results; `None` is all.
         score_threshold: Lowest score to keep, in [0, 1], inclusive; `None` keeps all.
     """
 
@@ -36,7 +36,7 @@ class Limits:
     score_threshold: float | None = None
 
     def __post_init__(self) -> None:
-        """Make both plain numbers.
+        """Check and normalise both.
 
         Raises:
             SettingsError: One of them is out of range.
@@ -48,7 +48,7 @@ class Limits:
         """Yield the results that are within the limits: threshold first, then `top_k`.
 
         Args:
-            best_first: All results, highest score first; no more of them is read than needed.
+            best_first: All results, highest score first; read only as far as needed.
         """
         for each in islice(best_first, self.top_k):
             if self.score_threshold is not None and each.score < self.score_threshold:
@@ -56,7 +56,7 @@ class Limits:
             yield each
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the limits by their names: keyword arguments of `rerank`, ready for JSON."""
+        """Return the limits as keyword arguments of `rerank`, which are JSON values."""
         return asdict(self)
 
 
@@ -94,10 +94,10 @@ def _check_score_threshold(threshold: object) -> float | None:
 
 
 def _number(value: Any, convert: Callable[[Any], N], *, described: str) -> N:
-    """Return `convert(value)` of one number; texts, booleans and arrays of numbers are none.
+    """Return `convert(value)` of a number; texts, booleans and arrays are refused.
 
     Raises:
-        SettingsError: It is none; the message begins as `described`.
+        SettingsError: It is not a number; the message begins with `described`.
     """
     cause: Exception | None = None
     one = not isinstance(value, bool) and getattr(value, "shape", ()) == ()

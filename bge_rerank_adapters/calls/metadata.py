@@ -1,6 +1,6 @@
-"""What a reranking adds to the metadata of a host's document."""
+"""The metadata that reranking adds to a host's document."""
 
-from bge_rerank_adapters.calls.ranking import RankedDocument
+from bge_rerank_adapters.calls.ranked_document import RankedDocument
 
 ADDED_METADATA = (
     "relevance_score",
@@ -10,23 +10,22 @@ ADDED_METADATA = (
     "relevance_span_start",
     "relevance_span_end",
 )
-"""The names of all that is added; an earlier reranking of the same document may have left some."""
+"""All keys that may be added; an earlier reranking of the same document may have left some."""
 
 
 def added_metadata(
     ranked: RankedDocument, *, start: int, length: int
 ) -> dict[str, float | int | bool]:
-    """Return what a reranking adds to a document's metadata, flat and ready for JSON.
+    """Return the metadata to add to a document, as flat JSON values.
 
     Args:
         ranked: The document's result.
-        start: Where the text that users know begins in the text that was scored.
-        length: How many characters it has.
+        start: Where the user's text begins in the text that was scored.
+        length: Number of characters of the user's text.
 
     Returns:
-        Score and index; `True` where the document, or the query, was cut; and with windows the
-        first character of the best one and the one behind it, both the same where nothing of the
-        text that users know is in it.
+        Score and index; `True` where the document or the query was cut; with windows, start and
+        end of the best one within the user's text, which are equal if it has none of that text.
     """
     added: dict[str, float | int | bool] = {
         "relevance_score": float(ranked.score),

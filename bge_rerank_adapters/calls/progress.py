@@ -1,4 +1,4 @@
-"""A progress bar on standard error, shown only where it is asked for."""
+"""An optional progress bar on standard error."""
 
 from collections.abc import Iterable
 from typing import Any, Self
@@ -8,11 +8,11 @@ class ProgressBar:
     """Counts the requests of a long run; a context manager."""
 
     def __init__(self, requests: Iterable[Any], *, shown: bool) -> None:
-        """Take the requests for their number, which may be unknown.
+        """Make a bar for the requests, whose number may be unknown.
 
         Args:
-            requests: What is counted.
-            shown: Whether there is a bar at all.
+            requests: The requests of the run; only their number is read.
+            shown: Whether a bar is shown.
         """
         self._bar: Any = None
         if shown:
@@ -40,7 +40,7 @@ class ProgressBar:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Leave the bar as it stands."""
+        """Stop updating the bar."""
         if self._bar is not None:
             self._bar.stop()
 

@@ -1,51 +1,24 @@
-"""Scores of documents to ranked documents, in pure Python."""
+"""Turns the scores of documents into rankings."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from bge_rerank_adapters.calls.display import to_html, to_records, to_text
 from bge_rerank_adapters.calls.limits import Limits
+from bge_rerank_adapters.calls.ranked_document import RankedDocument
 from bge_rerank_adapters.calls.requests import Request
-
-
-@dataclass(frozen=True, slots=True)
-class RankedDocument:
-    """One document of a ranking.
-
-    Attributes:
-        index: Position of the document in the input list, counted from 0.
-        score: `sigmoid(logit)`, in [0, 1].
-        text: The document as it was given.
-        logit: The model's raw output for the pair, unbounded; what rankings are ordered by.
-            `None` only where a remote server gives scores alone.
-        truncated: Whether the end of the document was cut off to fit the model.
-        span: With windows, the characters of the one that scored best, as (start, end) in `text`;
-            of a document that needed none, all of them. `None` without windows.
-        query_truncated: Whether the query was cut, which documents of one call have in common.
-        document: The document as it was given: the very object, be it a text or what has one.
-            Not compared.
-    """
-
-    index: int
-    score: float
-    text: str
-    logit: float | None
-    truncated: bool = False
-    span: tuple[int, int] | None = None
-    query_truncated: bool = False
-    document: Any = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """What one call took of the model's time.
+    """What one call cost.
 
     Attributes:
         tokens: Tokens of its pairs, special tokens included; identical pairs count once.
-        tokenizing_s: Seconds spent on making token ids of its texts.
-        waiting_s: Seconds from then until a pack had the first of its pairs.
+        tokenizing_s: Seconds spent on tokenising its texts.
+        waiting_s: Seconds from then until the first of its pairs went into a pack.
         scoring_s: Seconds from then until the last of its pairs was scored.
     """
 
@@ -56,12 +29,12 @@ class Usage:
 
 
 class Ranking(list[RankedDocument]):
-    """Ranked documents, best first: a list that shows itself.
+    """A list of ranked documents, best first.
 
-    It renders as a table in a notebook; `print` gives plain columns.
+    It is a table in a notebook, and plain columns where it is printed.
 
     Attributes:
-        usage: What the call took, where it was of one query alone; else `None`.
+        usage: What the call cost, if it had only this query; otherwise `None`.
     """
 
     usage: Usage | None = None
@@ -83,7 +56,7 @@ class Ranking(list[RankedDocument]):
 
 @runtime_checkable
 class Scorer(Protocol):
-    """What an adapter needs of a scoring engine; `Reranker` is one."""
+    """The methods that an adapter calls; `Reranker` and `RemoteReranker` have them."""
 
     def rerank(
         self,
@@ -109,13 +82,13 @@ class Scorer(Protocol):
 
 
 class PairScore(NamedTuple):
-    """What is known of one pair once it has been scored, here or by a server.
+    """The result of scoring one pair, here or by a server.
 
     Attributes:
         score: In [0, 1].
         logit: Unbounded; `None` where a server gives scores alone.
         truncated: Whether the end of the document was cut off.
-        span: The characters of the document's best window; `None` without windows.
+        span: Start and end of the document's best window; `None` without windows.
         query_truncated: Whether the query was cut.
     """
 
@@ -127,7 +100,7 @@ class PairScore(NamedTuple):
 
     @property
     def order(self) -> float:
-        """What rankings are ordered by."""
+        """The value that rankings are ordered by."""
         return self.score if self.logit is None else self.logit
 
 
@@ -138,9 +111,8 @@ class ScoredRequest:
     Attributes:
         request: The query and its documents.
         scores: n scores, in input order.
-        order: The n indexes in the order that documents with equal scores keep; `None` is input
-            order.
-        usage: What the call took, if that is known of this request alone.
+        order: The n indexes in the order that breaks ties; `None` is input order.
+        usage: What the call cost, if it had only this request.
     """
 
     request: Request

@@ -1,4 +1,4 @@
-"""What a call asks for: one checked request, or many that are read and scored in pieces."""
+"""The requests of a call: one, or many that are read and scored in pieces."""
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,13 +18,13 @@ from bge_rerank_adapters.settings.token_limits import NO_TOKEN_LIMITS, TokenLimi
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A query and its documents, checked; what is set for one call belongs here too.
+    """A query and its documents, checked, with the options of the call that scoring needs.
 
     Attributes:
-        query: The question.
+        query: The query's text.
         texts: The documents' texts.
-        documents: The documents as they were given; `None` where their texts are all there is.
-        token_limits: How much is read of them.
+        documents: The documents as they were given; `None` if they are the texts.
+        token_limits: How many tokens of them are read.
     """
 
     query: str
@@ -61,14 +61,14 @@ class Request:
 
 
 class Requests:
-    """Requests that are checked as they are read; as long as what they come from."""
+    """Requests, each checked when it is read. They have a length if their source has one."""
 
     def __init__(self, requests: object, token_limits: TokenLimits = NO_TOKEN_LIMITS) -> None:
-        """Take an iterable of (query, documents) tuples, and how much is read of each.
+        """Take an iterable of (query, documents) tuples, and how many tokens of them are read.
 
         Raises:
-            InputTypeError: It is none. While reading: a request is not a query and documents;
-                the message names which.
+            InputTypeError: It is not such an iterable. Later, while it is read: a request is not
+                a query and documents; the message gives its position.
         """
         check_ordered(requests, name="requests", wanted="a list of (query, documents) tuples")
         if isinstance(requests, str | bytes) or not isinstance(requests, Iterable):
@@ -79,10 +79,10 @@ class Requests:
         self._requests, self._token_limits = requests, token_limits
 
     def __len__(self) -> int:
-        """Return how many there are.
+        """Return the number of requests.
 
         Raises:
-            TypeError: They are an iterator, which does not know.
+            TypeError: Their source has no length.
         """
         return len(self._requests)  # type: ignore[arg-type]
 
@@ -107,7 +107,7 @@ class Piece:
     """Neighbouring requests that are scored together.
 
     Attributes:
-        first: How many requests came before.
+        first: Position of its first request among all.
         requests: At least one.
     """
 
@@ -115,7 +115,7 @@ class Piece:
     requests: list[Request]
 
     def name(self, index: int) -> str:
-        """Return what an error calls the pair at an index among those of all requests."""
+        """Return the name in errors of the pair at an index within the piece."""
         for number, request in enumerate(self.requests, self.first):
             if index < len(request.texts):
                 return f"requests[{number}], documents[{index}]"
@@ -124,7 +124,7 @@ class Piece:
 
 
 def pieces(requests: Iterable[Request], *, max_pairs: int) -> Iterator[Piece]:
-    """Yield the requests in pieces that end once they have `max_pairs` pairs or more."""
+    """Yield the requests in pieces, each ended as soon as it has `max_pairs` pairs."""
     first = pairs = 0
     piece: list[Request] = []
     for request in requests:

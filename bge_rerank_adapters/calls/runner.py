@@ -23,25 +23,25 @@ from bge_rerank_adapters.errors import (
 
 S = TypeVar("S")
 T = TypeVar("T")
-# A call is a generator. It yields each future it waits for and is sent its result; it yields
-# `None` before work that takes its time. It never blocks, and need not know what runs it.
+# A call is a generator that never blocks. It yields each future that it waits for, and is sent the
+# result. Before slow work it yields `None`, so that an event loop can move the work to a thread.
 Call = Generator["Future[Any] | None", Any, T]
 Step = tuple[bool, Any]
 F = TypeVar("F", bound="Future[Any]")
 
-# Two threads tokenise as fast as the tokenizer, which has threads of its own, and more would only
-# stand in the event loop's way.
+# The tokenizer has threads of its own: two here keep them busy, and more would only compete with
+# the event loop for the interpreter.
 _THREADS = 2
-# Copying a document of a host may take a millisecond, where it has an embedding.
+# Copying a host's document may take a millisecond if it holds an embedding.
 _ITEMS_PER_TURN = 8
 
 
 def advance(call: Call[T], result: Any = None) -> Step:
-    """Run a call up to where it next yields.
+    """Run a call up to its next `yield`.
 
     Args:
-        call: One that does not run at this moment.
-        result: Of the future that it yielded last; `None` if there was none.
+        call: Must not be running.
+        result: Result of the future that it yielded last; `None` if there was none.
 
     Returns:
         `(False, what it yields)`, or `(True, what it returns)`.
@@ -53,39 +53,39 @@ def advance(call: Call[T], result: Any = None) -> Step:
 
 
 class Reservations:
-    """The futures that a call has others work for, to be given up even while the call runs.
+    """The futures that a call waits for, which can be cancelled while the call runs.
 
-    A generator cannot be closed from outside while a thread is in it, tokenising for a second,
-    say; its pairs would keep others out of a full queue for as long.
+    A generator cannot be closed while a thread runs it, for example tokenising for a second.
+    Without this, a cancelled call would keep its room in the queue for that long.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._futures: set[Future[Any]] = set()
-        self._given_up = False
+        self._cancelled = False
 
     def hold(self, future: F) -> F:
-        """Remember a future until it is done; cancel it if the call has been given up already.
+        """Remember a future until it is done; cancel it if `cancel` was called before.
 
-        A call that keeps room in a queue holds the future first, so that an interrupt at any later
-        moment gives the room back.
+        A call holds the future before it reserves room in a queue with it, so that an interrupt at
+        any later moment gives the room back.
 
         Returns:
             The future.
         """
         with self._lock:
             self._futures.add(future)
-            given_up = self._given_up
-        # Added after it was noted, since one that is done already is forgotten within the call.
+            cancelled = self._cancelled
+        # Added last, since the callback of a future that is done runs at once.
         future.add_done_callback(self._forget)
-        if given_up:
+        if cancelled:
             future.cancel()
         return future
 
-    def give_up(self) -> None:
-        """Cancel all that are not done, and whatever the call comes to hold from now on."""
+    def cancel(self) -> None:
+        """Cancel all futures that are not done, and any that is held later."""
         with self._lock:
-            self._given_up = True
+            self._cancelled = True
             futures = list(self._futures)
         for future in futures:
             future.cancel()
@@ -96,14 +96,14 @@ class Reservations:
 
 
 MakeCall = Callable[[Reservations], Call[T]]
-"""Makes a call that holds its futures there; all that are not done when it ends are cancelled."""
+"""Makes a call that holds its futures there; those not done when it ends are cancelled."""
 
 
 def run(make_call: MakeCall[T], *, timeout_s: float | None = None) -> T:
     """Run a call in this thread.
 
     Raises:
-        SettingsError: `timeout_s` is no number above 0.
+        SettingsError: `timeout_s` is not a number above 0.
         RerankTimeoutError: It ran out.
     """
     limit = _check_timeout(timeout_s)
@@ -116,16 +116,16 @@ def run(make_call: MakeCall[T], *, timeout_s: float | None = None) -> T:
             result = None if value is None else _wait(value, deadline, timeout_s)
             finished, value = advance(call, result)
     finally:
-        reservations.give_up()
+        reservations.cancel()
         call.close()
     return value  # type: ignore[no-any-return]
 
 
 class AsyncRunner:
-    """Runs calls from event loops: the work of their steps in a few threads of its own.
+    """Runs calls from event loops; the steps of a call run in a few threads.
 
-    Short calls have threads that long ones do not get, so that they need not wait until ten
-    thousand documents of somebody else's have been tokenised.
+    Short calls have threads of their own, so that they never wait until a long call has tokenised
+    ten thousand documents.
     """
 
     def __init__(self) -> None:
@@ -136,18 +136,19 @@ class AsyncRunner:
         )
 
     async def run(self, make_call: MakeCall[T], *, timeout_s: float | None, long: bool) -> T:
-        """Run a call without blocking the event loop, up to its first yield at once.
+        """Run a call without blocking the event loop.
 
-        When the task is cancelled or out of time, what the call holds is given up at once.
+        The part before its first `yield` runs in the event loop's thread. If the task is cancelled
+        or runs out of time, the futures of the call are cancelled at once.
 
         Args:
             make_call: Makes the call.
-            timeout_s: Seconds it may take; `None` is for ever.
-            long: Whether its work may take its time.
+            timeout_s: Seconds that the call may take; `None` is for ever.
+            long: Whether its steps may take long.
 
         Raises:
             RerankError: The event loop is not asyncio's.
-            SettingsError: `timeout_s` is no number above 0.
+            SettingsError: `timeout_s` is not a number above 0.
             RerankTimeoutError: It ran out.
             ClosedError: The runner was closed meanwhile.
         """
@@ -164,16 +165,16 @@ class AsyncRunner:
                     finished, value = await _step(pool, call, result)
         except TimeoutError as error:
             if not timer.expired():
-                raise  # not ours: of an iterator that the caller gave, say
+                raise  # raised by something else, such as an iterator of the caller's
             raise _timed_out(timeout_s) from error
         finally:
-            reservations.give_up()
+            reservations.cancel()
             _close_when_idle(call)
         return value  # type: ignore[no-any-return]
 
     def close(self) -> None:
-        """Let the threads end with what they do; does not wait for them."""
-        # In a forked process they are gone, and a lock of theirs may be held for ever.
+        """Let the threads finish their steps and end, without waiting for them."""
+        # A forked process has none of the threads, and a lock of theirs may be held for ever.
         if self._pid == os.getpid():
             for pool in (self._short, self._long):
                 pool.shutdown(wait=False)
@@ -185,18 +186,19 @@ async def _step(pool: ThreadPoolExecutor, call: Call[Any], result: Any) -> Step:
         step = pool.submit(advance, call, result)
     except RuntimeError as error:
         raise ClosedError(
-            f"The engine was closed, or Python ends, before the call had been scored ({error})."
+            "The engine was closed, or Python is shutting down, before the call was scored "
+            f"({error})."
         ) from error
     try:
         return await asyncio.wrap_future(step)
     except asyncio.CancelledError:
-        # The step may still run in its thread; the call is closed as soon as it is done.
+        # The step may still run in its thread; close the call once it is done.
         step.add_done_callback(lambda _: _close_when_idle(call))
         raise
 
 
 async def map_in_turns(function: Callable[[S], T], items: Sequence[S]) -> list[T]:
-    """Return the function's values for the items, while the event loop's other tasks have turns.
+    """Return the function's value for each item, letting other tasks run in between.
 
     Raises:
         RerankError: The event loop is not asyncio's.
@@ -210,7 +212,7 @@ async def map_in_turns(function: Callable[[S], T], items: Sequence[S]) -> list[T
 
 
 def _close_when_idle(call: Call[Any]) -> None:
-    # A call that another thread runs at this moment raises ValueError, and is closed after that.
+    # ValueError: another thread runs the call, and closes it afterwards.
     with suppress(ValueError):
         call.close()
 
@@ -221,7 +223,7 @@ def _wait(future: Future[Any], deadline: float | None, timeout_s: float | None) 
         return future.result(left)
     except FutureTimeoutError as error:
         if future.done():
-            # It ended just as the time ran out, or with such an error of its own.
+            # It was done just as the time ran out, or failed with a TimeoutError.
             return future.result()
         raise _timed_out(timeout_s) from error
 
@@ -245,7 +247,7 @@ def _check_timeout(timeout_s: Any) -> float | None:
         raise SettingsError(
             f"timeout_s must be a number of seconds above 0 or None, got {timeout_s!r}."
         )
-    # Infinity, too, is a time to wait for.
+    # Infinity is allowed.
     return float(min(timeout_s, threading.TIMEOUT_MAX))
 
 

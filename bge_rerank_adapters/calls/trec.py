@@ -1,4 +1,4 @@
-"""Runs: what was found for each query, and TREC's file format for them."""
+"""TREC runs: the documents found for each query, and their file format."""
 
 import math
 import re
@@ -11,7 +11,7 @@ Run = dict[str, dict[str, float]]
 """For each query its documents with their scores, best first."""
 
 FIRST_STAGE = "first stage"
-"""What reports call the run that is reranked."""
+"""The name in reports of the run that is reranked."""
 
 
 def read_run(path: str | Path) -> Run:
@@ -31,7 +31,7 @@ def read_run(path: str | Path) -> Run:
         raise SettingsError(f"The run {path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise SettingsError(f"The run {path} is not UTF-8: {error}; convert it.") from error
-    return {query: in_order(found) for query, found in run.items()}
+    return {query: best_first(found) for query, found in run.items()}
 
 
 def parse_run(lines: Iterable[str], *, name: str) -> Iterator[tuple[str, str, float]]:
@@ -52,13 +52,13 @@ def parse_run(lines: Iterable[str], *, name: str) -> Iterator[tuple[str, str, fl
         yield query, document, score
 
 
-def in_order(found: dict[str, float]) -> dict[str, float]:
+def best_first(found: dict[str, float]) -> dict[str, float]:
     """Return the documents by score, highest first, equal ones as they came."""
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
 def run_lines(query: str, found: Iterable[tuple[str, float]], *, tag: str) -> Iterator[str]:
-    """Yield the lines of one query's documents, which are best first."""
+    """Yield the lines for one query's documents, given best first."""
     for rank, (document, score) in enumerate(found, start=1):
         yield f"{query} Q0 {document} {rank} {score!r} {tag}\n"
 
@@ -69,7 +69,7 @@ def write_run(path: str | Path, run: Run, *, tag: str) -> None:
     Args:
         path: The file to write or replace.
         run: Each query's documents, best first.
-        tag: What the run is called; one word.
+        tag: The run's name; one word.
     """
     with Path(path).open("w", encoding="utf-8") as file:
         for query, found in run.items():
@@ -77,15 +77,15 @@ def write_run(path: str | Path, run: Run, *, tag: str) -> None:
 
 
 def file_name(name: str) -> str:
-    """Return an engine's name as one of a file."""
+    """Return a file name for an engine's results."""
     return re.sub(r"[^\w.=+-]+", "-", name).strip("-.") or "engine"
 
 
 def check_file_names(names: Iterable[str]) -> None:
-    """Refuse engines' names of which two would write the same file, or the first stage's.
+    """Refuse engines' names with equal file names, the first stage's included.
 
     Raises:
-        SettingsError: Two would; many systems ignore the case of file names.
+        SettingsError: Two are equal; case is ignored, as many file systems do.
     """
     taken = {file_name(FIRST_STAGE): FIRST_STAGE}
     for name in names:
@@ -99,10 +99,10 @@ def check_file_names(names: Iterable[str]) -> None:
 
 
 def make_folder(folder: str | Path) -> Path:
-    """Return a folder for results, made if need be.
+    """Return a folder for results, created if it is missing.
 
     Raises:
-        SettingsError: It cannot be made.
+        SettingsError: It cannot be created.
     """
     path = Path(folder)
     try:

@@ -13,7 +13,7 @@ import typer
 
 from bge_rerank_adapters.calls.items import Bad, Item, rank_and_write
 from bge_rerank_adapters.calls.limits import Limits
-from bge_rerank_adapters.calls.ranking import RankedDocument
+from bge_rerank_adapters.calls.ranked_document import RankedDocument
 from bge_rerank_adapters.cli.bar import RunBar
 from bge_rerank_adapters.cli.journal import Journal, Mark
 from bge_rerank_adapters.errors import RerankError, SettingsError

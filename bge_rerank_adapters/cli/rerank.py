@@ -10,7 +10,7 @@ from typing import IO, Annotated
 
 import typer
 
-from bge_rerank_adapters.calls.items import Item, read_jsonl, with_own_names
+from bge_rerank_adapters.calls.items import Item, read_jsonl, with_unique_names
 from bge_rerank_adapters.calls.limits import Limits
 from bge_rerank_adapters.cli import options
 from bge_rerank_adapters.cli.bulk import (
@@ -135,7 +135,7 @@ def rerank(
         lines = _opened(source, files)
         run = None if collection is None else files.enter_context(RunReader(collection))
         items = read_jsonl(lines) if run is None else run.read(lines)
-        items = items if kind is Format.JSONL else with_own_names(items)
+        items = items if kind is Format.JSONL else with_unique_names(items)
         task = Task(
             settings,
             limits,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from bge_rerank_adapters.calls.trec import Run, in_order
+from bge_rerank_adapters.calls.trec import Run, best_first
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class Scored:
         ranking: Run = {}
         for query, found in first_stage.items():
             logits = self.logits[query]
-            best = in_order({name: logits[name] for name in islice(found, depth)})
+            best = best_first({name: logits[name] for name in islice(found, depth)})
             lowest = min(best.values(), default=0.0)
             rest = islice(found, len(best), None)
             ranking[query] = best | {

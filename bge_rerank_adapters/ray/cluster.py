@@ -12,7 +12,7 @@ import ray
 
 from bge_rerank_adapters.calls.items import Bad, Item, rank_and_write
 from bge_rerank_adapters.calls.limits import Limits
-from bge_rerank_adapters.calls.ranking import RankedDocument
+from bge_rerank_adapters.calls.ranked_document import RankedDocument
 from bge_rerank_adapters.errors import RerankError, SettingsError
 from bge_rerank_adapters.ray.recipe import Recipe, Resources, make_recipe
 from bge_rerank_adapters.settings import EngineSettings

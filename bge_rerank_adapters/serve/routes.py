@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from bge_rerank_adapters.calls.ranking import RankedDocument
+from bge_rerank_adapters.calls.ranked_document import RankedDocument
 from bge_rerank_adapters.serve.bodies import JsonRoute
 from bge_rerank_adapters.serve.refusals import Refusal, documented
 from bge_rerank_adapters.serve.schemas import answers

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from fastapi import Request
 
-from bge_rerank_adapters.calls.ranking import RankedDocument, Ranking
+from bge_rerank_adapters.calls.ranked_document import RankedDocument
+from bge_rerank_adapters.calls.ranking import Ranking
 from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.serve.refusals import Refusal, unknown_fields
 from bge_rerank_adapters.serve.schemas.requests import RerankRequest, TeiRerankRequest

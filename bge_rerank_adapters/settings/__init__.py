@@ -1,8 +1,7 @@
 """The settings of an engine: every name, default and check, without torch or pydantic."""
 
+from bge_rerank_adapters.settings.checks import DEVICE_TYPES, DTYPES
 from bge_rerank_adapters.settings.engine import (
-    DEVICE_TYPES,
-    DTYPES,
     LONG_DOCUMENTS,
     EngineOptions,
     EngineSettings,

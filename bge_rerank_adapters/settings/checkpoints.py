@@ -10,15 +10,15 @@ TINY = "tiny"
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What is known of a published checkpoint before it is loaded.
+    """A published checkpoint, as far as it is known before it is loaded.
 
     Attributes:
         name: Its name on the hub.
         family: How it is run: encoder, decoder, layerwise or lightweight.
         parameters: Number of parameters, in millions.
         embeddings: How many of these are in embeddings, in millions.
-        max_tokens: Most tokens of a pair that its positions allow.
-        languages: What its model card says of languages.
+        max_tokens: Maximum tokens of a pair, by its number of positions.
+        languages: As its model card names them.
     """
 
     name: str
@@ -71,14 +71,14 @@ def known_family(model: str) -> str | None:
 
 
 def family_setting(model: object, family: str, *, instead: str) -> str | None:
-    """Return the engine's setting of a family for what runs models of that family alone.
+    """Return the `family` setting for a class that runs models of one family alone.
 
-    It is left open where the model is known, so that all who name it share an engine.
+    It is `None` for a known model: such an engine is shared with callers that set no family.
 
     Args:
         model: A folder or a name.
-        family: The one that is run.
-        instead: What runs other families, for the message.
+        family: The family that the class runs.
+        instead: What to use for other families, for the message.
 
     Raises:
         SettingsError: The model is known to be of another family.

@@ -1,12 +1,18 @@
-"""Checks of single settings: each returns the value as it is kept, or raises `SettingsError`."""
+"""Checks of single settings: each returns the normalised value or raises `SettingsError`."""
 
 import math
 import numbers
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
 from bge_rerank_adapters.errors import SettingsError
+from bge_rerank_adapters.settings.other_names import dtype_here
+
+DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu", "npu", "hpu", "mtia")
+DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
+_DEVICE = re.compile(rf"auto|({'|'.join(DEVICE_TYPES)})(:\d+)?")
 
 Check = Callable[[str, object], Any]
 """Takes a setting's name, for the message, and the value that was given."""
@@ -18,7 +24,7 @@ def optional(check: Check) -> Check:
 
 
 def text(name: str, value: object) -> str:
-    """Check a text that must not be empty; a path is one."""
+    """Check a non-empty text or path."""
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if not isinstance(value, str) or not value.strip():
@@ -27,7 +33,7 @@ def text(name: str, value: object) -> str:
 
 
 def any_text_or_none(name: str, value: object) -> str | None:
-    """Check a text that is put beside another one: it may be empty."""
+    """Check a text that may be empty, or `None`."""
     if not isinstance(value, str | None):
         raise SettingsError(f"{name} must be a str or None, got {value!r}.")
     return value
@@ -60,7 +66,7 @@ def flag(name: str, value: object) -> bool:
 
 
 def at_least(least: int) -> Check:
-    """Return a check for whole numbers from `least` on, numpy's among them."""
+    """Return a check for whole numbers of at least `least`, including numpy's."""
 
     def check(name: str, value: object) -> int:
         if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
@@ -76,7 +82,7 @@ count = at_least(1)
 
 
 def auto_or_count(name: str, value: object) -> int | str:
-    """Check `"auto"` or a whole number from 1 on."""
+    """Check `"auto"` or a whole number of at least 1."""
     if isinstance(value, str) and value == "auto":
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
@@ -101,7 +107,7 @@ seconds = above_zero("seconds")
 
 
 def zero_or_more(name: str, value: object) -> float:
-    """Check a finite number from 0 on."""
+    """Check a finite number of at least 0."""
     if not _is_number(value) or value < 0:  # type: ignore[operator]
         raise SettingsError(f"{name} must be a number of at least 0, got {value!r}.")
     return float(value)  # type: ignore[arg-type]
@@ -113,12 +119,12 @@ def _is_number(value: object) -> bool:
 
 
 def one_of(*allowed: Any, or_none: bool = False, shown: Callable[[Any], str] = repr) -> Check:
-    """Return a check for values of a short list, all of one type; `shown` writes them."""
+    """Return a check for a few allowed values of one type, which messages show by `shown`."""
 
     def check(name: str, value: object) -> Any:
         if or_none and value is None:
             return None
-        # True and 2.0 are equal to numbers that are allowed.
+        # True and 2.0 compare as equal to allowed numbers.
         of_type = isinstance(value, type(allowed[0])) and not isinstance(value, bool)
         if not of_type or value not in allowed:
             choices = ", ".join(map(shown, allowed)) + (", or None" if or_none else "")
@@ -126,3 +132,53 @@ def one_of(*allowed: Any, or_none: bool = False, shown: Callable[[Any], str] = r
         return value
 
     return check
+
+
+def device(name: str, value: object) -> str | tuple[str, ...]:
+    """Check a device, or a list of them."""
+    if isinstance(value, list | tuple):
+        devices = tuple(_one_device(name, each) for each in value)
+        if not devices:
+            raise SettingsError(f"{name} must name at least one device, got {value!r}.")
+        return devices[0] if len(devices) == 1 else devices
+    return _one_device(name, value)
+
+
+def _one_device(name: str, value: object) -> str:
+    text = str(value)
+    if not _DEVICE.fullmatch(text):
+        raise SettingsError(
+            f'{name} {text!r} is not known; use "auto", or one of {", ".join(DEVICE_TYPES)}, '
+            'with an index if need be ("cuda:1"), or a list of these.'
+        )
+    return text
+
+
+def dtype(name: str, value: object) -> str:
+    """Check a dtype, given by name or as torch's own."""
+    text = str(value).removeprefix("torch.")
+    if text not in DTYPES:
+        here = dtype_here(text)
+        wrong = "is not known" if here is None else f"is called {here!r} here"
+        raise SettingsError(f"{name} {text!r} {wrong}; use one of {', '.join(DTYPES)}.")
+    return text
+
+
+def one_layer(name: str, value: object) -> int:
+    """Check the number of a layer, or a list with one, as users of FlagEmbedding give it."""
+    if isinstance(value, list | tuple):
+        if len(value) != 1:
+            raise SettingsError(
+                f"{name} must be one layer, or a list of one, got {value!r}; each layer gives "
+                "scores of its own, so make an engine for each."
+            )
+        value = value[0]
+    return count(name, value)  # type: ignore[no-any-return]
+
+
+def layers(name: str, value: object) -> tuple[int, ...]:
+    """Check the numbers of one or more layers."""
+    given = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if not given:
+        raise SettingsError(f"{name} must name at least one layer, got {value!r}.")
+    return tuple(sorted({count(name, layer) for layer in given}))

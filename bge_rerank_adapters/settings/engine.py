@@ -1,12 +1,11 @@
 """The settings of a scoring engine: one table of every name, default, check and text.
 
-To add one, give `EngineSettings` a row and `FurtherOptions` its type, and use it where it matters;
-the tests name the places that are held against these two: the adapters' fields and the README.
+To add one, give `EngineSettings` a row and `FurtherOptions` its type, and use it. Tests compare the
+adapters' fields and the README's table with these two, and name what is missing.
 
 Nothing here imports torch, so an adapter can refuse a bad setting before anything is loaded.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
@@ -20,7 +19,6 @@ from bge_rerank_adapters.settings.families import (
     check_backend_settings,
     check_family_settings,
 )
-from bge_rerank_adapters.settings.other_names import dtype_here
 from bge_rerank_adapters.settings.parsing import (
     AUTO_OR_COUNT,
     COUNT,
@@ -31,14 +29,10 @@ from bge_rerank_adapters.settings.parsing import (
 )
 from bge_rerank_adapters.settings.table import Table, documented, rows, setting
 
-DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu", "npu", "hpu", "mtia")
 LONG_DOCUMENTS = ("truncate", "window")
 QUERY_TRUNCATION_SIDES = ("right", "left")
-DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
-# Those that FlagEmbedding's lightweight class was made for.
+# The ratios that FlagEmbedding's lightweight class supports.
 _RATIOS = (1, 2, 4, 8)
-
-_DEVICE = re.compile(rf"auto|({'|'.join(DEVICE_TYPES)})(:\d+)?")
 
 
 class FurtherOptions(TypedDict, total=False):
@@ -73,62 +67,15 @@ class EngineOptions(FurtherOptions, total=False):
     passage_instruction: str | None
 
 
-def _device(name: str, value: object) -> str | tuple[str, ...]:
-    if isinstance(value, list | tuple):
-        devices = tuple(_one_device(name, each) for each in value)
-        if not devices:
-            raise SettingsError(f"{name} must name at least one device, got {value!r}.")
-        return devices[0] if len(devices) == 1 else devices
-    return _one_device(name, value)
-
-
-def _one_device(name: str, value: object) -> str:
-    text = str(value)
-    if not _DEVICE.fullmatch(text):
-        raise SettingsError(
-            f'{name} {text!r} is not known; use "auto", or one of {", ".join(DEVICE_TYPES)}, '
-            'with an index if need be ("cuda:1"), or a list of these.'
-        )
-    return text
-
-
-def _dtype(name: str, value: object) -> str:
-    text = str(value).removeprefix("torch.")
-    if text not in DTYPES:
-        here = dtype_here(text)
-        wrong = "is not known" if here is None else f"is called {here!r} here"
-        raise SettingsError(f"{name} {text!r} {wrong}; use one of {', '.join(DTYPES)}.")
-    return text
-
-
-def _one_layer(name: str, value: object) -> int:
-    """Check a layer, which FlagEmbedding's users give as a list of one."""
-    if isinstance(value, list | tuple):
-        if len(value) != 1:
-            raise SettingsError(
-                f"{name} must be one layer, or a list of one, got {value!r}; each layer gives "
-                "scores of its own, so make an engine for each."
-            )
-        value = value[0]
-    return checks.count(name, value)  # type: ignore[no-any-return]
-
-
-def _layers(name: str, value: object) -> tuple[int, ...]:
-    layers = tuple(value) if isinstance(value, list | tuple) else (value,)
-    if not layers:
-        raise SettingsError(f"{name} must name at least one layer, got {value!r}.")
-    return tuple(sorted({checks.count(name, layer) for layer in layers}))
-
-
 @documented
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings(Table):
-    """All that decides what an engine computes, and where; equal settings may share one engine.
+    """Everything that decides what an engine computes and where; equal settings share engines.
 
-    A token is in no repr, dump or pickle, though it counts where settings are compared.
+    The token is left out of reprs, dumps and pickles, but is compared.
 
     Attributes:
-        **rows: Each as the text of its row says.
+        **rows: One for each row of the table.
     """
 
     model: str = setting(
@@ -138,17 +85,17 @@ class EngineSettings(Table):
     )
     device: str | tuple[str, ...] = setting(
         "auto",
-        _device,
+        checks.device,
         '`"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`, `"xpu"`, ..., or a list for a copy of '
         "the model on each",
         format=TEXTS,
     )
     dtype: str = setting(
         "auto",
-        _dtype,
-        '`"float32"`, `"bfloat16"`, `"float16"`, or on a CPU `"int8"`, which takes what `"auto"` '
-        'finds where 8-bit layers are slower; `"auto"` is the fastest of the others that this '
-        "device runs natively, by its capability flags",
+        checks.dtype,
+        '`"float32"`, `"bfloat16"`, `"float16"` or `"auto"`: the fastest of these that the device '
+        'runs natively, by its capability flags; on a CPU also `"int8"`, which becomes `"auto"` '
+        "where 8-bit layers are slower",
     )
     max_length: int = setting(
         512,
@@ -199,7 +146,7 @@ class EngineSettings(Table):
         none="the hub library's own",
     )
     local_files_only: bool = setting(
-        False, checks.flag, "Never ask the hub: folders and the cache alone", format=FLAG
+        False, checks.flag, "Use folders and the cache alone, and never ask the hub", format=FLAG
     )
     token: str | None = setting(
         None,
@@ -239,7 +186,7 @@ class EngineSettings(Table):
     )
     cutoff_layers: int | None = setting(
         None,
-        checks.optional(_one_layer),
+        checks.optional(checks.one_layer),
         "The layer whose logit is read, or a list of one (layerwise and lightweight families)",
         none="the last",
         format=COUNT,
@@ -247,14 +194,14 @@ class EngineSettings(Table):
     compress_ratio: int | None = setting(
         None,
         checks.one_of(*_RATIOS, or_none=True),
-        "How many of a document's tokens are made one: 1, 2, 4 or 8 (lightweight family)",
-        none="1, which leaves them as they are",
+        "How many tokens of a document are merged into one: 1, 2, 4 or 8 (lightweight family)",
+        none="1, which merges none",
         format=COUNT,
     )
     compress_layers: tuple[int, ...] | None = setting(
         None,
-        checks.optional(_layers),
-        "Before which layers, counted from 0, that is done (lightweight family)",
+        checks.optional(checks.layers),
+        "Layers, counted from 0, before which tokens are merged (lightweight family)",
         none="`[8]`",
         format=COUNTS,
     )
@@ -272,12 +219,12 @@ class EngineSettings(Table):
     )
 
     if TYPE_CHECKING:
-        # What the checks normalise may be given too, such as a list for a tuple.
+        # Values may be given as the checks accept them, such as a list for a tuple.
         def __init__(self, *, model: str = DEFAULT_MODEL, **options: Unpack[EngineOptions]) -> None:
             """Check every setting."""
 
     def __post_init__(self) -> None:
-        """Check and normalise every setting, then those that belong together."""
+        """Check and normalise every setting, then their combinations."""
         super().__post_init__()
         if self.query_max_length is not None and self.query_max_length >= self.max_length:
             raise SettingsError(
@@ -318,10 +265,10 @@ class EngineSettings(Table):
 
 
 def check_setting(name: str, value: object) -> Any:
-    """Return the value of one engine setting as `EngineSettings` would keep it.
+    """Return the value of one engine setting, checked and normalised.
 
     Raises:
-        SettingsError: It is not allowed, whatever the other settings are.
+        SettingsError: It is not allowed with any other settings.
     """
     return rows(EngineSettings)[name].check(name, value)
 
@@ -329,7 +276,7 @@ def check_setting(name: str, value: object) -> Any:
 def check_window_sizes(
     window_tokens: int | None, window_overlap_tokens: int | None, *, max_length: int
 ) -> None:
-    """Refuse an overlap of which no window could advance.
+    """Refuse an overlap with which windows could not advance.
 
     Raises:
         SettingsError: The overlap is as long as a window or longer.

@@ -1,4 +1,4 @@
-"""The families of BGE rerankers as users set them up: one row each."""
+"""The families of BGE rerankers and the settings that each allows, one row each."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ BACKENDS = ("native", "flagembedding")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FamilySettings:
-    """What may be set for a family; how its models are run is in `engine.models.families`.
+    """The settings that a family allows; `engine.models.families` says how its models are run.
 
     Attributes:
-        name: The family's.
-        own: Settings that only some families have, this one among them.
+        name: The family's name.
+        own: The settings it allows of those that not every family has.
         int8: Whether its models run in 8 bits.
         flag_name: FlagEmbedding's name of it (`inference/reranker/model_mapping.py`).
     """
@@ -43,14 +43,14 @@ FAMILIES = tuple(FAMILY_SETTINGS)
 
 
 def check_family_settings(family: str, settings: Mapping[str, Any]) -> None:
-    """Check that all settings that are given belong to a family.
+    """Check that a family allows all settings that are given.
 
     Args:
         family: One of `FAMILIES`.
-        settings: Of the engine, by their names; `None` is not given.
+        settings: The engine's settings by name; `None` counts as not given.
 
     Raises:
-        SettingsError: One does not; the message names it.
+        SettingsError: It does not allow one; the message names it.
     """
     row = FAMILY_SETTINGS[family]
     for name in dict.fromkeys(name for each in _ROWS for name in each.own):
@@ -70,10 +70,10 @@ def check_family_settings(family: str, settings: Mapping[str, Any]) -> None:
 
 
 def check_backend_settings(settings: Mapping[str, Any]) -> None:
-    """Check that what FlagEmbedding itself cannot do is not asked of it.
+    """Check that FlagEmbedding's backend is not asked for what it cannot do.
 
     Args:
-        settings: Of the engine, by their names.
+        settings: The engine's settings by name.
 
     Raises:
         SettingsError: It is; the message names the setting.

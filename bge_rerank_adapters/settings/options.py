@@ -1,4 +1,4 @@
-"""Functions that take engine settings as `**options`: their signature and documentation."""
+"""Signatures and docstrings of functions that take engine settings as `**options`."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -14,12 +14,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 def shows_options(options: type) -> Callable[[F], F]:
     """Return a decorator for functions that take some of the engine's settings as `**options`.
 
-    It lists them in the signature, which `inspect` and notebooks show, and in the docstring, in
+    It puts them into the signature, which `inspect` and notebooks show, and into the docstring, in
     place of the line that begins with `**options:`. Type checkers read the annotation
     `**options: Unpack[...]` instead.
 
     Args:
-        options: A `TypedDict` of settings and the types that are taken.
+        options: A `TypedDict` of the settings and the types they accept.
     """
     types = get_type_hints(options)
     shown = [each for name, each in rows(EngineSettings).items() if name in types]
@@ -36,7 +36,7 @@ def shows_options(options: type) -> Callable[[F], F]:
 
 
 def keyword(name: str, *, default: Any, annotation: Any) -> inspect.Parameter:
-    """Return a parameter that is given by its name alone."""
+    """Return a keyword-only parameter."""
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
     )
@@ -55,7 +55,7 @@ def check_options(function: Callable[..., Any], options: Mapping[str, Any]) -> N
     """Refuse options that a function does not list in its signature.
 
     Raises:
-        TypeError: There is one; the message names those that are allowed.
+        TypeError: There is one; the message lists those that are allowed.
     """
     allowed = list(inspect.signature(function).parameters) if options else []
     for name in options:

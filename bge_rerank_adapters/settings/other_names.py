@@ -1,4 +1,4 @@
-"""What users of other libraries type, and what it is called here."""
+"""Options, methods and dtypes of other libraries, and their names in this one."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -53,7 +53,7 @@ def advice_on_option(name: str, allowed: Iterable[str] = ()) -> str | None:
 
     Args:
         name: The option there.
-        allowed: The options of the function that was called; none for any.
+        allowed: The options of the function that was called; empty if unknown.
 
     Returns:
         A clause; `None` for an option that no such library has.
@@ -93,5 +93,5 @@ def no_attribute(name: str, *, of: str) -> str:
 
 
 def dtype_here(name: str) -> str | None:
-    """Return the name here of a dtype by a name that it has elsewhere, if it is one."""
+    """Return this library's name of a dtype that others abbreviate; `None` if it is none."""
     return _DTYPES.get(name.lower())

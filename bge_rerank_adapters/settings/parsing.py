@@ -1,4 +1,4 @@
-"""How settings are read from text: from options of the shell and environment variables."""
+"""Parses settings from command-line options and environment variables."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ class TextFormat:
     """How a setting is written as text.
 
     Attributes:
-        read: Returns the value that an environment variable's text stands for; raises
-            `ValueError` with the rest of a sentence that begins with the variable's name.
-        option: The type of the shell's option.
-        least: Lowest number that the shell's option takes.
+        read: Parses the text of an environment variable. Its `ValueError` completes a sentence
+            that begins with the variable's name.
+        option: The type of the command-line option.
+        least: Lowest number that the command-line option accepts.
     """
 
     read: Callable[[str], Any]

@@ -1,7 +1,7 @@
 """Tables of settings: a frozen dataclass in which each field is a row, with its default and check.
 
-A row also has the text that documentation and the command line show, and says how the setting is
-read from text. Each of these stands once: what shows or reads settings takes them from `rows`.
+A row also has the text for documentation and command-line help, and the setting's text format. Each
+is written once: whatever shows or reads settings takes them from `rows`.
 """
 
 import re
@@ -15,21 +15,21 @@ from bge_rerank_adapters.settings.parsing import TEXT, TextFormat
 
 T = TypeVar("T")
 _LINE_LENGTH = 100
-_PLACE = re.compile(r"^( *)\*\*\w+: .*$", re.MULTILINE)
+_PLACEHOLDER = re.compile(r"^( *)\*\*\w+: .*$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What is known of one setting.
+    """One setting.
 
     Attributes:
-        name: Its name, in every place.
-        default: Its value where none is given; `dataclasses.MISSING` where one has to be.
-        check: Returns a value as it is kept, or raises `SettingsError`.
+        name: Its name everywhere.
+        default: `dataclasses.MISSING` where a value is required.
+        check: Returns the normalised value, or raises `SettingsError`.
         text: What it is, in Markdown, without a full stop.
-        none: What the default `None` stands for; empty where that says itself.
+        none: What the default `None` means; empty where that is obvious.
         format: How it is written as text.
-        secret: Whether it is left out of everything that is shown or carried.
+        secret: Whether it is left out of reprs, dumps and pickles.
     """
 
     name: str
@@ -42,21 +42,21 @@ class Row:
 
     @property
     def sentence(self) -> str:
-        """Text and default of `None` as documentation has them."""
+        """The text with the meaning of `None`, as a sentence."""
         return f"{self.text}{f'; `None` is {self.none}' if self.none else ''}."
 
 
 def setting(default: T, check: Check, text: str, *, secret: bool = False, **more: Any) -> T:
     """Return a dataclass field that is a row of a table; the parameters are those of `Row`.
 
-    By its type it is the default, so that type checkers take the field for one that has one.
+    Its declared type is the default's, so that type checkers see a field with a default.
     """
     about = row(check, text, secret=secret, **more)
     return field(default=default, repr=not secret, metadata=about)
 
 
 def row(check: Check, text: str, **more: Any) -> Mapping[str, Any]:
-    """Return the metadata that make a dataclass field a row."""
+    """Return the metadata of a dataclass field that is a row."""
     return {"row": {"check": check, "text": text, **more}}
 
 
@@ -71,7 +71,7 @@ def rows(table: type) -> dict[str, Row]:
 
 @dataclass(frozen=True)
 class Table:
-    """Settings that are checked when they are made, and are carried without secrets."""
+    """Base of settings: checks them when they are made, and serialises them without secrets."""
 
     def __post_init__(self) -> None:
         """Check and normalise each row."""
@@ -79,7 +79,7 @@ class Table:
             object.__setattr__(self, name, each.check(name, getattr(self, name)))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings as plain values for JSON, without secrets."""
+        """Return the settings as JSON values, without secrets."""
         names = (each.name for each in rows(type(self)).values() if not each.secret)
         plain = {name: getattr(self, name) for name in names}
         return {
@@ -97,18 +97,18 @@ def _rebuilt(table: type[T], plain: dict[str, Any]) -> T:
 
 
 def documented(table: type[T]) -> type[T]:
-    """Put what the rows say into a table's docstring."""
+    """Describe the rows in a table's docstring."""
     table.__doc__ = with_entries(table.__doc__, rows(table).values())
     return table
 
 
 def with_entries(documentation: str | None, shown: Iterable[Row]) -> str | None:
-    """Return a docstring with an entry for each row in place of the line that begins with `**`."""
+    """Return a docstring with an entry for each row in place of its line that begins with `**`."""
 
     def entries(found: re.Match[str]) -> str:
         return indent(_entries(shown, width=_LINE_LENGTH - len(found[1])), found[1])
 
-    return documentation and _PLACE.sub(entries, documentation)
+    return documentation and _PLACEHOLDER.sub(entries, documentation)
 
 
 def _entries(shown: Iterable[Row], *, width: int) -> str:

@@ -1,4 +1,4 @@
-"""How much of its texts one call reads: `max_document_tokens` and the like, checked here."""
+"""Token limits of one call: `max_document_tokens` and the like."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -12,7 +12,7 @@ _CHECK = checks.optional(checks.count)
 
 
 class TokenOptions(TypedDict, total=False):
-    """The limits as a call takes them; `None` is the model's own limit."""
+    """The limits as keyword arguments of a call; `None` is the model's own limit."""
 
     max_document_tokens: int | None
     max_query_tokens: int | None
@@ -21,13 +21,13 @@ class TokenOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class TokenLimits:
-    """Most tokens that one call reads of its texts; more than the model reads changes nothing.
+    """How many tokens of its texts one call reads; more than the model reads changes nothing.
 
     Attributes:
-        max_document_tokens: Of a document, without the instruction that the model puts before it.
-        max_query_tokens: Of the query, likewise.
-        max_pair_tokens: Of a pair, counted as the engine's `max_length` is; the query gets three
-            quarters of them at most.
+        max_document_tokens: Maximum tokens of a document, without the model's instruction.
+        max_query_tokens: Maximum tokens of the query, without the model's instruction.
+        max_pair_tokens: Maximum tokens of a pair, counted like the engine's `max_length`; at most
+            three quarters of them are the query's.
     """
 
     max_document_tokens: int | None = None
@@ -35,21 +35,21 @@ class TokenLimits:
     max_pair_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        """Make all of them plain numbers.
+        """Check and normalise all of them.
 
         Raises:
-            SettingsError: One is no whole number of at least 1.
+            SettingsError: One is not a whole number of at least 1.
         """
         for each in fields(self):
             object.__setattr__(self, each.name, _CHECK(each.name, getattr(self, each.name)))
 
     @classmethod
     def of_call(cls, method: Callable[..., Any], options: TokenOptions) -> "TokenLimits":
-        """Return the limits that were given to a method which `takes_token_limits`.
+        """Return the limits that were given to a method decorated by `takes_token_limits`.
 
         Raises:
-            TypeError: Something else was given; the message says what it is called here.
-            SettingsError: One is no whole number of at least 1.
+            TypeError: Another option was given; the message gives its name here, if it has one.
+            SettingsError: One is not a whole number of at least 1.
         """
         if not options:
             return NO_TOKEN_LIMITS
@@ -57,7 +57,7 @@ class TokenLimits:
         return cls(**options)
 
     def given(self) -> dict[str, int]:
-        """Return those that are set, by their names."""
+        """Return the limits that are set, by name."""
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 

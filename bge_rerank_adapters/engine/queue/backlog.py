@@ -1,4 +1,4 @@
-"""All calls of an engine that have no logits yet: who waits, for what, and who may join them."""
+"""The calls of an engine that wait for logits, and the limit on their pairs."""
 
 import os
 import threading
@@ -16,15 +16,15 @@ TokenPack = Pack[TokenPair]
 
 
 class Backlog:
-    """A queue that threads share, and that knows every call until its future is resolved.
+    """A thread-safe queue that keeps every call until its future is resolved.
 
     Attributes:
-        changed: Its lock, on which takers wait; may be entered again by its holder.
-        closed: Whether it lets nobody in any more.
+        changed: Condition that takers wait on; its lock, which is reentrant, guards the queue.
+        closed: Whether it refuses new calls.
     """
 
     def __init__(self, *, max_queued_pairs: int) -> None:
-        """Begin with nobody waiting, and room for `max_queued_pairs` pairs."""
+        """Make an empty queue with room for `max_queued_pairs` pairs."""
         self._max_queued_pairs = max_queued_pairs
         self.closed = False
         self._closed_because: str | None = None
@@ -34,14 +34,14 @@ class Backlog:
     def _begin_empty(self) -> None:
         self.changed = threading.Condition()
         self._queue: PackQueue[TokenPair] = PackQueue()
-        # How many pairs each call that is still tokenising will bring, and their sum.
+        # Number of pairs of each call that is still tokenising, and their sum.
         self._reserved: dict[Logits, int] = {}
         self._reserved_pairs = 0
-        # All that has been registered and not resolved, wherever its pairs are.
+        # Every job from `register` until its future is resolved, whether queued or in packs.
         self._jobs: dict[Logits, TokenJob] = {}
 
     def __len__(self) -> int:
-        """Return how many pairs wait, those still to be tokenised included."""
+        """Return how many pairs wait, including those not yet tokenised."""
         with self.changed:
             return self._reserved_pairs + len(self._queue)
 
@@ -63,23 +63,23 @@ class Backlog:
 
     @property
     def is_of_parent(self) -> bool:
-        """Whether this process was forked off since, so that no thread serves the queue."""
+        """Whether this process was forked after the queue was made, so that no thread serves it."""
         return self._pid != os.getpid()
 
     def reserve(self, future: Logits, pairs: int, *, bounded: bool = True) -> None:
-        """Keep room for the pairs of a call, which come with `put`; returns at once.
+        """Reserve room for the pairs of a call, which come with `put`; never waits.
 
         Args:
-            future: Of the logits. Cancelling it gives the room back, even if this was interrupted,
-                and its pairs are not scored.
-            pairs: How many, at least 1.
+            future: The future of the call's logits. Cancelling it gives the room back, even if this
+                method was interrupted.
+            pairs: Number of pairs, at least 1.
             bounded: Whether `max_queued_pairs` applies.
 
         Raises:
             Overloaded: Too many pairs wait already.
             ClosedError: The engine has been closed.
         """
-        # First, so that a call that is interrupted from here on can give its room back.
+        # First, so that an interrupt at any later moment gives the room back.
         future.add_done_callback(self._forget)
         with self.changed:
             self.check_open()
@@ -90,16 +90,16 @@ class Backlog:
                     f"max_queued_pairs={self._max_queued_pairs}; try again later, send fewer "
                     "pairs at a time, or raise the limit."
                 )
-            # One that another thread has given up meanwhile would be forgotten by nobody.
+            # If it was cancelled meanwhile, its callback has run and would not remove it.
             if not future.done():
                 self._reserved[future] = pairs
                 self._reserved_pairs += pairs
 
     def register(self, job: TokenJob) -> bool:
-        """Turn the room kept for a call into a job that waits for its logits.
+        """Replace a call's reservation by a job that waits for its logits.
 
         Returns:
-            Whether the call still waits; False if it has been cancelled meanwhile.
+            Whether the call still waits: False if it has been cancelled.
         """
         with self.changed:
             if job.future not in self._reserved:
@@ -110,22 +110,22 @@ class Backlog:
             return True
 
     def put(self, job: TokenJob) -> None:
-        """Queue the pairs of a call whose future has been reserved."""
+        """Queue the pairs of a call that has a reservation."""
         with self.changed:
             if self.register(job):
                 self._queue.put(job)
                 self.changed.notify_all()
 
     def take(self, max_tokens: int, *, multiple: int) -> TokenPack:
-        """Return a pack of what waits, `[]` if nothing does; arguments as of `PackQueue.take`."""
+        """Return a pack of queued pairs, `[]` if there are none; see `PackQueue.take`."""
         with self.changed:
             return self._queue.take(max_tokens, multiple=multiple)
 
     def refuse(self, *, because: str | None = None) -> None:
-        """Let nobody in from now on; calls that wait are left to `close`.
+        """Refuse new calls; those that wait are left to `close`.
 
         Args:
-            because: What went wrong, for an engine that closes itself.
+            because: What went wrong, if the engine closes itself.
         """
         with self.changed:
             if not self.closed and because:
@@ -134,7 +134,7 @@ class Backlog:
             self.changed.notify_all()
 
     def close(self) -> None:
-        """Let nobody in, and fail all who wait with `ClosedError`."""
+        """Refuse new calls, and fail those that wait with `ClosedError`."""
         with self.changed:
             self.refuse()
             futures = [*self._reserved, *self._jobs]
@@ -144,17 +144,17 @@ class Backlog:
             fail(future, ClosedError(reason))
 
     def take_all(self) -> list[Logits]:
-        """Empty the queue; return the futures of all calls that were put and have no logits."""
+        """Empty the queue; return the futures of all registered calls without logits."""
         with self.changed:
             self._queue.clear()
             return list(self._jobs)
 
     def leave_to_parent(self) -> None:
-        """In a forked process: forget the parent's calls, and a lock that its threads may hold."""
+        """In a forked process: drop the parent's calls, and the lock that its threads may hold."""
         self._begin_empty()
 
     def _forget(self, future: Logits) -> None:
-        """Forget a call that is done, failed or cancelled, and what of it waits."""
+        """Remove a call that is done, failed or cancelled, with its queued pairs."""
         with self.changed:
             self._reserved_pairs -= self._reserved.pop(future, 0)
             job = self._jobs.pop(future, None)
@@ -162,14 +162,14 @@ class Backlog:
                 self._queue.drop(job)
 
 
-# Asking `done()` first would not do: it may be cancelled between the two.
+# Not `if not done()`: the future may be cancelled in between.
 def fail(future: Logits, error: Exception) -> None:
-    """Hand over an error unless the call has been cancelled or has failed already."""
+    """Set the error of a call, unless it has been cancelled or has failed."""
     with suppress(InvalidStateError):
         future.set_exception(error)
 
 
 def finish(future: Logits, logits: list[float]) -> None:
-    """Hand over logits unless the call has been cancelled or has failed already."""
+    """Set the logits of a call, unless it has been cancelled or has failed."""
     with suppress(InvalidStateError):
         future.set_result(logits)

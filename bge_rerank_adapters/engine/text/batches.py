@@ -1,10 +1,10 @@
-"""Batches of texts through a tokenizer, without its threads where a fork has left them behind."""
+"""Tokenises batches of texts; after a fork without the threads that it has lost."""
 
 import os
 
 from tokenizers import Encoding, Tokenizer
 
-# How the tokenizers library reads its variable.
+# The tokenizers library's own variable, and its values for false.
 _PARALLELISM = "TOKENIZERS_PARALLELISM"
 _OFF = ("", "off", "false", "f", "no", "n", "0")
 
@@ -17,7 +17,7 @@ def encode_texts(tokenizer: Tokenizer, texts: list[str], *, offsets: bool) -> li
     Args:
         tokenizer: Not changed.
         texts: May have lone surrogates.
-        offsets: Whether the encodings must know the characters of each token, which costs time.
+        offsets: Whether encodings need the character offsets of tokens, which takes longer.
 
     Raises:
         TypeError: A text has a lone surrogate, and this release of tokenizers refuses it.
@@ -31,9 +31,9 @@ def encode_texts(tokenizer: Tokenizer, texts: list[str], *, offsets: bool) -> li
 
 
 def _threads_are_gone() -> bool:
-    """Return whether a batch might wait for ever for threads that are in the parent process.
+    """Return whether a batch might wait for ever for threads of the parent process.
 
-    The library looks for a fork itself, but does as it is told where the variable is set.
+    The library detects forks itself, unless its variable is set.
     """
     return _forked and os.environ.get(_PARALLELISM, "").strip().lower() not in _OFF
 

@@ -1,4 +1,4 @@
-"""Pairs of texts as token ids, and what a model puts around them."""
+"""Pairs of texts as token ids, and the template around them."""
 
 import sys
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ class TokenPair:
 
     Attributes:
         ids: int64, shape (tokens,), special tokens included.
-        document_start: Where the document's own tokens begin; token type 1 starts there in models
-            that have two types.
+        document_start: Where the document's own tokens begin, and token type 1 in models that have
+            two types.
         truncated: Whether the document was cut to fit.
         index: Position of the first pair with these texts in the caller's list.
-        span: The document's characters that a window of it shows; `None` where there are none.
+        span: Start and end in the document of this window; `None` without windows.
         tokens_after: How many tokens follow the document's own.
         query_truncated: Whether the query was cut to fit.
     """
@@ -40,13 +40,13 @@ class TokenPair:
 
 @dataclass(frozen=True, slots=True)
 class TokenizedPairs:
-    """The distinct pairs of a call, and which of them each pair of the caller's is.
+    """The distinct pairs of a call, and where each of the caller's pairs is among them.
 
     Attributes:
         distinct: m tokenised pairs; m <= n unless there are windows.
         positions: For each of the caller's n pairs, its position in `distinct`, or in `windows`.
-        windows: For each distinct pair, where its windows are in `distinct`; `None` where
-            documents have none.
+        windows: For each distinct pair, where its windows are in `distinct`; `None` without
+            windows.
     """
 
     distinct: list[TokenPair]
@@ -56,10 +56,10 @@ class TokenizedPairs:
     def winners(self, logits: Sequence[float]) -> list[int]:
         """Return for each of the caller's n pairs the position of its row in `distinct`.
 
-        With windows it is the window with the highest logit, the first of equals.
+        With windows it is the window with the highest logit, the first if several are equal.
 
         Args:
-            logits: m logits, of `distinct`.
+            logits: The m logits of `distinct`.
         """
         if self.windows is None:
             return self.positions
@@ -69,11 +69,11 @@ class TokenizedPairs:
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Most tokens that are read, instructions included; without windows, of what fits the model.
+    """Maximum numbers of tokens that are read, instructions included.
 
     Attributes:
         query: Of a query.
-        pair: Of query and document with the template, but for its `extra_tokens`.
+        pair: Of query, document and template together, without the template's `extra_tokens`.
         document: Of a document.
     """
 
@@ -84,15 +84,15 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True)
 class PairTemplate:
-    """What stands around a pair: `before` query `between` document `after`.
+    """The tokens around a pair: `before` query `between` document `after`.
 
     Attributes:
-        before: Token ids, as for the next two; each may be empty.
-        between: Those that part query and document.
-        after: Those that follow the document.
+        before: Token ids before the query; may be empty.
+        between: Token ids between query and document; may be empty.
+        after: Token ids after the document; may be empty.
         extra_tokens: By how many tokens a pair may exceed `max_length`.
-        query_instruction: Put before each query, and cut with it.
-        passage_instruction: Put before each document, and cut with it.
+        query_instruction: Text before each query; counts as its beginning.
+        passage_instruction: Text before each document; counts as its beginning.
     """
 
     before: TokenIds

@@ -1,7 +1,7 @@
-"""How the decoder families frame a pair: `A: query`, a new line, `B: document`, and a prompt.
+"""The template of the decoder families: `A: query`, a new line, `B: document`, and a prompt.
 
-By the rule of FlagEmbedding 1.4.2 (`inference/reranker/decoder_only/`): instructions count toward
-the lengths of query and document; the separator and the prompt come on top of `max_length`.
+It follows FlagEmbedding 1.4.2 (`inference/reranker/decoder_only/`): instructions count toward the
+lengths of query and document; the separator and the prompt are added beyond `max_length`.
 """
 
 import json
@@ -22,19 +22,19 @@ YES_OR_NO = (
     "query by providing a prediction of either 'Yes' or 'No'."
 )
 CONTAINS_ANSWER = "Predict whether passage B contains an answer to query A."
-# The tokens for the beginning and for padding where a checkpoint's files leave them out: those of
-# the tokenizer's class in transformers.
+# The bos and padding tokens of transformers' tokenizer classes, for checkpoints whose files name
+# none.
 _CLASS_TOKENS = {"GemmaTokenizer": ("<bos>", "<pad>"), "LlamaTokenizer": ("<s>", None)}
 
 
 @dataclass(frozen=True, slots=True)
 class PromptStyle:
-    """How a family of decoders frames a pair.
+    """The template of a decoder family.
 
     Attributes:
-        prompt: What the model is asked after the document, unless the settings say otherwise.
-        needs_bos: Whether every pair begins with the `bos_token`; otherwise one does where the
-            tokenizer has such a token and it is not the padding token as well.
+        prompt: The default prompt after the document.
+        needs_bos: Whether every pair must begin with the `bos_token`. Otherwise pairs begin with
+            it if the tokenizer has one that is not its padding token.
     """
 
     prompt: str
@@ -50,27 +50,27 @@ def decoder_template(
     query_instruction: str | None = None,
     passage_instruction: str | None = None,
 ) -> PairTemplate:
-    """Return what stands around a pair in a decoder family.
+    """Return the template around a pair in a decoder family.
 
     Args:
-        tokenizer: The checkpoint's, without truncation.
+        tokenizer: The checkpoint's tokenizer, without truncation.
         folder: Holds the config of the tokenizer.
-        style: The family's.
-        prompt: What the model is asked after the document; `None` is the family's own.
-        query_instruction: Put before the query; `None` is `"A: "`.
-        passage_instruction: Put before the document; `None` is `"B: "`.
+        style: The family's style.
+        prompt: Text after the document; `None` is the family's own.
+        query_instruction: Text before the query; `None` is `"A: "`.
+        passage_instruction: Text before the document; `None` is `"B: "`.
 
     Raises:
-        CheckpointError: The tokenizer lacks the token for the beginning, and the style needs it.
+        CheckpointError: The tokenizer lacks a `bos_token`, and the style needs one.
     """
     separator = _encode(tokenizer, SEPARATOR)
-    asked = _encode(tokenizer, style.prompt if prompt is None else prompt)
-    after = np.concatenate((separator, asked))
+    prompt_ids = _encode(tokenizer, style.prompt if prompt is None else prompt)
+    after = np.concatenate((separator, prompt_ids))
     return PairTemplate(
         before=_beginning(tokenizer, folder, needs_bos=style.needs_bos),
         between=separator,
         after=after,
-        # Twice: FlagEmbedding leaves room for both where it cuts the pair, and adds them after.
+        # Twice: FlagEmbedding cuts the pair to leave room for both, and then adds them on top.
         extra_tokens=2 * len(after),
         query_instruction=QUERY_INSTRUCTION if query_instruction is None else query_instruction,
         passage_instruction=(
@@ -86,7 +86,6 @@ def _encode(tokenizer: Tokenizer, text: str) -> TokenIds:
 def _beginning(tokenizer: Tokenizer, folder: Path, *, needs_bos: bool) -> TokenIds:
     bos, pad = (_special_id(tokenizer, folder, role) for role in ("bos_token", "pad_token"))
     if not needs_bos:
-        # One that is the padding token as well is left out.
         return np.asarray([] if bos in (None, pad) else [bos], dtype=np.int64)
     if bos is None:
         raise CheckpointError(

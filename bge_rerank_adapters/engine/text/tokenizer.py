@@ -1,4 +1,4 @@
-"""Texts to token ids, by FlagEmbedding's truncation rule, with every text read once."""
+"""Turns texts into token ids by FlagEmbedding's truncation rule, each distinct text once."""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -18,19 +18,18 @@ from bge_rerank_adapters.engine.text.pairs import (
 from bge_rerank_adapters.errors import CheckpointError, ScoringError, SettingsError
 from bge_rerank_adapters.settings.token_limits import TokenLimits
 
-# Bounds the memory that the tokenizer's own records take for a call with very many documents.
+# Bounds the memory that encodings take in a call with very many documents.
 _TEXTS_PER_BATCH = 1024
 
 
 class PairTokenizer:
     """Turns pairs of texts into token ids; safe to use from many threads at once.
 
-    The rule is that of FlagEmbedding 1.4 (`inference/reranker/encoder_only/base.py`): the query is
-    cut to `query_max_length` tokens, at its end unless its beginning is to be cut off, then the
-    document so that pair and special tokens fit `max_length`. FlagEmbedding on transformers 5 turns
-    the ids back into text and tokenises that again (`utils/tokenizer_compat.py`), which can move a
-    truncated pair, or one with a character that the tokenizer does not know, by some tokens; on
-    transformers 4 it follows the rule.
+    The rule is FlagEmbedding 1.4's (`inference/reranker/encoder_only/base.py`): the query is cut to
+    `query_max_length` tokens, then the document so that pair and special tokens fit `max_length`.
+    On transformers 4 FlagEmbedding follows this rule. On transformers 5 it turns the ids back into
+    text and tokenises that again (`utils/tokenizer_compat.py`). That can change some tokens of a
+    truncated pair, or of one with a character that the tokenizer does not know.
 
     A lone surrogate, which is not valid text, is read as U+FFFD.
     """
@@ -47,12 +46,12 @@ class PairTokenizer:
         """Take over a tokenizer, which must not be changed afterwards.
 
         Args:
-            tokenizer: It must put special tokens around a pair, unless `template` does.
-            max_length: Most tokens of a pair, special tokens included.
-            query_max_length: Most tokens of a query; `None` is three quarters of `max_length`.
-            template: What stands around a pair; `None` is what the tokenizer puts there.
-            query_truncation_side: What of a query that is too long is cut off: `"right"` its end,
-                `"left"` what follows the template's instruction.
+            tokenizer: It must put special tokens around a pair, unless `template` is given.
+            max_length: Maximum tokens of a pair, special tokens included.
+            query_max_length: Maximum tokens of a query; `None` is three quarters of `max_length`.
+            template: The tokens around a pair; `None` is the tokenizer's own.
+            query_truncation_side: Where a query that is too long is cut: `"right"` at its end,
+                `"left"` at its beginning, after the template's instruction.
 
         Raises:
             SettingsError: The lengths leave no room for a document, or for a query.
@@ -65,7 +64,7 @@ class PairTokenizer:
         self.query_max_length = (
             max_length * 3 // 4 if query_max_length is None else query_max_length
         )
-        # The space that ends one goes with the first word of its text.
+        # The space at the end of an instruction becomes part of the text's first token.
         self._query_instruction_tokens, self._instruction_tokens = (
             len(tokenizer.encode(instruction.rstrip(), add_special_tokens=False).ids)
             for instruction in (
@@ -82,25 +81,25 @@ class PairTokenizer:
         self._lengths = Lengths(self.query_max_length, max_length)
         self._check_room()
         self._keeps_query_end = query_truncation_side == "left"
-        # Set once and never again: changing it while another thread encodes is what raises
-        # "Already borrowed" elsewhere. Longer texts need not cross over into Python; one token
-        # more than is kept tells that a text was cut. The end of a query is found in all of it.
+        # Saves converting the ids of long texts to Python; one token more than is kept shows that
+        # a text was cut. Keeping a query's end takes the whole query. Never changed afterwards:
+        # that raises "Already borrowed" while another thread encodes.
         if not self._keeps_query_end:
             tokenizer.enable_truncation(max_length + 1)
         self._tokenizer = tokenizer
         self._embeddings = sys.maxsize
 
     def limit_ids(self, embeddings: int) -> None:
-        """Have texts refused whose tokens the model does not know.
+        """Refuse texts from now on that have a token without an embedding.
 
-        Tokens that were added to a tokenizer and never trained are common, and do no harm as long
+        Tokens that were added to a tokenizer but not to the model are common, and harmless as long
         as no text has one.
 
         Args:
-            embeddings: How many tokens the model knows.
+            embeddings: How many embeddings the model has.
 
         Raises:
-            CheckpointError: It lacks some of the vocabulary itself, or of what stands around pairs.
+            CheckpointError: The vocabulary itself, or the template, needs more.
         """
         highest = max(self._tokenizer.get_vocab(with_added_tokens=False).values(), default=-1)
         template = self._template
@@ -115,14 +114,14 @@ class PairTokenizer:
 
     @property
     def special_tokens(self) -> int:
-        """How many tokens stand around the texts of a pair."""
+        """Number of tokens around the texts of a pair."""
         return self._template.tokens
 
     def first_id(self, text: str) -> int:
         """Return the first token id of a text.
 
         Raises:
-            CheckpointError: The tokenizer makes no token of it.
+            CheckpointError: The text has no tokens.
         """
         ids = self._ids(self._tokenizer.encode(text, add_special_tokens=False))
         if not len(ids):
@@ -130,7 +129,7 @@ class PairTokenizer:
         return int(ids[0])
 
     def lengths(self, limits: TokenLimits) -> Lengths:
-        """Return how much is read of a call's texts, at most what the settings allow.
+        """Return how many tokens of a call's texts are read, at most what the settings allow.
 
         Raises:
             SettingsError: The limits leave no room for a document, or for a query.
@@ -140,7 +139,7 @@ class PairTokenizer:
             pair=limits.max_pair_tokens or sys.maxsize,
             document=self._instruction_tokens + (limits.max_document_tokens or sys.maxsize),
         )
-        # A token of the document is left at least.
+        # At least one token of the document must fit.
         beside_one = self._beside(self._instruction_tokens + 1, lengths)
         query = min(lengths.query, self.query_max_length, lengths.pair * 3 // 4, beside_one)
         if query <= self._query_instruction_tokens:
@@ -153,14 +152,14 @@ class PairTokenizer:
     def tokenize(
         self, pairs: Sequence[tuple[str, str]], lengths: Lengths | None = None
     ) -> TokenizedPairs:
-        """Return the token ids of (query, document) pairs; each distinct text is read once.
+        """Return the token ids of (query, document) pairs; each distinct text is tokenised once.
 
         Args:
             pairs: n pairs; may be empty.
-            lengths: How much is read of them; `None` is all that the settings allow.
+            lengths: How many tokens of them are read; `None` is what the settings allow.
 
         Returns:
-            The distinct pairs, and the position among them of each of the n.
+            The distinct pairs, and for each of the n its position among them.
         """
         lengths = lengths or self._lengths
         distinct: dict[tuple[str, str], int] = {}
@@ -209,7 +208,7 @@ class PairTokenizer:
         return np.concatenate((query[:first], query[first + beyond :]))
 
     def _check_room(self) -> None:
-        """Refuse lengths at which documents would be cut to nothing, and all score alike."""
+        """Refuse lengths at which documents would be cut to nothing."""
         if self._room(self.query_max_length, self._lengths) - self._instruction_tokens < 1:
             instruction = self._instruction_tokens
             beside = f", {instruction} tokens of passage_instruction" if instruction else ""
@@ -221,14 +220,14 @@ class PairTokenizer:
             )
 
     def _room(self, query_tokens: int, lengths: Lengths) -> int:
-        """Return how many tokens of a document and its instruction are read beside a query."""
+        """Return how many tokens of a document, instruction included, fit beside a query."""
         return min(self._document_room(query_tokens, each) for each in (lengths, self._lengths))
 
     def _document_room(self, query_tokens: int, lengths: Lengths) -> int:
         return min(lengths.document, self._beside(query_tokens, lengths))
 
     def _beside(self, tokens: int, lengths: Lengths) -> int:
-        """Return how many tokens of one text fit a pair beside so many of the other."""
+        """Return how many tokens of one text fit a pair if the other has `tokens`."""
         template = self._template
         return min(lengths.pair, lengths.pair + template.extra_tokens - template.tokens - tokens)
 
@@ -262,7 +261,7 @@ class PairTokenizer:
 
     def _encode_batch(self, texts: list[str]) -> list[Encoding]:
         if not hasattr(self._tokenizer, "encode_batch_fast"):
-            # tokenizers before 0.20, which reads surrogates in a way of its own.
+            # tokenizers before 0.20 reads surrogates differently.
             texts = [without_surrogates(text) for text in texts]
         try:
             return encode_texts(self._tokenizer, texts, offsets=False)
@@ -272,7 +271,7 @@ class PairTokenizer:
 
 
 def without_surrogates(text: str) -> str:
-    """Return the text with U+FFFD for each lone surrogate, and pairs of them joined."""
+    """Return the text with U+FFFD for each lone surrogate, and surrogate pairs joined."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -280,7 +279,7 @@ def read_template(tokenizer: Tokenizer) -> PairTemplate:
     """Find the special tokens around a pair by tokenising the pair of "a" and "b".
 
     Raises:
-        CheckpointError: The tokenizer puts none there.
+        CheckpointError: There are none.
     """
     pair = tokenizer.encode("a", "b", add_special_tokens=True)
     ids, owners = np.asarray(pair.ids, dtype=np.int64), pair.sequence_ids

@@ -25,11 +25,11 @@ def load_tokenizer(
 
     Args:
         folder: Holds `tokenizer.json`, or the files of a slow tokenizer that transformers converts.
-        max_length: Most tokens of a pair, special tokens included.
-        query_max_length: Most tokens of a query; `None` is three quarters of `max_length`.
-        lowercase: Whether texts are put into lower case first, as sentence-transformers does.
-        make: What takes the tokenizer and these lengths.
-        template: Makes what stands around a pair out of the tokenizer.
+        max_length: Maximum tokens of a pair, special tokens included.
+        query_max_length: Maximum tokens of a query; `None` is three quarters of `max_length`.
+        lowercase: Whether texts are lower-cased first, as sentence-transformers does.
+        make: Makes the result from a tokenizer, the two lengths and a template.
+        template: Makes the template around a pair from the tokenizer.
 
     Raises:
         CheckpointError: There is no tokenizer in the folder, or it cannot be read.
@@ -59,7 +59,7 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
         return Tokenizer.from_file(str(path))
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # bare Exception for a file it cannot read, or a Rust panic
+    except BaseException as error:  # a plain Exception for an unreadable file, or a Rust panic
         raise CheckpointError(f"{path} is not a readable tokenizer: {error}.") from error
 
 
@@ -81,7 +81,7 @@ def _convert_slow_tokenizer(folder: Path) -> Tokenizer:
 
     try:
         converted = AutoTokenizer.from_pretrained(
-            # Said outright: left open, transformers asks on the terminal whether to run the code.
+            # Explicitly False: otherwise transformers asks on the terminal whether to run the code.
             str(folder),
             local_files_only=True,
             use_fast=True,
@@ -89,7 +89,7 @@ def _convert_slow_tokenizer(folder: Path) -> Tokenizer:
         )
         # A copy, since transformers keeps changing its own.
         return Tokenizer.from_str(converted.backend_tokenizer.to_str())
-    except Exception as error:  # whatever transformers makes of damaged files
+    except Exception as error:  # transformers raises many kinds for damaged files
         raise CheckpointError(
             f"The tokenizer in {folder} ({', '.join(slow)}) cannot be converted to a fast one: "
             f"{error}"

@@ -1,15 +1,14 @@
-"""Documents that are too long for the model, as overlapping windows that end between words."""
+"""Tokenises documents that are too long for the model as overlapping windows."""
 
 import re
-import unicodedata
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
-import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from bge_rerank_adapters.engine.text.batches import encode_texts
+from bge_rerank_adapters.engine.text.cutting import Span, TokenizedDocument
 from bge_rerank_adapters.engine.text.pairs import (
     Lengths,
     PairTemplate,
@@ -18,74 +17,20 @@ from bge_rerank_adapters.engine.text.pairs import (
     TokenPair,
 )
 from bge_rerank_adapters.engine.text.tokenizer import PairTokenizer, without_surrogates
-from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.settings import EngineSettings, check_window_sizes
 
-Span = tuple[int, int]
-
-# What the tokenizer's records of one batch may take: offsets are kept of every token.
+# Bounds the memory that a batch's encodings take, which hold the offsets of every token.
 _CHARACTERS_PER_BATCH = 2_000_000
-# Scripts written without spaces, where a cut between any two characters is one between words:
-# Thai, Lao, Burmese, Khmer, kana, Han.
-_UNSPACED = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
-    "\uf900-\ufaff\U00020000-\U0003ffff]"
-)
 _SURROGATE_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
-# Of a window, where the overlap is left open.
-_OVERLAP_PART = 4
-
-
-@dataclass(frozen=True, slots=True)
-class _Document:
-    """A text that has been read once.
-
-    Attributes:
-        ids: int64, shape (tokens,), no special tokens.
-        before: The instruction's ids, which stand before those of every window.
-        text: The text itself.
-        spans: Character offsets of each token in `text`; none where one window takes it whole.
-    """
-
-    ids: TokenIds
-    before: TokenIds
-    text: str
-    spans: list[Span]
-
-    def windows(self, size: int, overlap: int, most: int) -> Iterator[tuple[TokenIds, Span]]:
-        """Yield the token ids and characters of each window of the first `most` tokens.
-
-        Where all of the text fits, that is one of all of it.
-        """
-        if len(self.ids) <= min(size, most):
-            yield np.concatenate((self.before, self.ids)), (0, len(self.text))
-            return
-        tokens = min(len(self.ids), most)
-        for start, end in cut_windows(
-            tokens, size=size, overlap=overlap, starts_word=self.starts_word
-        ):
-            yield np.concatenate((self.before, self.ids[start:end])), self.span(start, end)
-
-    def starts_word(self, token: int) -> bool:
-        """Return whether a cut before a token is one between words."""
-        start = self.spans[token][0]
-        return start >= self.spans[token - 1][1] and _is_between_words(self.text, start)
-
-    def span(self, start: int, end: int) -> Span:
-        """Return the characters of the tokens from `start` to before `end`, outer spaces aside."""
-        first, last = self.spans[start][0], self.spans[end - 1][1]
-        # A tokenizer that drops accents counts those behind the last letter to no token.
-        while last < len(self.text) and _is_mark(self.text[last]):
-            last += 1
-        inner = self.text[first:last]
-        return first + len(inner) - len(inner.lstrip()), first + len(inner.rstrip())
+# The default overlap is a window's size divided by this.
+_OVERLAP_DIVISOR = 4
 
 
 class WindowTokenizer(PairTokenizer):
-    """Turns pairs into token ids, and what is too long for one row into rows that overlap.
+    """Turns pairs into token ids, one row for each window of the document.
 
-    The query is cut as `PairTokenizer` does; nothing of a document is. Every document is read
-    once, whatever the number of its windows.
+    The query is cut as in `PairTokenizer`; the document is not. Each distinct document is tokenised
+    once, however many windows it has.
     """
 
     def __init__(
@@ -103,15 +48,14 @@ class WindowTokenizer(PairTokenizer):
 
         Args:
             tokenizer: It must put special tokens around a pair.
-            max_length: Most tokens of a row, special tokens included, but for the `extra_tokens`
-                that a template may add.
-            query_max_length: Most tokens of a query; `None` is three quarters of `max_length`.
-            template: What stands around a pair; `None` is what the tokenizer puts there.
-            query_truncation_side: As of `PairTokenizer`.
-            window_tokens: Most document tokens of a window; `None`, like a number that is too
+            max_length: As for `PairTokenizer`, as are the next three.
+            query_max_length: Maximum tokens of a query.
+            template: The tokens around a pair.
+            query_truncation_side: Where a query that is too long is cut.
+            window_tokens: Maximum document tokens of a window; `None`, or a number that is too
                 large, is all that fit beside the query.
-            window_overlap_tokens: How many tokens two neighbours have in common at least; `None`
-                is a quarter of a window, and a number above half of one is taken as half.
+            window_overlap_tokens: Minimum tokens that neighbouring windows share; `None` is a
+                quarter of a window, and more than half a window is reduced to half.
 
         Raises:
             SettingsError: The lengths leave no room for a document, or windows cannot advance.
@@ -133,15 +77,15 @@ class WindowTokenizer(PairTokenizer):
     def tokenize(
         self, pairs: Sequence[tuple[str, str]], lengths: Lengths | None = None
     ) -> TokenizedPairs:
-        """Return the windows of (query, document) pairs; each distinct text is read once.
+        """Return the windows of (query, document) pairs; each distinct text is tokenised once.
 
         Args:
             pairs: n pairs; may be empty.
-            lengths: How much is read of them, before windows are made; `None` is all.
+            lengths: How many tokens of them are read, before windows are made; `None` is all.
 
         Returns:
             The windows of the distinct pairs, each with its `span`, and for each of the n pairs
-            which windows are of it.
+            its windows.
         """
         lengths = lengths or Lengths(self.query_max_length)
         first: dict[tuple[str, str], int] = {}
@@ -166,7 +110,7 @@ class WindowTokenizer(PairTokenizer):
         return TokenizedPairs(rows, [place[pair] for pair in pairs], groups)
 
     def _window_size(self, query: TokenIds, lengths: Lengths) -> tuple[int, int]:
-        """Return most tokens of a window beside a query, and of all that is read of a document."""
+        """Return the maximum tokens of a window and of a document beside a query."""
         room, most = (
             self._document_room(min(len(query), lengths.query), each) - self._instruction_tokens
             for each in (self._lengths, lengths)
@@ -175,12 +119,12 @@ class WindowTokenizer(PairTokenizer):
 
     def _overlap(self, size: int) -> int:
         if self._overlap_tokens is None:
-            return size // _OVERLAP_PART
+            return size // _OVERLAP_DIVISOR
         return min(self._overlap_tokens, size // 2)
 
-    def _read(self, texts: list[str], *, longest_whole: int) -> dict[str, _Document]:
-        """Return each text's tokens, and where they stand if they may need more than one window."""
-        documents: dict[str, _Document] = {}
+    def _read(self, texts: list[str], *, longest_whole: int) -> dict[str, TokenizedDocument]:
+        """Return each text's tokens, with their spans if it may need more than one window."""
+        documents: dict[str, TokenizedDocument] = {}
         start = 0
         while start < len(texts):
             end, characters = start, 0
@@ -193,12 +137,12 @@ class WindowTokenizer(PairTokenizer):
             start = end
         return documents
 
-    def _document(self, text: str, encoding: Encoding, *, longest_whole: int) -> _Document:
-        """Return a text's tokens, parted from those of the instruction before it."""
+    def _document(self, text: str, encoding: Encoding, *, longest_whole: int) -> TokenizedDocument:
+        """Return a text's tokens, separated from the instruction's."""
         ids = self._ids(encoding)
         bare, skipped = len(self._instruction.rstrip()), len(self._instruction)
         before, longest_before = 0, min(self._instruction_tokens, len(ids))
-        # Read once and only where needed: the library makes a list of all tokens' each time.
+        # Read once, and only if needed: each access makes a new list of all offsets.
         offsets: list[Span] = []
         if longest_before or len(ids) > longest_whole:
             offsets = encoding.offsets
@@ -210,7 +154,7 @@ class WindowTokenizer(PairTokenizer):
                 (max(0, start - skipped), max(0, end - skipped))
                 for start, end in _spans(self._instruction + text, offsets)
             ][before:]
-        return _Document(ids[before:], ids[:before], text, spans)
+        return TokenizedDocument(ids[before:], ids[:before], text, spans)
 
     def _encode_with_offsets(self, documents: list[str]) -> list[Encoding]:
         texts = [self._instruction + document for document in documents]
@@ -222,7 +166,7 @@ class WindowTokenizer(PairTokenizer):
 
 
 def tokenizer_maker(settings: EngineSettings) -> Callable[..., PairTokenizer]:
-    """Return what makes the tokenizer that treats long documents as the settings ask."""
+    """Return the constructor of the tokenizer that the settings ask for."""
     side = settings.query_truncation_side
     if settings.long_documents == "truncate":
         return partial(PairTokenizer, query_truncation_side=side)
@@ -234,68 +178,8 @@ def tokenizer_maker(settings: EngineSettings) -> Callable[..., PairTokenizer]:
     )
 
 
-def cut_windows(
-    tokens: int, *, size: int, overlap: int, starts_word: Callable[[int], bool]
-) -> list[Span]:
-    """Return (start, end) of the windows that cover a document's tokens, in order.
-
-    Each is at most `size` long and shares at least `overlap` tokens with the one before it. They
-    begin and end where `starts_word` says that a cut may be, unless a single word is too long for
-    that. The last one reaches back so that it is about as long as the others: a short rest on its
-    own would be scored without what it belongs to.
-
-    Args:
-        tokens: Of the document; for 0 there is one window, an empty one.
-        size: Most tokens of a window, at least 1.
-        overlap: At least 0 and below `size`.
-        starts_word: Whether a cut before the token at a place, from 1 to `tokens - 1`, is allowed.
-
-    Raises:
-        SettingsError: No window could advance with such a size and overlap.
-    """
-    if not 0 <= overlap < size:
-        raise SettingsError(
-            f"Windows need a size of at least 1 and an overlap from 0 to below it, got {size} and "
-            f"{overlap}; make max_length larger or the overlap smaller."
-        )
-    windows: list[Span] = []
-    start = end = 0
-    while tokens - start > size:
-        end = _last_place(max(start + overlap, end) + 1, start + size, starts_word)
-        windows.append((start, end))
-        following = _last_place(start + 1, end - overlap, starts_word)
-        if tokens - following < size:
-            following = _first_place(tokens - size, following, starts_word)
-        start = following
-    return [*windows, (start, tokens)]
-
-
-def _last_place(low: int, high: int, allowed: Callable[[int], bool]) -> int:
-    return next((place for place in range(high, low - 1, -1) if allowed(place)), high)
-
-
-def _first_place(low: int, high: int, allowed: Callable[[int], bool]) -> int:
-    return next((place for place in range(low, high) if allowed(place)), high)
-
-
-def _is_between_words(text: str, position: int) -> bool:
-    """Return whether a cut before the character at a position leaves all words whole."""
-    if not 0 < position < len(text):
-        return True
-    before, after = text[position - 1], text[position]
-    if before.isspace() or after.isspace():
-        return True
-    if _is_mark(after):
-        return False
-    return bool(_UNSPACED.match(before) or _UNSPACED.match(after))
-
-
-def _is_mark(character: str) -> bool:
-    return unicodedata.category(character).startswith("M")
-
-
 def _spans(text: str, offsets: list[Span]) -> list[Span]:
-    """Return the characters in `text` of offsets in `without_surrogates(text)`."""
+    """Return the spans in `text` of offsets in `without_surrogates(text)`."""
     if not _SURROGATE_PAIR.search(text):
         return offsets
     origins = _origins(text)
@@ -303,7 +187,7 @@ def _spans(text: str, offsets: list[Span]) -> list[Span]:
 
 
 def _origins(text: str) -> list[int]:
-    """Return where in `text` each character of `without_surrogates(text)` begins, and its end."""
+    """Return where each character of `without_surrogates(text)` begins in `text`, then its end."""
     origins: list[int] = []
     position = 0
     while position < len(text):
