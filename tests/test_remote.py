@@ -79,6 +79,7 @@ def test_each_servers_answer_is_understood(shape):
     if shape["scores"]:
         assert [each.score for each in ranking] == shape["scores"]
     assert all(type(each.score) is float and 0 <= each.score <= 1 for each in ranking)
+    assert (ranking.usage and ranking.usage.tokens) == shape["tokens"]
 
 
 def test_our_servers_details_are_kept():
@@ -125,10 +126,15 @@ def speaking(info: dict[str, Any] | None, *paths: str) -> Callable[[Asked], Repl
         ("/base/", OURS, ["/base/v1/rerank"], ["GET /base/info", "POST /base/v1/rerank"]),
         ("", TEI, ["/rerank"], ["GET /info", "POST /rerank", "POST /rerank"]),
         ("/rerank", TEI, ["/rerank"], ["GET /info", "POST /rerank", "POST /rerank"]),
-        ("", None, ["/rerank"], ["GET /info", "POST /rerank"]),
-        ("", None, ["/v1/rerank"], ["GET /info", "POST /rerank", "POST /v1/rerank"]),
-        ("/v1", None, ["/v1/rerank"], ["POST /v1/rerank"]),
-        ("/v2/rerank", None, ["/v2/rerank"], ["POST /v2/rerank"]),
+        ("", None, ["/rerank"], ["GET /info", "GET /v1/models", "POST /rerank"]),
+        (
+            "",
+            None,
+            ["/v1/rerank"],
+            ["GET /info", "GET /v1/models", "POST /rerank", "POST /v1/rerank"],
+        ),
+        ("/v1", None, ["/v1/rerank"], ["GET /v1/models", "POST /v1/rerank"]),
+        ("/v2/rerank", None, ["/v2/rerank"], ["GET /v1/models", "POST /v2/rerank"]),
     ],
 )
 def test_auto_finds_out_with_few_requests_and_once(url, info, routes, asked):
@@ -140,6 +146,78 @@ def test_auto_finds_out_with_few_requests_and_once(url, info, routes, asked):
             server.asked.clear()
             asked = [each for each in asked if each == asked[-1]]
         assert len(server.asked) == 0
+
+
+@pytest.mark.parametrize("owner", ["llamacpp", "sglang"])
+@pytest.mark.parametrize("path", ["", "/v1", "/v1/rerank"])
+def test_auto_knows_servers_that_answer_logits_by_their_models(owner, path):
+    def answer(asked: Asked) -> Reply:
+        if asked.path == "/v1/models":
+            return Reply({"object": "list", "data": [{"id": "m", "owned_by": owner}]})
+        if asked.path != "/v1/rerank":
+            return NOT_FOUND
+        return Reply([{"index": index, "score": -index / 4} for index in range(3)])
+
+    with running(answer) as server, RemoteReranker(server.url + path) as reranker:
+        # Within [0, 1] and beyond: told apart from scores by nothing else.
+        assert reranker.logits("q", TEXTS) == [0.0, -0.25, -0.5]
+        assert reranker.score("q", TEXTS)[0] == 0.5
+
+
+@pytest.mark.parametrize(
+    "models", [[], {"data": None}, {"data": []}, {"data": [7]}, {"data": [{"owned_by": ["x"]}]}]
+)
+def test_models_of_something_else_are_no_hindrance(models):
+    answer = in_turn(common)
+    with (
+        running(lambda asked: Reply(models) if asked.method == "GET" else answer(asked)) as server,
+        remote(server) as reranker,
+    ):
+        assert reranker.rerank("q", TEXTS)[0].index == 1
+
+
+@pytest.mark.parametrize("route", ["/rerank", "/v1/rerank"])
+def test_advice_about_logits_can_be_followed(route):
+    def answer(asked: Asked) -> Reply:
+        rows = [{"index": index, "relevance_score": 4.0 - index} for index in range(3)]
+        return Reply({"results": rows}) if asked.path == route else NOT_FOUND
+
+    with running(answer) as server:
+        with RemoteReranker(server.url) as reranker, pytest.raises(RemoteError) as told:
+            reranker.rerank("q", TEXTS)
+        assert 'give api="jina", scale="logit"' in str(told.value)
+        with RemoteReranker(server.url, api="jina", scale="logit") as reranker:
+            assert reranker.logits("q", TEXTS) == [4.0, 3.0, 2.0]
+        # And who says the scale alone learns the rest.
+        with (
+            RemoteReranker(server.url, scale="logit") as reranker,
+            pytest.raises(SettingsError, match='api="jina"'),
+        ):
+            reranker.rerank("q", TEXTS)
+
+
+def test_tokens_of_all_parts_are_counted_and_none_is_made_up():
+    def answer(asked: Asked) -> Reply:
+        tokens = {"usage": {"prompt_tokens": 10 * len(asked.body["documents"])}}
+        with_them = "0.9 untold" not in asked.body["documents"]
+        return Reply(common(asked).content | (tokens if with_them else {}))
+
+    with answering(answer, max_documents_per_request=2) as (reranker, _):
+        ranking = reranker.rerank("q", TEXTS)
+        assert ranking.usage is not None
+        assert ranking.usage.tokens == 30
+        assert [each.usage.tokens for each in reranker.rerank_many([("q", TEXTS)])] == [30]
+        assert reranker.rerank("q", [*TEXTS, "0.9 untold"]).usage is None
+        assert reranker.stats().tokens == 80
+
+
+@pytest.mark.parametrize("tokens", [0, -3, True, "7", None, float("nan"), 10**400])
+def test_tokens_that_no_server_can_mean_are_none(tokens):
+    def answer(asked: Asked) -> Reply:
+        return Reply(common(asked).content | {"usage": {"prompt_tokens": tokens}, "meta": [tokens]})
+
+    with answering(answer) as (reranker, _):
+        assert reranker.rerank("q", TEXTS).usage is None
 
 
 def test_an_info_of_something_else_is_no_hindrance():
@@ -305,7 +383,8 @@ def test_stats_and_warm_up():
         assert reranker.stats().to_dict()["requests"] == 0
         reranker.warm_up()
         stats = reranker.stats()
-    assert (stats.requests, stats.pairs, stats.http_requests, stats.under_way) == (1, 1, 1, 0)
+    # GET /v1/models comes first.
+    assert (stats.requests, stats.pairs, stats.http_requests, stats.under_way) == (1, 1, 2, 0)
     assert stats.waiting_s > 0
     assert len(server.posts) == 1
 
@@ -322,6 +401,8 @@ def ranked_texts(draw: st.DrawFn) -> list[str]:
 @pytest.fixture(scope="module")
 def shared_server() -> Iterator[FakeServer]:
     def answer(asked: Asked) -> Reply:
+        if asked.method == "GET":
+            return NOT_FOUND
         # Equal scores in an order of the server's own: the last first.
         rows = [
             {"index": index, "relevance_score": score}
@@ -436,7 +517,10 @@ def test_one_call_leaves_connections_to_others():
         ({"url": "http://[::1"}, "no address"),
         ({"url": "http://host?key=1"}, r"leave out what follows \?"),
         ({"url": 7}, "must be a str, got a int"),
-        ({"api": "openai"}, "auto, bge, tei, vllm, infinity, cohere, jina, got 'openai'"),
+        (
+            {"api": "openai"},
+            "auto, bge, tei, vllm, infinity, cohere, jina, llamacpp, sglang, got 'openai'",
+        ),
         ({"scale": "raw"}, "auto, score, logit"),
         ({"model": " "}, "non-empty"),
         ({"api_key": "a\n"}, "line ends"),

@@ -51,7 +51,7 @@ def server() -> Iterator[FakeServer]:
 # Faults
 
 
-@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("status", [429, 502, 503])
 def test_a_busy_server_is_asked_again(status):
     with answering(Reply({}, status), Reply({}, status), common) as (reranker, server):
         assert reranker.rerank("q", TEXTS)[0].index == 1
@@ -69,6 +69,50 @@ def test_a_server_that_stays_busy_is_given_up(status, error):
     assert server.url in str(told.value)
     assert "too much waits" in str(told.value)
     assert len(server.posts) == 2
+
+
+def test_a_busy_server_is_asked_until_the_time_is_over():
+    with answering(Reply({}, 503), timeout_s=3.0) as (reranker, server):
+        begin = time.monotonic()
+        with pytest.raises(RemoteError, match=r"503.*Sent \d+ times"):
+            reranker.rerank("q", TEXTS)
+        took = time.monotonic() - begin
+    # To the end, not past it, and not without pause.
+    assert 2.5 < took < 3.0
+    assert 5 <= len(server.posts) < 20
+
+
+def test_one_warning_tells_that_a_server_is_waited_for(caplog):
+    replies = [Reply({}, 503)] * 4 + [common]
+    with answering(*replies) as (reranker, _):
+        reranker.rerank("q", TEXTS)
+    told = [each.message for each in caplog.records if each.levelname == "WARNING"]
+    assert len(told) == 1
+    assert "answered 503, 3 times in a row; asking again until timeout_s=60 is over" in told[0]
+
+
+@pytest.mark.parametrize("wait", ["0", "1"])
+def test_a_servers_wait_makes_waits_no_shorter(wait):
+    busy = Reply({}, 429, headers={"Retry-After": wait})
+    with (
+        answering(busy, timeout_s=2.5) as (reranker, server),
+        pytest.raises(Overloaded, match="the server asks to wait"),
+    ):
+        reranker.rerank("q", TEXTS)
+    assert 2 <= len(server.posts) < 12
+
+
+async def test_cancelling_a_task_that_waits_to_send_again_is_immediate():
+    with answering(Reply({}, 429, headers={"Retry-After": "20"})) as (reranker, server):
+        task = asyncio.create_task(reranker.arerank("q", TEXTS))
+        await asyncio.to_thread(until, lambda: reranker.stats().retries == 1)
+        task.cancel()
+        begin = time.monotonic()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await asyncio.to_thread(until, lambda: reranker.stats().under_way == 0)
+        assert time.monotonic() - begin < 5
+        assert len(server.posts) == 1
 
 
 def test_the_server_says_how_long_to_wait():
@@ -117,15 +161,15 @@ def test_a_server_that_is_not_there_is_asked_again_and_named():
 
 
 @pytest.mark.parametrize("moment", ["before", "within"])
-def test_a_broken_connection_is_tried_once_more(moment):
+def test_a_broken_connection_is_tried_three_times_more(moment):
     broken = Reply({"results": []}, breaks=moment)
-    with answering(broken, common) as (reranker, server):
+    with answering(broken, broken, broken, common) as (reranker, server):
         assert reranker.rerank("q", TEXTS)[0].index == 1
-        assert len(server.posts) == 2
-    with answering(broken, max_retries=9) as (reranker, server):
-        with pytest.raises(RemoteError, match=r"broke the connection off.*Sent 2 times"):
+        assert len(server.posts) == 4
+    with answering(broken) as (reranker, server):
+        with pytest.raises(RemoteError, match=r"broke the connection off.*Sent 4 times"):
             reranker.rerank("q", TEXTS)
-        assert len(server.posts) == 2
+        assert len(server.posts) == 4
 
 
 @pytest.mark.parametrize("body", [b"Internal Server Error", b"", b"<html>", b"\xff"])
@@ -136,7 +180,7 @@ def test_a_500_of_a_proxy_is_sent_once_more(body):
         assert reranker.rerank("q", TEXTS)[0].index == 1
         assert len(server.posts) == 2
         assert reranker.stats().retries == 1
-    with answering(died, max_retries=9) as (reranker, server):
+    with answering(died) as (reranker, server):
         with pytest.raises(RemoteError, match=r"500: a proxy says so.*Sent 2 times") as told:
             reranker.rerank("q", TEXTS)
         assert told.value.status_code == 500
@@ -269,7 +313,7 @@ def test_documents_that_are_sent_back_are_no_huge_answer():
         (422, "check api='auto' and model=None"),
         (424, "answered 424"),
         (500, "answered 500"),
-        (502, "answered 502"),
+        (504, "answered 504"),
     ],
 )
 def test_a_refusal_says_what_to_do_and_what_the_server_said(status, told):

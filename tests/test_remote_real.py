@@ -4,8 +4,10 @@ import asyncio
 import os
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +29,7 @@ from bge_rerank_adapters import (
 )
 from bge_rerank_adapters.milvus import BGERerankFunction
 from tests.checkpoints import read_sentences
-from tests.rerank_servers import serving
+from tests.rerank_servers import serving, until
 from tests.test_imports import PACKAGE, run_python
 from tests.texts import DOCUMENTS, QUERY
 
@@ -129,6 +131,49 @@ def test_a_server_with_too_much_to_do_is_overloaded(reranker):
         remote.warm_up()
         with pytest.raises(Overloaded, match="429"):
             remote.rerank(QUERY, list(read_sentences().values())[:64])
+
+
+@pytest.mark.timeout(400)
+def test_a_server_that_comes_back_in_time_loses_no_call(tmp_path):
+    """Five hundred calls by eight threads, while the server is killed and started three times."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    process = started(port, tmp_path)
+    # The default settings, but for time on a machine that does much else.
+    with RemoteReranker(url, timeout_s=120) as remote, ThreadPoolExecutor(8) as pool:
+        wanted = remote.score(QUERY, DOCUMENTS)
+        calls = [pool.submit(one_of_many, remote, number) for number in range(500)]
+        for share in (0.1, 0.3, 0.5):
+            until(lambda share=share: sum(each.done() for each in calls) >= share * len(calls))
+            process.kill()
+            process.wait()
+            process = started(port, tmp_path)
+        try:
+            found = [each.result() for each in calls]
+        finally:
+            process.terminate()
+            process.wait(30)
+        assert remote.stats().retries > 0
+        assert remote.stats().failed_requests == 0
+    assert found == [pytest.approx(wanted, abs=1e-5)] * 500
+
+
+def one_of_many(remote: RemoteReranker, number: int) -> list[float]:
+    """Score by a thread, or by a loop of its own, with a pause as a program's own work."""
+    time.sleep(0.02)
+    if number % 2:
+        return remote.score(QUERY, DOCUMENTS)
+    ranking = asyncio.run(remote.arerank(QUERY, DOCUMENTS))
+    return [each.score for each in sorted(ranking, key=lambda each: each.index)]
+
+
+def started(port: int, folder: Path) -> "subprocess.Popen[bytes]":
+    """Start `bge-rerank serve`, and do not wait for it."""
+    command = [sys.executable, "-m", "bge_rerank_adapters", "serve", "--model", "tiny"]
+    with (folder / "log").open("a") as log:
+        return subprocess.Popen([*command, "--port", str(port)], stdout=log, stderr=log)
 
 
 # The adapters

@@ -13,7 +13,7 @@ from bge_rerank_adapters.calls.requests import Request
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """What one call cost.
+    """What one call cost; of a call to a server the tokens alone are known.
 
     Attributes:
         tokens: Tokens of its pairs, special tokens included; identical pairs count once.

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bge_rerank_adapters.calls.ranking import PairScore, ScoredRequest, sigmoid
+from bge_rerank_adapters.calls.ranking import PairScore, ScoredRequest, Usage, sigmoid
 from bge_rerank_adapters.calls.requests import Request
 from bge_rerank_adapters.errors import RemoteError
 
@@ -14,6 +14,8 @@ from bge_rerank_adapters.errors import RemoteError
 SHOWN_CHARACTERS = 300
 # How far beyond [0, 1] float32 arithmetic may put a score that is meant to be within.
 _ROUNDING = 1e-6
+# More than this is no count of tokens.
+_MOST_TOKENS = 1 << 53
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +36,35 @@ class RemoteScore:
         return replace(self, index=self.index + places)
 
 
-def read_answer(body: bytes, *, documents: int, scale: str, server: str) -> list[RemoteScore]:
-    """Return what a server answered about n documents, in its order.
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """What a server answered about n documents.
+
+    Attributes:
+        scores: n of them, in its order.
+        tokens: How many it read, by its own account; `None` where it gives none.
+    """
+
+    scores: list[RemoteScore]
+    tokens: int | None = None
+
+    def joined(self, rest: "Answered", *, places: int) -> "Answered":
+        """Return this with the answer about documents that stand so many places further on."""
+        tokens = None
+        if self.tokens is not None and rest.tokens is not None:
+            tokens = self.tokens + rest.tokens
+        return Answered(self.scores + [each.moved(places) for each in rest.scores], tokens)
+
+
+def read_answer(body: bytes, *, documents: int, scale: str, server: str) -> Answered:
+    """Return what a server answered about n documents.
 
     Args:
-        body: A list of `{"index", "score"}`, as text-embeddings-inference answers, or an object
-            with a list of `{"index", "relevance_score"}` under `results` (Cohere, Jina, vLLM,
-            infinity) or `data` (older infinity). A `logit` beside the score is taken along.
+        body: A list of `{"index", "score"}`, as text-embeddings-inference and SGLang answer, or an
+            object with a list of `{"index", "relevance_score"}` under `results` (Cohere, Jina,
+            vLLM, infinity, llama.cpp) or `data` (older infinity). A `logit` beside the score is
+            taken along. Tokens are read from `usage` (most of them), `meta.tokens` (Cohere) or
+            each row's `meta_info` (SGLang).
         documents: n.
         scale: `"logit"` where the numbers are logits, `"score"` where they are in [0, 1].
         server: Its address, for errors.
@@ -49,15 +73,15 @@ def read_answer(body: bytes, *, documents: int, scale: str, server: str) -> list
         RemoteError: It is no such thing, an index is missing, doubled or out of range, or a number
             is not finite or not in [0, 1].
     """
-    rows = _rows(body, server)
+    answer, rows = _rows(body, server)
     scores = [_remote_score(row, scale=scale, server=server) for row in rows]
     if len({each.score.logit is None for each in scores}) > 1:
         raise RemoteError(f"{server} answered with logits for some documents alone.")
     _check_indexes([each.index for each in scores], documents, server)
-    return scores
+    return Answered(scores, _tokens(answer, rows))
 
 
-def _rows(body: bytes, server: str) -> list[Any]:
+def _rows(body: bytes, server: str) -> tuple[Any, list[Any]]:
     try:
         answer = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -73,7 +97,28 @@ def _rows(body: bytes, server: str) -> list[Any]:
             f"{server} answered without a list of results: {shortened(body)}; "
             "is it the address of a rerank server, and api= its kind?"
         )
-    return rows
+    return answer, rows
+
+
+def _tokens(answer: object, rows: list[Any]) -> int | None:
+    """Return how many tokens were read; some servers say 0 where they did not count."""
+    told = _number_at(answer, "usage", "prompt_tokens") or _number_at(
+        answer, "usage", "total_tokens"
+    )
+    told = told or _number_at(answer, "meta", "tokens", "input_tokens")
+    if told is None and rows:
+        each = [_number_at(row, "meta_info", "prompt_tokens") for row in rows]
+        told = None if None in each else sum(filter(None, each))
+    return told
+
+
+def _number_at(value: object, *names: str) -> int | None:
+    """Return the whole number above 0 that stands there; Cohere writes it as 12.0."""
+    for name in names:
+        value = value.get(name) if isinstance(value, dict) else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return int(value) if 1 <= value <= _MOST_TOKENS else None
 
 
 def _remote_score(row: object, *, scale: str, server: str) -> RemoteScore:
@@ -94,7 +139,8 @@ def _remote_score(row: object, *, scale: str, server: str) -> RemoteScore:
         raise _wrong(
             server,
             row,
-            'has a score outside [0, 1]; if the server gives logits, say scale="logit"',
+            'has a score outside [0, 1]; if the server gives logits, give api="jina", '
+            'scale="logit" (or api="llamacpp" or "sglang", if it is one)',
         )
     return RemoteScore(
         index,
@@ -171,22 +217,26 @@ class Question:
             places.setdefault(text, []).append(index)
         self.distinct = list(places)
         self._places = list(places.values())
-        self._answered: list[RemoteScore] = []
+        self._answered = Answered([], 0)
 
     def parts(self, max_documents: int) -> Iterator[tuple[int, list[str]]]:
         """Yield where each part of the distinct documents begins, and the part."""
         for start in range(0, len(self.distinct), max_documents):
             yield start, self.distinct[start : start + max_documents]
 
-    def take(self, start: int, answered: Sequence[RemoteScore]) -> None:
-        """Keep what the server answered about the part that begins there, in its order."""
-        self._answered += [each.moved(start) for each in answered]
+    def take(self, start: int, answered: Answered) -> None:
+        """Keep what the server answered about the part that begins there."""
+        self._answered = self._answered.joined(answered, places=start)
 
     def scored(self) -> ScoredRequest:
         """Return the scores of the n documents; equal ones keep the server's order."""
+        answered = self._answered
         scores = {
-            index: each.score for each in self._answered for index in self._places[each.index]
+            index: each.score for each in answered.scores for index in self._places[each.index]
         }
         return ScoredRequest(
-            self.request, [scores[index] for index in range(len(scores))], order=list(scores)
+            self.request,
+            [scores[index] for index in range(len(scores))],
+            order=list(scores),
+            usage=None if answered.tokens is None else Usage(tokens=answered.tokens),
         )

@@ -2,7 +2,9 @@
 
 Sources, besides our own server: text-embeddings-inference `router/src/http/types.rs` and
 `server.rs`; vLLM `vllm/entrypoints/pooling/scoring/protocol.py`; infinity_emb 0.0.78
-`fastapi_schemas/pymodels.py`; the cohere package 7.3 `v2/raw_client.py`; Jina's public examples.
+`fastapi_schemas/pymodels.py`; the cohere package 7.3 `v2/raw_client.py`; Jina's public examples;
+llama.cpp `tools/server/server-common.cpp` (format_response_rerank) and `server-context.cpp`; SGLang
+`srt/entrypoints/openai/protocol.py`, `serving_rerank.py` and `srt/layers/activation.py`.
 """
 
 import re
@@ -107,8 +109,14 @@ APIS: Mapping[str, Api] = {
     ),
     "infinity": Api(("/rerank",), raw={"raw_scores": True}),
     "cohere": Api(("/v2/rerank",), token_limits={"max_document_tokens": "max_tokens_per_doc"}),
-    "jina": Api(("/v1/rerank",), constants={"return_documents": False}),
+    # What answers in Jina's form without being Jina may have no version in its path.
+    "jina": Api(("/v1/rerank", "/rerank"), constants={"return_documents": False}),
+    # Both answer with what the model's head gives, which of a BGE reranker is a logit.
+    "llamacpp": Api(("/v1/rerank",), scale="logit"),
+    "sglang": Api(("/v1/rerank",), constants={"return_documents": False}, scale="logit"),
 }
+# Who owns the models, by `GET /v1/models`, where that tells what the server is.
+_OWNERS = ("llamacpp", "sglang")
 # What our own server calls itself in `/info`.
 OUR_NAME = "bge_rerank_adapters"
 # What Cohere's, Jina's, vLLM's, infinity's and our own server have in common.
@@ -155,6 +163,14 @@ def api_of_info(info: object) -> Api:
     return APIS["tei"] if "max_client_batch_size" in info else COMMON
 
 
+def api_of_models(models: object) -> Api:
+    """Return the interface of a server from its `/v1/models`; the common one for no answer."""
+    listed = models.get("data") if isinstance(models, dict) else None
+    first = listed[0] if isinstance(listed, list) and listed else None
+    owner = first.get("owned_by") if isinstance(first, dict) else None
+    return APIS[owner] if owner in _OWNERS else COMMON
+
+
 def limit_of_info(info: object, api: Api) -> int:
     """Return the most documents of a request, from its `/info` or else by default."""
     limit = info.get("max_client_batch_size") if isinstance(info, dict) else None
@@ -165,6 +181,15 @@ def limit_of_info(info: object, api: Api) -> int:
 
 def info_address(url: str) -> str:
     """Return where our server and text-embeddings-inference say what they are."""
+    return _beside(url, "/info")
+
+
+def models_address(url: str) -> str:
+    """Return where llama.cpp, SGLang and others list their models."""
+    return _beside(url, "/v1/models")
+
+
+def _beside(url: str, path: str) -> str:
     parts = urlsplit(url)
     base = _VERSION.sub("", parts.path.removesuffix("/rerank"))
-    return urlunsplit(parts._replace(path=f"{base}/info"))
+    return urlunsplit(parts._replace(path=f"{base}{path}"))

@@ -13,26 +13,16 @@ import time
 from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import httpx
 
 from bge_rerank_adapters.calls.requests import Request
-from bge_rerank_adapters.errors import ClosedError, RerankTimeoutError, SettingsError
-from bge_rerank_adapters.remote.answers import RemoteScore, read_answer
-from bge_rerank_adapters.remote.apis import (
-    APIS,
-    AUTO,
-    COMMON,
-    Api,
-    addresses,
-    api_of_address,
-    api_of_info,
-    info_address,
-    limit_of_info,
-)
+from bge_rerank_adapters.errors import ClosedError, RerankTimeoutError
+from bge_rerank_adapters.remote.answers import Answered, read_answer
 from bge_rerank_adapters.remote.exchange import Answer, Exchange
+from bge_rerank_adapters.remote.planning import Plan, find_plan
 from bge_rerank_adapters.remote.refusals import refusal
 from bge_rerank_adapters.remote.settings import RemoteSettings
 from bge_rerank_adapters.remote.stats import Tally
@@ -48,23 +38,6 @@ _CONNECT_S = 10.0
 _JOIN_S = 5.0
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """How the server is asked.
-
-    Attributes:
-        api: What it speaks.
-        urls: Where; several where it has not answered yet.
-        scale: What its numbers are: `"score"` or `"logit"`.
-        max_documents: Most documents of a request.
-    """
-
-    api: Api
-    urls: tuple[str, ...]
-    scale: str
-    max_documents: int
 
 
 class Connections:
@@ -101,8 +74,8 @@ class Connections:
         """Return how the server is asked, if that is known."""
         return self._plan
 
-    def ask(self, request: Request) -> "Future[list[RemoteScore]]":
-        """Return a future of what the server answers about n texts, in its order."""
+    def ask(self, request: Request) -> "Future[Answered]":
+        """Return a future of what the server answers about n texts."""
         return self._submit(lambda: self._timed(lambda deadline: self._asked(request, deadline)))
 
     def close(self) -> None:
@@ -171,46 +144,16 @@ class Connections:
     async def _planned(self, deadline: float | None) -> Plan:
         async with self._planning:
             if self._plan is None:
-                self._plan = await self._find_plan(deadline)
+                self._plan = await find_plan(self._settings, self._exchange, deadline)
             return self._plan
 
-    async def _find_plan(self, deadline: float | None) -> Plan:
-        settings = self._settings
-        api = APIS.get(settings.api) or api_of_address(settings.url)
-        info = None
-        limit_wanted = settings.max_documents_per_request is None
-        if api is None or (api.states_limit and limit_wanted):
-            info = await self._info(deadline)
-        if api is None:
-            api = api_of_info(info)
-        if api is COMMON and settings.scale == "logit":
-            raise SettingsError(
-                f'scale="logit" needs api=, for {settings.url} may be of any kind, and would not '
-                'be asked for logits; give api="vllm" or "infinity", or "jina" or "cohere" where '
-                "logits are what it answers anyway."
-            )
-        limit = settings.max_documents_per_request or limit_of_info(info, api)
-        scale = api.scale if settings.scale == AUTO else settings.scale
-        return Plan(api, addresses(settings.url, api), scale, limit)
-
-    async def _info(self, deadline: float | None) -> object:
-        """Return what the server's `/info` says, or `None` where there is none."""
-        url = info_address(self._settings.url)
-        answer = await self._exchange.get(url, deadline=deadline, longest=_ANSWER_BYTES)
-        if answer.status in {401, 403}:
-            raise refusal(answer, url, self._settings)
-        try:
-            return json.loads(answer.body) if answer.status == 200 else None
-        except (ValueError, RecursionError):
-            return None
-
-    async def _asked(self, request: Request, deadline: float | None) -> list[RemoteScore]:
+    async def _asked(self, request: Request, deadline: float | None) -> Answered:
         plan = await self._planned(deadline)
-        scores = await self._ask(plan, request, deadline)
-        self._tally.add(pairs=len(request.texts))
-        return scores
+        answered = await self._ask(plan, request, deadline)
+        self._tally.add(pairs=len(request.texts), tokens=answered.tokens or 0)
+        return answered
 
-    async def _ask(self, plan: Plan, request: Request, deadline: float | None) -> list[RemoteScore]:
+    async def _ask(self, plan: Plan, request: Request, deadline: float | None) -> Answered:
         texts = request.texts
         body = _encoded(
             plan.api.request(
@@ -232,7 +175,7 @@ class Connections:
             await self._ask(plan, replace(request, texts=part), deadline)
             for part in (texts[:half], texts[half:])
         ]
-        return first + [each.moved(half) for each in rest]
+        return first.joined(rest, places=half)
 
     async def _post(self, plan: Plan, body: bytes, deadline: float | None) -> tuple[Answer, str]:
         """Send a request to the first address that is there, and remember which that is."""

@@ -3,6 +3,7 @@
 import asyncio
 import email.utils
 import logging
+import math
 import random
 import time
 from dataclasses import dataclass
@@ -16,11 +17,18 @@ from bge_rerank_adapters.remote.stats import Tally
 
 __all__ = ["Answer", "Exchange"]
 
-_AGAIN = frozenset({429, 503})
+# A proxy answers 502 while the server behind it starts.
+_AGAIN = frozenset({429, 502, 503})
 _FIRST_WAIT_S = 0.25
 _LONGEST_WAIT_S = 8.0
-# Longer than this nobody waits because a server says so: the caller decides.
+# Less than this before the deadline nothing is sent again.
+_SHORTEST_WAIT_S = 0.05
+# Longer than this nobody without a deadline waits because a server says so: the caller decides.
 _LONGEST_RETRY_AFTER_S = 30.0
+# A server may be restarted more than once while a request is under way.
+_MOST_BREAKS = 3
+# As many failures in a row are worth a warning.
+_WORTH_A_WARNING = 3
 # Of an answer that is an error: enough for its message.
 _ERROR_BYTES = 1 << 16
 # Nothing of the request has reached the server.
@@ -40,14 +48,14 @@ class _Again:
         error: What the caller gets in the end.
         cause: Of the error.
         wait_s: Seconds that the server asks to wait.
-        once: Whether to send it again once only.
+        most: How often to send it again at most, for such reasons; `None` is as often as allowed.
     """
 
     why: str
     error: RerankError
     cause: Exception | None = None
     wait_s: float | None = None
-    once: bool = False
+    most: int | None = None
 
     def final_error(self, tries: int) -> RerankError:
         """Return the error, with how often the request was sent."""
@@ -57,16 +65,18 @@ class _Again:
 
 
 class Exchange:
-    """Sends requests, and again on 429, 503, and where the server cannot be reached.
+    """Sends requests, and again on 429, 502, 503, and where the server cannot be reached.
 
-    Scoring changes nothing on a server, so a request whose connection broke is sent again too,
-    though once only: usually the server had closed an idle connection, but a request that makes
-    servers die should not go round all of them. The same holds for a 500 that is no JSON: a proxy
-    answers so where the server behind it died. A server whose model failed says so in JSON.
+    It does so until the deadline, unless `max_retries` says less, so that a server that comes back
+    in time loses no request. Scoring changes nothing on a server, so a request whose connection
+    broke is sent again too, but three times at most: a request that makes servers die should not
+    go round for ever. A 500 that is no JSON is sent again once: a proxy answers so where the server
+    behind it died. A server whose model failed says so in JSON.
     """
 
     def __init__(self, client: httpx.AsyncClient, settings: RemoteSettings, tally: Tally) -> None:
         self._client, self._settings, self._tally = client, settings, tally
+        self._warned = False
 
     async def get(self, url: str, *, deadline: float | None, longest: int) -> Answer:
         """Return the answer to a GET; otherwise as `post`."""
@@ -78,13 +88,13 @@ class Exchange:
         Args:
             url: Where to.
             body: JSON.
-            deadline: When the caller gives up, by `time.monotonic`; no wait begins that would go
-                past it.
+            deadline: When the caller gives up, by `time.monotonic`; no wait goes past it, and the
+                last ones are shorter, so that the server is asked until then.
             longest: Most bytes of an answer.
 
         Raises:
             Overloaded: It was 429 to the end.
-            RemoteError: It was 503 to the end or a proxy's 500 twice, the server cannot be
+            RemoteError: It was 502 or 503 to the end or a proxy's 500 twice, the server cannot be
                 reached, or the answer was cut off or is too long.
         """
         return await self._send("POST", url, body, deadline=deadline, longest=longest)
@@ -92,22 +102,34 @@ class Exchange:
     async def _send(
         self, method: str, url: str, body: bytes | None, *, deadline: float | None, longest: int
     ) -> Answer:
-        tries, sent_again = 0, False
+        tries, suspect = 0, 0
         while True:
             tries += 1
             self._tally.add(http_requests=1)
             again = await self._try(method, url, body, longest)
             if isinstance(again, Answer):
+                self._warned = False
                 return again
-            if again.once and sent_again:
+            suspect += again.most is not None
+            wait_s = _wait_s(tries, again.wait_s, deadline)
+            if wait_s is None or self._is_enough(tries, suspect, again.most):
                 raise again.final_error(tries) from again.cause
-            sent_again |= again.once
-            wait_s = _wait_s(tries, again.wait_s)
-            if tries > self._settings.max_retries or _too_long(wait_s, again.wait_s, deadline):
-                raise again.final_error(tries) from again.cause
-            _log.info("%s %s; sending again in %.2f s", url, again.why, wait_s)
+            self._tell(url, again.why, wait_s, tries=tries)
             self._tally.add(retries=1)
             await asyncio.sleep(wait_s)
+
+    def _is_enough(self, tries: int, suspect: int, most: int | None) -> bool:
+        allowed = self._settings.max_retries
+        return (allowed is not None and tries > allowed) or (most is not None and suspect > most)
+
+    def _tell(self, url: str, why: str, wait_s: float, *, tries: int) -> None:
+        """Log a retry; who waits for a server that is away learns it, once for all requests."""
+        _log.info("%s %s; sending again in %.2f s", url, why, wait_s)
+        if tries >= _WORTH_A_WARNING and not self._warned:
+            self._warned = True
+            limit = self._settings.timeout_s
+            until = "" if limit is None else f" until timeout_s={limit:g} is over"
+            _log.warning("%s %s, %d times in a row; asking again%s", url, why, tries, until)
 
     async def _try(
         self, method: str, url: str, body: bytes | None, longest: int
@@ -121,7 +143,7 @@ class Exchange:
         except _BROKEN as error:
             why = f"broke the connection off ({_named(error)})"
             message = f"{url} {why}; its log may say why."
-            return _Again(why, RemoteError(message), error, once=True)
+            return _Again(why, RemoteError(message), error, most=_MOST_BREAKS)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise RemoteError(f"The request to {url} failed ({_named(error)}).") from error
         by_proxy = answer.status == 500 and not answer.is_json
@@ -131,7 +153,7 @@ class Exchange:
             f"answered {answer.status}",
             refusal(answer, url, self._settings),
             wait_s=answer.retry_after_s,
-            once=by_proxy,
+            most=1 if by_proxy else None,
         )
 
     async def _once(self, method: str, url: str, body: bytes | None, longest: int) -> Answer:
@@ -160,18 +182,20 @@ class Exchange:
             )
 
 
-def _wait_s(tries: int, asked_s: float | None) -> float:
-    """Return how long to wait: longer each time, and not the same for all who were refused."""
-    if asked_s is not None:
-        return asked_s * random.uniform(1.0, 1.1)  # noqa: S311 - no secret depends on it
-    longest = min(_FIRST_WAIT_S * 2.0 ** min(tries - 1, 10), _LONGEST_WAIT_S)
-    return longest * random.uniform(0.5, 1.0)  # noqa: S311
+def _wait_s(tries: int, asked_s: float | None, deadline: float | None) -> float | None:
+    """Return how long to wait, or `None` where there is no time for it.
 
-
-def _too_long(wait_s: float, asked_s: float | None, deadline: float | None) -> bool:
-    if asked_s is not None and asked_s > _LONGEST_RETRY_AFTER_S:
-        return True
-    return deadline is not None and time.monotonic() + wait_s >= deadline
+    Longer each time, and not the same for all who were refused; but at most half of what is left
+    until the deadline, and never less than the server asks for.
+    """
+    left_s = math.inf if deadline is None else deadline - time.monotonic()
+    longest_s = min(_FIRST_WAIT_S * 2.0 ** min(tries - 1, 10), _LONGEST_WAIT_S)
+    wait_s = min(longest_s * random.uniform(0.5, 1.0), left_s / 2)  # noqa: S311 - no secret
+    if asked_s is None:
+        return wait_s if wait_s >= _SHORTEST_WAIT_S else None
+    allowed_s = _LONGEST_RETRY_AFTER_S if deadline is None else left_s
+    wait_s = max(wait_s, asked_s * random.uniform(1.0, 1.1))  # noqa: S311
+    return wait_s if asked_s <= allowed_s and _SHORTEST_WAIT_S <= wait_s < left_s else None
 
 
 def _retry_after_s(value: str | None) -> float | None:

@@ -14,8 +14,9 @@ from bge_rerank_adapters.calls.ranking import PairScore, ScoredRequest
 from bge_rerank_adapters.calls.requests import Request
 from bge_rerank_adapters.calls.runner import AsyncRunner, Call, Reservations
 from bge_rerank_adapters.errors import RemoteError
-from bge_rerank_adapters.remote.answers import Question, RemoteScore
-from bge_rerank_adapters.remote.connections import Connections, Plan
+from bge_rerank_adapters.remote.answers import Answered, Question
+from bge_rerank_adapters.remote.connections import Connections
+from bge_rerank_adapters.remote.planning import Plan
 from bge_rerank_adapters.remote.process_state import ProcessState
 from bge_rerank_adapters.remote.settings import RemoteSettings
 from bge_rerank_adapters.remote.stats import RemoteStats
@@ -42,7 +43,7 @@ class _Part(NamedTuple):
     last: bool
 
 
-_UnderWay = deque[tuple[_Part, Future[list[RemoteScore]] | None]]
+_UnderWay = deque[tuple[_Part, Future[Answered] | None]]
 
 
 class RemoteReranker(BaseReranker[RemoteSettings]):
@@ -52,20 +53,23 @@ class RemoteReranker(BaseReranker[RemoteSettings]):
     connections. It goes wherever a `Reranker` goes, such as an adapter's `reranker=`. Making one
     sends nothing. After a fork the child opens connections of its own.
 
-    With `api="auto"` a known host (Cohere's, Jina's) and a path with a version (`/v1/rerank`, or
-    `/v1`) say what the server speaks, the latter Cohere's form, that all but
-    text-embeddings-inference share. Any other address is asked once for `/info`, which our server
-    and text-embeddings-inference answer, before the first request; where there is none, Cohere's
-    form is sent to `/rerank`, `/v1/rerank` or `/v2/rerank`, the first that is there.
+    With `api="auto"` a known host (Cohere's, Jina's) says what the server speaks. Any other is
+    asked once, before the first request: for `/info`, which our server and
+    text-embeddings-inference answer, unless the address has a version (`/v1`, `/v1/rerank`); then
+    for `/v1/models`, by which llama.cpp and SGLang are known. All others are asked in Cohere's
+    form, at the address given, or the first that is there of `/rerank`, `/v1/rerank` and
+    `/v2/rerank` below it.
 
     What comes back: all scores are asked for, and threshold and `top_k` are applied here. Our
-    server and text-embeddings-inference give logits; of others `logit` is `None`, and results are
-    ordered by score. What is equal keeps the server's order. `truncated`, `query_truncated` and
-    `span` are known of our server alone. Identical documents of a call are sent once.
+    server, text-embeddings-inference, llama.cpp and SGLang give logits; of others `logit` is
+    `None`, and results are ordered by score. What is equal keeps the server's order. `truncated`,
+    `query_truncated` and `span` are known of our server alone, and `usage.tokens` where the server
+    tells it. Identical documents of a call are sent once.
 
-    Requests are sent again on 429 and 503, with growing, random waits or the server's
-    `Retry-After` (at most 30 s), and where the server cannot be reached; a request whose
-    connection broke only once more. A request that a server finds too large (413) goes in halves.
+    Requests are sent again on 429, 502 and 503, with growing, random waits or the server's
+    `Retry-After`, and where the server cannot be reached, until `timeout_s` is over: a server that
+    comes back within that time loses none. A request whose connection broke is sent again three
+    times at most. A request that a server finds too large (413) goes in halves.
 
     Attributes:
         settings: The settings it was made with.
@@ -89,7 +93,7 @@ class RemoteReranker(BaseReranker[RemoteSettings]):
         api_key: str | None = RemoteSettings.api_key,
         scale: str = RemoteSettings.scale,
         timeout_s: float | None = RemoteSettings.timeout_s,
-        max_retries: int = RemoteSettings.max_retries,
+        max_retries: int | None = RemoteSettings.max_retries,
         max_documents_per_request: int | None = RemoteSettings.max_documents_per_request,
         max_connections: int = RemoteSettings.max_connections,
     ) -> None:
@@ -99,16 +103,20 @@ class RemoteReranker(BaseReranker[RemoteSettings]):
             url: The server's address, `"http://gpu-box:8080"`, or that of its route,
                 `"https://api.jina.ai/v1/rerank"`.
             api: What it speaks: `"bge"` for our own server, `"tei"` for text-embeddings-inference,
-                `"vllm"`, `"infinity"`, `"cohere"`, `"jina"`; `"auto"` finds out. With `"vllm"`
-                that server is asked to cut long documents instead of refusing them.
+                `"vllm"`, `"infinity"`, `"cohere"`, `"jina"`, `"llamacpp"`, `"sglang"`; `"auto"`
+                finds out. With `"vllm"` that server is asked to cut long documents instead of
+                refusing them.
             model: What the server calls its model; `None` is not sent.
             api_key: Secret, sent as a bearer token; in no repr, dump, error, log or pickle.
             scale: What the server's numbers are: `"score"`, in [0, 1]; `"logit"`, which vLLM
                 (from `use_activation` on) and infinity are then asked for, `api` being given;
-                `"auto"` is logits from our server and text-embeddings-inference, else scores.
+                `"auto"` is logits from our server, text-embeddings-inference, llama.cpp and
+                SGLang, else scores. The last two answer with what the model's head gives: for
+                checkpoints that end in a sigmoid or softmax of their own, give `"score"`.
             timeout_s: Seconds that one HTTP request may take at most, with its retries and their
                 waits; `None` is for ever. A call of many documents may be several requests.
-            max_retries: How often a request is sent again at most.
+            max_retries: How often a request is sent again at most; `None` is as often as
+                `timeout_s` allows, 0 fails at once.
             max_documents_per_request: Longer calls go in several requests, side by side; `None`
                 is the server's limit where it states one (32 or more for
                 text-embeddings-inference), and at most 1000.
@@ -188,7 +196,7 @@ class RemoteReranker(BaseReranker[RemoteSettings]):
     def _no_logits(self) -> RemoteError:
         return RemoteError(
             f"{self.settings.url} gives scores alone, no logits; use score(), or give "
-            'scale="logit" where the server can be asked for them.'
+            'api="vllm" or "infinity" and scale="logit" if it is such a server.'
         )
 
     def _score(
@@ -276,7 +284,7 @@ def _parts(question: Question, plan: Plan | None) -> Iterator[_Part]:
 
 def _send(
     part: _Part, connections: Connections, reservations: Reservations
-) -> "Future[list[RemoteScore]] | None":
+) -> "Future[Answered] | None":
     if not part.texts:
         return None
     request = replace(part.question.request, texts=part.texts, documents=None)

@@ -55,8 +55,8 @@ class RemoteSettings(Table):
     api: str = setting(
         AUTO,
         checks.one_of(*NAMES, shown=str),
-        '`"auto"`, `"bge"` for our own server, `"tei"`, `"vllm"`, `"infinity"`, `"cohere"` or '
-        '`"jina"`',
+        '`"auto"`, `"bge"` for our own server, `"tei"`, `"vllm"`, `"infinity"`, `"cohere"`, '
+        '`"jina"`, `"llamacpp"` or `"sglang"`',
     )
     model: str | None = setting(
         None, checks.optional(checks.text), "What the server calls its model", none="not sent"
@@ -75,7 +75,12 @@ class RemoteSettings(Table):
         "Seconds that one HTTP request may take at most, waits and retries included",
         none="for ever",
     )
-    max_retries: int = setting(4, checks.at_least(0), "How often a request is sent again at most")
+    max_retries: int | None = setting(
+        None,
+        checks.optional(checks.at_least(0)),
+        "How often a request is sent again at most",
+        none="as often as `timeout_s` allows",
+    )
     max_documents_per_request: int | None = setting(
         None,
         checks.optional(checks.count),

@@ -14,6 +14,7 @@ class RemoteStats:
     Attributes:
         requests: Calls that were let in; of `rerank_many`, each of its requests.
         pairs: Pairs that the server scored; identical ones of a call count once.
+        tokens: Tokens that the server read for them, by its own account; 0 where it gives none.
         http_requests: Sent, retries included.
         retries: How many of them were sent again.
         failed_requests: Requests that ended with an error, given-up ones included.
@@ -23,6 +24,7 @@ class RemoteStats:
 
     requests: int = 0
     pairs: int = 0
+    tokens: int = 0
     http_requests: int = 0
     retries: int = 0
     failed_requests: int = 0
