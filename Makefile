@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 KERNELS := hatch_build.py $(shell $(PYTHON) bge_rerank_adapters/engine/models/cpu/kernels/build.py --list)
 
-.PHONY: demo docs notebooks test test-oldest lint clean
+.PHONY: demo docs notebooks pictures test test-oldest lint clean
 
 # torch comes first and by its number alone: any other request brings gigabytes of GPU libraries
 # that a machine without a GPU has no use for.
@@ -23,6 +23,9 @@ notebooks: .venv/installed
 docs: .venv/installed
 	rm -rf build/docs
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
+
+pictures: .venv/installed
+	$(BIN)/python docs/pictures.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

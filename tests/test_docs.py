@@ -1,10 +1,12 @@
 """The documentation site builds without warnings and asks no other host for anything."""
 
+import json
 import re
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -73,3 +75,26 @@ def test_a_style_loads_nothing_from_another_host(site):
     assert any(path.suffix == ".css" for path in styles)
     for style in styles:
         assert not OUTSIDE.search(style.read_text("utf-8")), style.name
+
+
+def texts(picture: Path) -> list[str]:
+    found = ET.parse(picture).iter("{http://www.w3.org/2000/svg}text")  # noqa: S314
+    return [" ".join("".join(each.itertext()).split()) for each in found]
+
+
+def test_the_pictures_are_those_that_the_script_draws(tmp_path):
+    for needed in ("bm25s", "Stemmer", "matplotlib"):
+        pytest.importorskip(needed)
+    script = [sys.executable, str(ROOT / "docs" / "pictures.py"), str(tmp_path)]
+    subprocess.run(script, check=True, cwd=ROOT)
+    for name in ("ranking.svg", "speed.svg"):
+        assert len(texts(tmp_path / name)) > 10
+        assert texts(tmp_path / name) == texts(ROOT / "docs" / "pictures" / name), name
+
+
+def test_the_chart_shows_the_figures_of_the_notes():
+    notes = (ROOT / "benchmarks" / "NOTES.md").read_text("utf-8")
+    measured = json.loads((ROOT / "docs" / "pictures" / "speed.json").read_text("utf-8"))
+    for machine in measured["machines"]:
+        for name, each in machine["times_bfloat16"].items():
+            assert re.search(rf"(?<![\d.]){each['times']}(?![\d.])", notes), name
