@@ -1,4 +1,4 @@
-"""Every error that this package raises of its own.
+"""The errors of this package.
 
 ```text
 RerankError
@@ -18,14 +18,14 @@ RerankError
 └── ClosedError                           the engine has been closed
 ```
 
-A missing optional package raises the built-in `ImportError`, with the pip command that mends it.
+A missing optional package raises the built-in `ImportError`, with the pip command to install it.
 """
 
 from typing import Self
 
 
 class RerankError(Exception):
-    """Base of every error that this package raises of its own."""
+    """Base of all errors of this package."""
 
 
 class SettingsError(RerankError, ValueError):
@@ -41,11 +41,11 @@ class CheckpointError(RerankError):
 
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
-    """A checkpoint is neither a folder, nor in the local cache, nor to be had from the hub.
+    """A checkpoint is neither a folder, nor in the local cache, nor can it be downloaded.
 
     Attributes:
-        cause: What the hub's library raised; `None` where it was not asked, and in a copy that
-            was pickled. It is not chained, so that a traceback stays short.
+        cause: What the hub's library raised; `None` if it was not called, and after pickling. It
+            is not chained, so that a traceback stays short.
     """
 
     def __init__(self, message: str, cause: Exception | None = None) -> None:
@@ -77,7 +77,7 @@ class RemoteError(ScoringError):
     """A server could not be reached, refused a request, or gave an answer that cannot be right.
 
     Attributes:
-        status_code: Of the HTTP answer, where it was the reason; otherwise `None`.
+        status_code: The HTTP status, if it was the reason; otherwise `None`.
     """
 
     def __init__(self, message: str, *, status_code: int | None = None) -> None:

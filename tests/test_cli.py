@@ -196,7 +196,7 @@ def test_verify_without_weights_says_so(monkeypatch):
     assert result.exit_code == 1
     text = plain(result.output)
     assert text.startswith("Nothing was compared, for want of the weights: model 'BAAI/bge-rer")
-    assert "could not be had from the hub" in text
+    assert "could not be downloaded from the hub" in text
 
 
 def test_verify_of_an_unknown_model_says_what_is_known():

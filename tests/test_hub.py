@@ -138,7 +138,7 @@ def told(hub, error: Exception | None, *, ways_out=WAYS_OUT, **settings) -> str:
 def test_without_a_connection_the_ways_out_are_named_in_one_sentence(hub, error):
     text = told(hub, error)
     named = f"(no connection: {type(error).__name__}: "
-    assert text.startswith(f"model '{DEFAULT_MODEL}' could not be had from the hub {named}")
+    assert text.startswith(f"model '{DEFAULT_MODEL}' could not be downloaded from the hub {named}")
 
 
 def caused_by(error: Exception, cause: Exception) -> Exception:
@@ -158,7 +158,7 @@ def test_what_is_no_fault_of_the_network_is_not_blamed_on_it(hub):
 def test_a_cache_that_cannot_be_written_is_told(hub):
     error = PermissionError(13, "Permission denied", "/cache")
     text = told(hub, error, ways_out=["give a cache_dir to write to"])
-    assert "could not be kept in the cache (PermissionError: [Errno 13] Permission" in text
+    assert "could not be written to the cache (PermissionError: [Errno 13] Permission" in text
 
 
 def test_offline_mode_is_named_with_its_variable(hub):

@@ -115,7 +115,7 @@ def test_a_cache_that_cannot_be_written_is_told_as_such(monkeypatch, error):
     with pytest.raises(CheckpointNotFoundError) as info:
         find_folder(EngineSettings(model="an/owner"))
     text = str(info.value)
-    assert "could not be kept in the cache" in text
+    assert "could not be written to the cache" in text
     assert "'/ro'" in text
     assert "HF_HOME" in text
     assert "connection" not in text
@@ -140,7 +140,7 @@ def told_by_a_process(model: str, **environment: str) -> str:
 def test_a_home_of_the_hub_that_is_no_folder_is_told_by_the_real_library(tmp_path: Path):
     (tmp_path / "file").touch()
     told = told_by_a_process("an/owner", HF_HOME=str(tmp_path / "file"))
-    assert "could not be kept in the cache" in told
+    assert "could not be written to the cache" in told
     assert str(tmp_path / "file") in told
 
 

@@ -1,6 +1,6 @@
-"""What a folder of peft's says of its LoRA adapter: the base, and how much of it is added.
+"""Reads the config of a LoRA adapter in peft's format.
 
-By the rules of peft 0.21 (`tuners/lora/config.py` and `model.py`, `utils/other.py`).
+It follows peft 0.21 (`tuners/lora/config.py` and `model.py`, `utils/other.py`).
 """
 
 import math
@@ -15,7 +15,7 @@ from bge_rerank_adapters.errors import CheckpointError, UnsupportedCheckpointErr
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _MERGE = "merge it with peft's merge_and_unload(), save_pretrained() that, and give its folder"
-# Entries that choose what was trained or how, which the stored tensors show, or that are read here.
+# Entries that are read here, or that only say what was trained and how.
 _KNOWN = (
     *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "eva_config"),
     *("exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern"),
@@ -23,25 +23,25 @@ _KNOWN = (
     *("peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision"),
     *("target_modules", "task_type", "use_rslora"),
 )
-# Ways to begin that leave the base as it is; all others change its weights too.
-_PLAIN_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
+# Values of init_lora_weights that leave the base's weights unchanged.
+_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A LoRA adapter of some base.
+    """A LoRA adapter and its base model.
 
     Attributes:
         folder: Holds its config and weights.
-        base: The folder or the name on the hub of what it was trained on.
-        revision: Of the base on the hub.
-        rank: Of the products that are added, where no pattern says another.
-        alpha: What they are multiplied by and divided by the rank, likewise.
-        ranks: By a regular expression for the names of modules.
-        alphas: By another.
-        root_of_rank: Whether they are divided by the root of the rank instead.
+        base: Folder or hub name of the base.
+        revision: The base's revision on the hub.
+        rank: Rank of modules that no pattern in `ranks` matches.
+        alpha: Alpha of modules that no pattern in `alphas` matches.
+        ranks: Ranks by regular expressions for module names.
+        alphas: Alphas by regular expressions for module names.
+        root_of_rank: Whether the scale is alpha / sqrt(rank) instead of alpha / rank.
         saved_modules: Names of modules that are stored whole.
     """
 
@@ -56,11 +56,11 @@ class Adapter:
     saved_modules: tuple[str, ...]
 
     def rank_of(self, module: str) -> int:
-        """Return the rank of a module's product, by the module's whole name."""
+        """Return the rank for a module, given its full name."""
         return _by_pattern(self.ranks, module, self.rank)
 
     def scale_of(self, module: str) -> float:
-        """Return the factor of a module's product."""
+        """Return the factor of a module's low-rank product."""
         rank = self.rank_of(module)
         divisor = math.sqrt(rank) if self.root_of_rank else rank
         return _by_pattern(self.alphas, module, self.alpha) / divisor
@@ -70,8 +70,8 @@ def read_adapter(folder: Path) -> Adapter | None:
     """Return the adapter of a folder, or `None` for any other folder.
 
     Raises:
-        CheckpointError: Its config is damaged, or a whole model is there as well.
-        UnsupportedCheckpointError: It is of another kind than plain LoRA; the message names it.
+        CheckpointError: Its config is damaged, or the folder also holds a whole model.
+        UnsupportedCheckpointError: It is not plain LoRA; the message says what it is.
     """
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
@@ -81,8 +81,8 @@ def read_adapter(folder: Path) -> Adapter | None:
     whole = next((name for name in _WHOLE if (folder / name).is_file()), None)
     if whole:
         raise CheckpointError(
-            f"{folder} holds an adapter ({ADAPTER_CONFIG}) and a whole model ({whole}), so which "
-            "of the two is meant cannot be known; put one of them into a folder of its own."
+            f"{folder} holds both an adapter ({ADAPTER_CONFIG}) and a whole model ({whole}); put "
+            "the one that is meant into a folder of its own."
         )
     try:
         return _parse(config, folder)
@@ -111,29 +111,28 @@ def _parse(config: dict[str, Any], folder: Path) -> Adapter:
 
 
 def _check_supported(config: dict[str, Any], path: Path) -> None:
-    """Refuse by name whatever changes more than plain LoRA does."""
+    """Refuse options that go beyond plain LoRA."""
     kind = config.get("peft_type")
     if kind != "LORA":
         raise UnsupportedCheckpointError(
-            f"{path}: peft_type {kind!r} is no plain LoRA adapter, which alone is merged here; "
-            f"{_MERGE}."
+            f"{path}: peft_type {kind!r} is not LoRA, the only kind that is merged here; {_MERGE}."
         )
-    asked = {name: value for name, value in config.items() if name not in _KNOWN}
+    extra = {name: value for name, value in config.items() if name not in _KNOWN}
     if config.get("bias", "none") != "none":
-        asked["bias"] = config["bias"]
-    begun = config.get("init_lora_weights", True)
-    if not any(begun is each or begun == each for each in _PLAIN_BEGINNINGS):
-        asked["init_lora_weights"] = begun
-    for name, value in asked.items():
+        extra["bias"] = config["bias"]
+    init = config.get("init_lora_weights", True)
+    if not any(init is each or init == each for each in _PLAIN_INITS):
+        extra["init_lora_weights"] = init
+    for name, value in extra.items():
         if value not in (None, False, "", [], {}):
             raise UnsupportedCheckpointError(
-                f"{path}: {name} {value!r} goes beyond plain LoRA, which alone is merged here; "
-                f"{_MERGE}."
+                f"{path}: {name} {value!r} goes beyond plain LoRA, the only kind that is merged "
+                f"here; {_MERGE}."
             )
 
 
 def _by_pattern(patterns: Mapping[str, _T], module: str, otherwise: _T) -> _T:
-    """Return the value of the first pattern that a module's name, or the end of it, matches."""
+    """Return the value of the first pattern that matches a module's name or the end of it."""
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value

@@ -1,10 +1,10 @@
-"""From the name of a checkpoint to the folder that holds it."""
+"""Finds or downloads the folder of a checkpoint."""
 
 import logging
 from pathlib import Path
 
 from bge_rerank_adapters.engine.checkpoints.formats import describe_weights
-from bge_rerank_adapters.engine.checkpoints.not_found import not_a_hub_name, not_to_be_had
+from bge_rerank_adapters.engine.checkpoints.not_found import download_failed, not_a_hub_name
 from bge_rerank_adapters.errors import CheckpointError, CheckpointNotFoundError
 from bge_rerank_adapters.settings import EngineSettings
 from bge_rerank_adapters.settings.checkpoints import TINY
@@ -12,7 +12,7 @@ from bge_rerank_adapters.settings.checkpoints import TINY
 _log = logging.getLogger(__name__)
 
 TINY_FOLDER = Path(__file__).parent / "tiny"
-# Weights as safetensors alone: a pickle can run any code when it is read.
+# No weights but safetensors: reading a pickle can run any code.
 _FILES = [
     "config.json",
     "tokenizer.json",
@@ -25,14 +25,14 @@ _FILES = [
     "merges.txt",
     "*.safetensors",
     "model.safetensors.index.json",
-    # What sentence-transformers adds, and peft's adapters.
+    # Files of sentence-transformers and of peft's adapters.
     "modules.json",
     "config_sentence_transformers.json",
     "sentence_*_config.json",
     "adapter_config.json",
 ]
-# Training leaves checkpoints in subfolders, and the states of its optimizer, large as the weights;
-# nothing that is run lies deeper than the root.
+# Training leaves checkpoints in subfolders, and optimizer states as large as the weights. All files
+# that are needed are in the root.
 _NOT_FILES = ["*/*", "optimizer*", "scheduler*", "rng_state*"]
 
 
@@ -40,28 +40,28 @@ def find_folder(settings: EngineSettings) -> Path:
     """Return the folder of the settings' checkpoint, downloaded first if need be.
 
     Raises:
-        CheckpointNotFoundError: It is neither a folder, nor in the cache, nor to be had. It stands
-            alone: what the hub's library raised is its `cause`, and is not chained.
-        CheckpointError: The hub has it, but its weights in a form that is not run here.
+        CheckpointNotFoundError: It is neither a folder, nor in the cache, nor can it be downloaded.
+            The hub library's error is its `cause`, and is not chained.
+        CheckpointError: The hub has it, but without safetensors.
     """
     try:
         local = check_name(settings.model)
         folder = local or _download(settings)
     except CheckpointNotFoundError as error:
-        # Raised anew without the frames below, which tell a user nothing.
+        # Raised again without the frames below, which do not help the user.
         raise error.with_traceback(None) from None
-    except Exception as error:  # noqa: BLE001 - those of whichever HTTP library the hub's uses
-        raise not_to_be_had(settings, error) from None
+    except Exception as error:  # noqa: BLE001 - the hub library's HTTP library may raise any
+        raise download_failed(settings, error) from None
     if local is None and not any(folder.glob("*.safetensors")):
         _check_other_weights(settings)
     return folder
 
 
 def check_name(model: str) -> Path | None:
-    """Return the folder that a model's name stands for; `None` for one that is asked of the hub.
+    """Return the local folder that a model's name stands for; `None` for a name on the hub.
 
     Raises:
-        CheckpointNotFoundError: It is a path where no folder is, or a name without an owner.
+        CheckpointNotFoundError: It is a path without a folder, or a name without an owner.
     """
     if model == TINY:
         return TINY_FOLDER
@@ -85,9 +85,9 @@ def check_name(model: str) -> Path | None:
 
 
 def check_owner(model: str) -> None:
-    """Raise `CheckpointNotFoundError` for a name that is no folder's and, without owner, no hub's.
+    """Raise `CheckpointNotFoundError` for a name without an owner that is no folder.
 
-    A path where no folder is passes: one may come to be there.
+    A path without a folder passes: the folder may be made later.
     """
     known = model == TINY or "/" in model or _looks_like_path(model)
     if not known and not Path(model).exists():
@@ -95,13 +95,12 @@ def check_owner(model: str) -> None:
 
 
 def _looks_like_path(model: str) -> bool:
-    # Names on the hub are "owner/name". The hub also knows some without an owner, from before it
-    # asked for one, and none of them is a reranker.
+    # Names on the hub are "owner/name". Some old ones have no owner; none of these is a reranker.
     return model.startswith((".", "/", "~")) or "\\" in model or model.count("/") > 1
 
 
 def _download(settings: EngineSettings) -> Path:
-    # Imported here: it takes long and local folders do without it.
+    # Imported here, since it takes long and local folders do not need it.
     from huggingface_hub import snapshot_download
 
     return Path(
@@ -118,10 +117,10 @@ def _download(settings: EngineSettings) -> Path:
 
 
 def _check_other_weights(settings: EngineSettings) -> None:
-    """Say in what form a repository has its weights, where none came.
+    """Refuse a repository without safetensors.
 
     Raises:
-        CheckpointError: It has them in another form than safetensors.
+        CheckpointError: It has weights of another format; the message names it.
     """
     if settings.local_files_only:
         return
@@ -131,7 +130,7 @@ def _check_other_weights(settings: EngineSettings) -> None:
         names = HfApi(token=settings.token).list_repo_files(
             settings.model, revision=settings.revision
         )
-    except Exception as error:  # noqa: BLE001 - then the folder's own error has to do
+    except Exception as error:  # noqa: BLE001 - then loading the folder fails instead
         _log.debug("The files of %s could not be listed: %s", settings.model, type(error).__name__)
         return
     if found := describe_weights(names):

@@ -1,4 +1,4 @@
-"""What a checkpoint's folder holds: looked at once, before anything of it is loaded."""
+"""Inspects a checkpoint's folder before anything is loaded."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,14 +21,14 @@ _TOKENIZER_FILES = (
 
 @dataclass(frozen=True, slots=True)
 class CheckpointFiles:
-    """Where the parts of a checkpoint are, and what its author says of them.
+    """Where the files of a checkpoint are, and its author's settings.
 
     Attributes:
-        folder: Holds `config.json` and the weights; of an adapter, that of its base.
-        tokenizer_folder: Holds the tokenizer; an adapter may bring its own.
-        config: What `config.json` says.
-        author: How the author has pairs read.
-        adapter: What is merged with the weights, if anything.
+        folder: Holds `config.json` and the weights; for an adapter, the folder of its base.
+        tokenizer_folder: Holds the tokenizer; an adapter may have its own.
+        config: The content of `config.json`.
+        author: The author's settings.
+        adapter: The adapter to merge with the weights, if any.
     """
 
     folder: Path
@@ -38,7 +38,7 @@ class CheckpointFiles:
     adapter: Adapter | None = None
 
     def apply_author(self, settings: EngineSettings) -> EngineSettings:
-        """Return the settings with the author's prompt and length where the user left them open."""
+        """Return the settings with the author's prompt, if the user gave none, and length limit."""
         prompt, limit = self.author.query_prompt, self.author.max_tokens
         if prompt and settings.query_instruction is None:
             settings = replace(settings, query_instruction=prompt)
@@ -48,15 +48,15 @@ class CheckpointFiles:
 
 
 def inspect_checkpoint(folder: Path, settings: EngineSettings) -> CheckpointFiles:
-    """Return what is in a folder, its adapter's base found or downloaded.
+    """Return what a folder holds; the base of an adapter is downloaded if need be.
 
     Args:
-        folder: The checkpoint's, or an adapter's.
-        settings: Say where to look for a base.
+        folder: The folder of a checkpoint or an adapter.
+        settings: Where to look for a base.
 
     Raises:
-        CheckpointError: Something in it is missing or damaged.
-        UnsupportedCheckpointError: It is quantised, or asks for something that is not done here.
+        CheckpointError: A file is missing or damaged.
+        UnsupportedCheckpointError: It is quantised, or needs something that is not supported.
     """
     adapter = read_adapter(folder)
     base = folder if adapter is None else _base_folder(adapter, settings)
@@ -72,7 +72,7 @@ def inspect_checkpoint(folder: Path, settings: EngineSettings) -> CheckpointFile
 
 
 def _base_folder(adapter: Adapter, settings: EngineSettings) -> Path:
-    """Return the folder of what an adapter was trained on."""
+    """Return the folder of an adapter's base."""
     wanted = replace(settings, model=adapter.base, revision=adapter.revision)
     try:
         folder = find_folder(wanted)

@@ -8,14 +8,14 @@ from bge_rerank_adapters.errors import CheckpointError
 
 
 def read_json(path: Path, *, kind: type = dict) -> Any:
-    """Return what a JSON file holds; an empty one of the kind where there is no file.
+    """Return the value in a JSON file; an empty `kind()` if there is no file.
 
     Args:
-        path: Of the file.
-        kind: `dict` or `list`.
+        path: The file.
+        kind: The expected type, `dict` or `list`.
 
     Raises:
-        CheckpointError: It is not JSON, or holds something else.
+        CheckpointError: It is not JSON, or holds another type.
     """
     if not path.is_file():
         return kind()

@@ -1,10 +1,10 @@
-"""Reads a checkpoint's `config.json`, and says what is wrong with it."""
+"""Reads and checks a checkpoint's `config.json`."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from bge_rerank_adapters.engine.checkpoints.formats import describe_folder
+from bge_rerank_adapters.engine.checkpoints.json_files import read_json
 from bge_rerank_adapters.engine.checkpoints.quantised import check_config_plain
 from bge_rerank_adapters.errors import CheckpointError
 
@@ -24,19 +24,14 @@ def read_config(folder: Path) -> dict[str, Any]:
             "that holds config.json, tokenizer.json and model.safetensors."
             + (f" It {found}." if found else "")
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, got a {type(config).__name__}.")
+    config: dict[str, Any] = read_json(path)
     _check_kind(config, path)
     check_config_plain(config, path)
     return config
 
 
 def _check_kind(config: dict[str, Any], path: Path) -> None:
-    """Check that what tells the kind of model is there, and is text."""
+    """Check that model_type or architectures are given, as text."""
     model_type, architectures = config.get("model_type"), config.get("architectures") or []
     if not isinstance(model_type, str | None):
         raise CheckpointError(f"{path}: model_type must be a string, got {model_type!r}.")

@@ -1,4 +1,4 @@
-"""Why a checkpoint was not found, in one short error without a chain of foreign tracebacks."""
+"""The error for a checkpoint that was not found: short, without the hub library's tracebacks."""
 
 import errno
 from difflib import get_close_matches
@@ -7,7 +7,7 @@ from bge_rerank_adapters.errors import CheckpointNotFoundError
 from bge_rerank_adapters.settings import EngineSettings
 from bge_rerank_adapters.settings.checkpoints import CHECKPOINTS, DEFAULT_MODEL, TINY
 
-_WAYS_OUT = (
+_ADVICE = (
     "give a local folder that holds it, or local_files_only=True with a cache_dir that holds it, "
     f'or "{TINY}", the small checkpoint that comes with this package'
 )
@@ -16,46 +16,46 @@ _KNOWN = {
     **{name.lower(): name for name in CHECKPOINTS},
     **{name.lower().partition("/")[2]: name for name in CHECKPOINTS},
 }
-# Of the file system, where the network is not to blame.
+# Error numbers of the file system, as opposed to the network.
 _CANNOT_BE_WRITTEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
 _HTTP_LIBRARIES = ("httpx", "httpx2", "requests")
 _CAUSE_CHARACTERS = 120
 
 
 def not_a_hub_name(model: str) -> CheckpointNotFoundError:
-    """Return the error for a name that is no folder and that no hub has, such as `"tinny"`."""
-    guess = _guess(model, likeness=0.7)
-    way_out = (
+    """Return the error for a name that is neither a folder nor valid on the hub, like `"tinny"`."""
+    guess = _guess(model, similarity=0.7)
+    advice = (
         f"did you mean {guess!r}?"
         if guess
         else f'give a folder, or a name with its owner like "{DEFAULT_MODEL}", or "{TINY}", the '
         "small checkpoint that comes with this package."
     )
     return CheckpointNotFoundError(
-        f'model {model!r} is neither a folder nor a valid hub name ("owner/name"); {way_out}'
+        f'model {model!r} is neither a folder nor a valid hub name ("owner/name"); {advice}'
     )
 
 
-def not_to_be_had(settings: EngineSettings, cause: Exception) -> CheckpointNotFoundError:
-    """Return the error for a download that failed: which of the ways it can fail, and what to do.
+def download_failed(settings: EngineSettings, cause: Exception) -> CheckpointNotFoundError:
+    """Return the error for a download that failed, with the reason and what to do.
 
     Args:
-        settings: Of the engine. Its token is in no message.
-        cause: What the hub's library raised; the error names it, and keeps it as `cause`.
+        settings: The engine's. No message has its token.
+        cause: The hub library's error, which is kept as `cause`.
     """
     from huggingface_hub.errors import HFValidationError
 
     if isinstance(cause, HFValidationError):
         return not_a_hub_name(settings.model)
-    problem, way_out = _diagnosis(settings, cause)
-    guess = _guess(settings.model, likeness=0.9)
+    problem, advice = _diagnosis(settings, cause)
+    guess = _guess(settings.model, similarity=0.9)
     hint = f" (did you mean {guess!r}?)" if guess else ""
-    return CheckpointNotFoundError(f"model {settings.model!r}{hint} {problem}; {way_out}.", cause)
+    return CheckpointNotFoundError(f"model {settings.model!r}{hint} {problem}; {advice}.", cause)
 
 
-def _guess(model: str, *, likeness: float) -> str | None:
-    """Return the known name that is meant, if one is like enough and not the same."""
-    found = get_close_matches(model.lower(), _KNOWN, n=1, cutoff=likeness)
+def _guess(model: str, *, similarity: float) -> str | None:
+    """Return the most similar known name, if it is similar enough and not the same."""
+    found = get_close_matches(model.lower(), _KNOWN, n=1, cutoff=similarity)
     guess = _KNOWN[found[0]] if found else None
     return None if guess == model else guess
 
@@ -67,22 +67,22 @@ def _diagnosis(settings: EngineSettings, cause: Exception) -> tuple[str, str]:
     chain = _chain(cause)
     if settings.local_files_only:
         problem = "is not in the local cache, and local_files_only forbids asking the hub"
-        return problem, _WAYS_OUT
+        return problem, _ADVICE
     if any(isinstance(each, OfflineModeIsEnabled) for each in chain):
         problem = "is not in the local cache, and HF_HUB_OFFLINE forbids asking the hub"
-        return problem, f"unset it, or {_WAYS_OUT}"
+        return problem, f"unset it, or {_ADVICE}"
     if isinstance(cause, HfHubHTTPError) and cause.response is not None:
         return _refusal(settings, cause)
-    full = next((each for each in chain if _is_of_the_disk(each)), None)
+    full = next((each for each in chain if _is_file_error(each)), None)
     if full is not None:
-        problem = f"could not be kept in the cache ({_brief(full)})"
+        problem = f"could not be written to the cache ({_brief(full)})"
         return problem, "give a cache_dir to write to, or set HF_HOME to such a folder"
     root = chain[-1] if isinstance(chain[-1], OSError) else cause
-    return f"could not be had from the hub ({_what_failed(chain)}{_brief(root)})", _WAYS_OUT
+    return f"could not be downloaded from the hub ({_what_failed(chain)}{_brief(root)})", _ADVICE
 
 
 def _refusal(settings: EngineSettings, cause: Exception) -> tuple[str, str]:
-    """Return the same for an answer of the hub."""
+    """Return problem and advice for an error response of the hub."""
     from huggingface_hub.errors import (
         GatedRepoError,
         RepositoryNotFoundError,
@@ -101,19 +101,19 @@ def _refusal(settings: EngineSettings, cause: Exception) -> tuple[str, str]:
     status = cause.response.status_code  # type: ignore[attr-defined]
     if status in (401, 403):
         return f"may not be read with this token (HTTP {status})", rights
-    return f"could not be had from the hub (HTTP {status})", f"try again later, or {_WAYS_OUT}"
+    return f"could not be downloaded from the hub (HTTP {status})", f"try again later, or {_ADVICE}"
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    """Return an error and what led to it, the first cause last."""
+    """Return an error followed by its causes, the root cause last."""
     chain = [error]
     while (before := chain[-1].__cause__ or chain[-1].__context__) and before not in chain:
         chain.append(before)
     return chain
 
 
-def _is_of_the_disk(error: BaseException) -> bool:
-    # Errors of the file system name a file, those of the network none.
+def _is_file_error(error: BaseException) -> bool:
+    # Errors of the file system have a filename, those of the network do not.
     return isinstance(error, OSError) and (
         error.errno in _CANNOT_BE_WRITTEN or error.filename is not None
     )

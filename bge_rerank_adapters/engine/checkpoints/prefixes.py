@@ -1,4 +1,4 @@
-"""Prefixes that training leaves before the names of tensors."""
+"""Prefixes that training wrappers leave in the names of tensors."""
 
 from collections.abc import Collection
 
@@ -9,14 +9,14 @@ _PREFIXES = ("module.", "_orig_mod.", "base_model.model.")
 
 
 def training_prefix(names: Collection[str], *, path: object) -> str:
-    """Return what training put before every tensor's name, `""` if nothing.
+    """Return the prefix that training put before every tensor's name, `""` if there is none.
 
     Args:
-        names: Of all tensors.
+        names: The names of all tensors.
         path: The file, for the error.
 
     Raises:
-        CheckpointError: Some names have such a prefix and others have not.
+        CheckpointError: Only some names have such a prefix.
     """
     prefix = ""
     while found := next((each for each in _PREFIXES if _any_has(names, prefix + each)), None):
@@ -31,7 +31,7 @@ def training_prefix(names: Collection[str], *, path: object) -> str:
 
 
 def leftover_hint(names: Collection[str]) -> str:
-    """Return what else an error about a missing tensor should say of the names that are there."""
+    """Return a hint for the error of a missing tensor, from the names that are there."""
     if any(".base_layer." in name or ".lora_A." in name for name in names):
         return (
             " They have LoRA layers that were never merged: call merge_and_unload() on the model "

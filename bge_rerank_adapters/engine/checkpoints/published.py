@@ -1,6 +1,6 @@
 """Scores that authors published for real checkpoints, to check an installation against.
 
-The figures live in `published-scores.json`, each with its source.
+The figures are in `published-scores.json`, each with its source.
 """
 
 import json
@@ -13,15 +13,15 @@ _PATH = Path(__file__).parent / "published-scores.json"
 
 @dataclass(frozen=True, slots=True)
 class PublishedScores:
-    """What one source says that a checkpoint gives for some pairs.
+    """The figures that one source gives for some pairs.
 
     Attributes:
         model: The checkpoint's name on the hub.
-        source: Where the figures stand, and how they were computed if it says so.
+        source: Where the figures are published, and how they were computed if that is known.
         kind: `"score"` or `"logit"`.
-        tolerance: How far a float32 result may be away, given how the figures were made.
+        tolerance: How much a float32 result may differ, given how the figures were computed.
         pairs: n (query, document) tuples.
-        expected: The figure for each pair's index; a source need not tell all of them.
+        expected: Figures by the index of their pair; some may be missing.
     """
 
     model: str

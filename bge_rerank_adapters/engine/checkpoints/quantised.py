@@ -1,4 +1,4 @@
-"""Tells quantised weights, which cannot be run as they are, from plain ones."""
+"""Detects quantised weights, which are not supported."""
 
 import re
 from collections.abc import Mapping
@@ -7,33 +7,33 @@ from typing import Any
 
 from bge_rerank_adapters.errors import UnsupportedCheckpointError
 
-# As safetensors names them. Whole numbers of 64 bits and booleans are positions and masks that
-# some checkpoints store; a model that asks for one as a weight is refused where it reads it.
+# As safetensors names them. I64 and BOOL are for positions and masks, which some checkpoints store;
+# reading one of these as a weight is an error elsewhere.
 _PLAIN_DTYPES = ("F64", "F32", "F16", "BF16", "I64", "BOOL", "C64")
-# Buffers that old releases of transformers stored in dtypes of their own.
+# Buffers that old releases of transformers stored in other dtypes.
 _BUFFERS = ("position_ids", "token_type_ids", "masked_bias", "attn.bias", "attention.bias")
-# What stands beside quantised weights: compressed-tensors and DeepSeek `weight_scale(_inv)`,
+# Tensors that accompany quantised weights: compressed-tensors and DeepSeek `weight_scale(_inv)`,
 # bitsandbytes `SCB`, `absmax` and `quant_state`, GPTQ and AWQ `scales`, `qzeros` and `g_idx`,
 # torchao and quanto `weight._scale`, HQQ `zero`, ModelOpt `input_amax`.
 _COMPANION = re.compile(r"scale|absmax|amax$|^SCB$|zero|quant|g_idx|codebook", re.ASCII)
 _WEIGHTS = ("weight", "qweight", "weight_packed", "W_q")
 _CONFIG_ENTRIES = ("quantization_config", "compression_config")
-_WAY_OUT = (
+_ADVICE = (
     "read as plain numbers they would rank wrongly, so they are not run; use the checkpoint that "
     "was quantised, with weights in float32, float16 or bfloat16 "
-    '(on a processor dtype="int8" quantises that at load)'
+    '(on a CPU dtype="int8" quantises that at load)'
 )
 
 
 def check_config_plain(config: Mapping[str, Any], path: Path) -> None:
-    """Check that a `config.json` tells of no quantisation.
+    """Refuse a `config.json` that declares quantisation.
 
     Args:
         config: Its content.
         path: Its path, for the error.
 
     Raises:
-        UnsupportedCheckpointError: It does; the message names the method.
+        UnsupportedCheckpointError: It does so; the message names the method.
     """
     for entry in _CONFIG_ENTRIES:
         found = config.get(entry)
@@ -42,30 +42,30 @@ def check_config_plain(config: Mapping[str, Any], path: Path) -> None:
         method = found.get("quant_method") if isinstance(found, dict) else found
         raise UnsupportedCheckpointError(
             f"{path} has a {entry} of the method {method!r}, so the weights are quantised; "
-            f"{_WAY_OUT}."
+            f"{_ADVICE}."
         )
 
 
 def check_tensors_plain(dtypes: Mapping[str, str], path: Path) -> None:
-    """Check that no tensor is quantised, whatever the config says.
+    """Refuse quantised tensors, whatever the config declares.
 
     Args:
-        dtypes: By each tensor's name the dtype in which it is stored, as safetensors names it.
+        dtypes: The stored dtype of each tensor by name, as safetensors names it.
         path: The file, for the error.
 
     Raises:
-        UnsupportedCheckpointError: One is; the message names it.
+        UnsupportedCheckpointError: There is one; the message names it.
     """
     for name, dtype in dtypes.items():
         if dtype not in _PLAIN_DTYPES and not name.endswith(_BUFFERS):
             raise UnsupportedCheckpointError(
-                f"{path}: the tensor {name} is stored in {_dtype_name(dtype)}, which is no plain "
-                f"floating-point dtype, so the weights are quantised; {_WAY_OUT}."
+                f"{path}: the tensor {name} is stored in {_dtype_name(dtype)}, which is not a "
+                f"floating-point dtype, so the weights are quantised; {_ADVICE}."
             )
         if _stands_beside_weight(name, dtypes):
             raise UnsupportedCheckpointError(
                 f"{path}: the tensor {name} stands beside a weight, as scales of quantised "
-                f"weights do; {_WAY_OUT}."
+                f"weights do; {_ADVICE}."
             )
 
 

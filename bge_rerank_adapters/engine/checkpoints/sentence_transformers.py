@@ -1,9 +1,9 @@
-"""What a folder of sentence-transformers' `CrossEncoder` adds to a checkpoint.
+"""Reads the files that sentence-transformers' `CrossEncoder` adds to a checkpoint.
 
-By the rules of its release 6.2 (`cross_encoder/model.py`, `base/model.py`,
-`base/modules/transformer.py`): `modules.json` says what is run, `config_sentence_transformers.json`
-which prompt stands before each query, and `sentence_bert_config.json` how texts are read. Without
-`modules.json` the other two count for nothing.
+It follows release 6.2 (`cross_encoder/model.py`, `base/model.py`, `base/modules/transformer.py`).
+`modules.json` lists the modules, `config_sentence_transformers.json` has the prompts of queries,
+and `sentence_bert_config.json` says how texts are read. Without `modules.json` the other two are
+ignored.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,19 +15,19 @@ from bge_rerank_adapters.engine.checkpoints.json_files import read_json
 from bge_rerank_adapters.errors import CheckpointError, UnsupportedCheckpointError
 
 _MODULES, _CONFIG = "modules.json", "config_sentence_transformers.json"
-# The first that is there counts; all but the first are of old releases.
+# The first that exists is used; all but the first are from old releases.
 _TRANSFORMER_CONFIGS = tuple(
     f"sentence_{kind}_config.json"
     for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
-_RUN_IT_THERE = "run it with sentence-transformers' own CrossEncoder"
-# Torch's activations that rise everywhere, so that they leave the order of documents as it is.
-_RISING = (
+_ADVICE = "run it with sentence-transformers' own CrossEncoder"
+# Torch's monotonic activations, which do not change the order of documents.
+_MONOTONIC = (
     *("Sigmoid", "Identity", "Tanh", "LogSigmoid", "Softplus", "Softsign"),
     *("LeakyReLU", "ELU", "CELU", "SELU"),
 )
-# Entries of the transformer's config that change no score: how packs are padded or loaded, and
-# lengths for tasks that a CrossEncoder never asks for.
+# Entries of the transformer's config that change no score: padding, loading, and lengths for other
+# tasks than a CrossEncoder's.
 _HARMLESS = ("unpad_inputs", "query_length", "document_length", "query_expansion")
 _HARMLESS_OF_TEXT = ("padding", "truncation", "max_length", "pad_to_multiple_of", "logits_to_keep")
 _HARMLESS_OF_LOADING = (
@@ -35,26 +35,26 @@ _HARMLESS_OF_LOADING = (
     *("use_safetensors", "use_fast", "trust_remote_code", "token", "revision", "cache_dir"),
     *("local_files_only", "model_max_length", "use_cache"),
 )
-# By their names in the file, of old releases second.
+# Names of the entries for loading; each second one is from old releases.
 _LOADING = (
     *("model_kwargs", "model_args", "config_kwargs", "config_args"),
     *("processor_kwargs", "tokenizer_args"),
 )
-# Tokenizers without a limit say a number of this size.
+# Tokenizers without a limit have a larger number than this.
 _NO_LIMIT = 10**6
 
 
 @dataclass(frozen=True, slots=True)
 class AuthorSettings:
-    """How a checkpoint's author has its pairs read.
+    """What a checkpoint's author set for reading pairs.
 
     Attributes:
-        query_prompt: Stands before each query; `""` for nothing.
-        max_tokens: Most tokens of a pair; `None` where the author says nothing.
-        lowercase: Whether texts are put into lower case first.
-        prompts: All that the author named, by their names.
-        default_prompt_name: Names `query_prompt` among them.
-        activation: Torch's class that makes scores of logits; `None` where the author names none.
+        query_prompt: Text before each query; may be empty.
+        max_tokens: Maximum tokens of a pair; `None` if not set.
+        lowercase: Whether texts are lower-cased first.
+        prompts: All prompts, by name.
+        default_prompt_name: The name of `query_prompt` among them.
+        activation: Torch's class that turns logits into scores; `None` if not set.
     """
 
     query_prompt: str = ""
@@ -66,7 +66,7 @@ class AuthorSettings:
 
 
 def read_author_settings(folder: Path, config: dict[str, Any]) -> AuthorSettings:
-    """Return what a folder of sentence-transformers adds; nothing for any other folder.
+    """Return the author's settings in a folder of sentence-transformers; defaults for any other.
 
     Args:
         folder: Holds the checkpoint.
@@ -74,8 +74,7 @@ def read_author_settings(folder: Path, config: dict[str, Any]) -> AuthorSettings
 
     Raises:
         CheckpointError: A file is damaged, or contradicts itself.
-        UnsupportedCheckpointError: It asks for something that is not done here; the message names
-            it.
+        UnsupportedCheckpointError: It needs something that is not supported; the message names it.
     """
     old = _check_activation(folder / "config.json", _old_activation(config))
     if not (folder / _MODULES).is_file():
@@ -85,7 +84,7 @@ def read_author_settings(folder: Path, config: dict[str, Any]) -> AuthorSettings
     _check_modules(folder / _MODULES)
     kind = read_json(folder / _CONFIG)
     if kind.get("model_type") != "CrossEncoder":
-        # It is loaded as any folder without these files.
+        # sentence-transformers then ignores these files.
         return AuthorSettings(activation=old)
     activation = _check_activation(folder / _CONFIG, kind.get("activation_fn"))
     path, entries = _transformer_config(folder)
@@ -111,9 +110,9 @@ def _check_modules(path: Path) -> None:
         raise CheckpointError(f"{path} is damaged: {error!r}.") from error
     if names != ["Transformer"] or not str(modules[0]["type"]).startswith("sentence_transformers."):
         raise UnsupportedCheckpointError(
-            f"{path} lists the modules {', '.join(names) or 'none'}, which sentence-transformers "
-            "runs one after another; here a single Transformer with its own head runs, and no "
-            f"model of embeddings; {_RUN_IT_THERE}."
+            f"{path} lists the modules {', '.join(names) or 'none'}, but only a "
+            "single Transformer with its own head is supported here, and no embedding model; "
+            f"{_ADVICE}."
         )
     if places[0]:
         raise UnsupportedCheckpointError(
@@ -151,7 +150,7 @@ def _transformer_config(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _check_transformer(path: Path, entries: dict[str, Any]) -> None:
-    """Refuse whatever would change scores and is not applied here."""
+    """Refuse entries that would change scores and are not supported."""
     known: dict[str, Callable[[Any], bool]] = {
         "transformer_task": lambda task: task == "sequence-classification",
         "modality_config": _is_plain_text,
@@ -162,7 +161,7 @@ def _check_transformer(path: Path, entries: dict[str, Any]) -> None:
         **dict.fromkeys(_HARMLESS, lambda _: True),
         **dict.fromkeys(_LOADING, _loads_plainly),
     }
-    # What a CrossEncoder has where the file says nothing would make it a model of embeddings.
+    # The default of a file without this entry, with which it would be an embedding model.
     entries = {"transformer_task": "feature-extraction"} | entries
     for name, value in entries.items():
         if name in known and not known[name](value):
@@ -201,12 +200,12 @@ def _only(options: Any, allowed: Iterable[str]) -> bool:
 def _not_applied(path: Path, name: str, value: object) -> UnsupportedCheckpointError:
     return UnsupportedCheckpointError(
         f"{path}: {name} {value!r} changes how sentence-transformers scores, and is not applied "
-        f"here; {_RUN_IT_THERE}."
+        f"here; {_ADVICE}."
     )
 
 
 def _limit(folder: Path, entries: dict[str, Any]) -> int | None:
-    """Return the most tokens of a pair, by what counts first in sentence-transformers."""
+    """Return the maximum tokens of a pair, by sentence-transformers' order of precedence."""
     of_text = (entries.get("processing_kwargs") or {}).get("text") or {}
     of_loading = entries.get("processor_kwargs") or entries.get("tokenizer_args") or {}
     given = (
@@ -219,7 +218,7 @@ def _limit(folder: Path, entries: dict[str, Any]) -> int | None:
 
 
 def tokenizer_limit(folder: Path) -> int | None:
-    """Return the most tokens of a pair that a folder's tokenizer names; `None` for no limit."""
+    """Return the maximum tokens that a folder's tokenizer is set to; `None` for no limit."""
     limit = read_json(folder / "tokenizer_config.json").get("model_max_length")
     return limit if _is_length(limit) and limit < _NO_LIMIT else None
 
@@ -229,7 +228,7 @@ def _is_length(value: Any) -> bool:
 
 
 def _old_activation(config: dict[str, Any]) -> object:
-    """Return what `config.json` says, where releases 4 and 5, and 3 before them, wrote it."""
+    """Return the activation in `config.json`, where releases 3 to 5 wrote it."""
     saved = config.get("sentence_transformers")
     if isinstance(saved, dict) and "activation_fn" in saved:
         return saved["activation_fn"]
@@ -238,13 +237,12 @@ def _old_activation(config: dict[str, Any]) -> object:
 
 def _check_activation(path: Path, name: object) -> str | None:
     """Return an activation's name; refuse those that change the order of documents."""
-    # Those that are not torch's are code of the checkpoint's, which sentence-transformers leaves
-    # out as well.
+    # Others than torch's are code of the checkpoint, which sentence-transformers ignores too.
     if not isinstance(name, str) or not name.startswith("torch."):
         return None
-    if name.rpartition(".")[2] not in _RISING:
+    if name.rpartition(".")[2] not in _MONOTONIC:
         raise UnsupportedCheckpointError(
             f"{path}: the activation {name} does not keep the order of the logits, by which "
-            f"documents are ranked here; {_RUN_IT_THERE}."
+            f"documents are ranked here; {_ADVICE}."
         )
     return name

@@ -1,4 +1,4 @@
-"""Copies of a host's objects, with an error that says which of them cannot be copied, and why."""
+"""Copies a host's objects, with an error that names what cannot be copied, and why."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -13,13 +13,13 @@ def copied(make_copy: Callable[[], T], *, name: str, metadata: Mapping[str, Any]
     """Return what `make_copy` returns.
 
     Args:
-        make_copy: Copies one object with all that it holds.
-        name: What an error calls it, such as `"documents[3]"`.
-        metadata: What it holds and a user put there.
+        make_copy: Makes a deep copy of one object.
+        name: The object's name in errors, such as `"documents[3]"`.
+        metadata: The object's metadata.
 
     Raises:
         InputTypeError: It holds something that cannot be copied, such as a lock or a generator;
-            the message names the metadata at fault.
+            the message names the metadata with it.
     """
     try:
         return make_copy()
@@ -35,6 +35,6 @@ def copied(make_copy: Callable[[], T], *, name: str, metadata: Mapping[str, Any]
 def _can_be_copied(value: object) -> bool:
     try:
         copy.deepcopy(value)
-    except Exception:  # noqa: BLE001 - whatever the value's own class raises
+    except Exception:  # noqa: BLE001 - the value's class may raise any
         return False
     return True

@@ -1,6 +1,6 @@
-"""The fields that the LangChain and LlamaIndex adapters share, and the engine behind them.
+"""The pydantic fields that the LangChain and LlamaIndex adapters share, and their engine.
 
-Both hosts build their components on pydantic, which they bring along; the core does not need it.
+Both hosts build their components on pydantic, and depend on it; the core does not.
 """
 
 from collections.abc import Mapping
@@ -27,8 +27,8 @@ from bge_rerank_adapters.settings.other_names import advice_on_option
 from bge_rerank_adapters.settings.table import rows, with_entries
 
 _ROWS = rows(EngineSettings)
-# Pydantic would make True a 1 and "256" a number, where the engine refuses them. A token is made
-# a secret of pydantic's.
+# Pydantic would accept True and "256" as numbers, which the engine refuses. Not the token, which
+# becomes pydantic's SecretStr.
 _CHECKED_BY_THE_ENGINE = tuple(name for name in _ROWS if name != "token")
 
 
@@ -44,17 +44,17 @@ def _engine_field(name: str) -> Any:
 
 
 class AdapterSettings(BaseModel):
-    """Settings of an adapter, checked at once; the engine itself is loaded on first use.
+    """Settings of an adapter, checked at once; the engine is loaded on first use.
 
     `top_k` (or `top_n`) and `score_threshold` may be assigned later and are checked again. The
-    engine's own settings cannot: make another adapter, or use `model_copy(update=...)`.
+    engine's own settings are fixed: make another adapter, or use `model_copy(update=...)`.
 
     Attributes:
-        top_k: How many results to return; `None` is all. `top_n` is the same thing.
-        score_threshold: Lowest score to keep, in [0, 1] and inclusive; applied before `top_k`.
+        top_k: Maximum number of results; `None` is all. `top_n` is the same setting.
+        score_threshold: Lowest score to keep, in [0, 1], inclusive; applied before `top_k`.
         reranker: A ready engine, or anything with the methods of `Scorer`, to use instead of
             loading one; not together with engine settings.
-        **settings: The engine's settings by their names, as `EngineSettings` describes them.
+        **settings: The engine's settings.
     """
 
     model_config = ConfigDict(
@@ -64,7 +64,7 @@ class AdapterSettings(BaseModel):
         arbitrary_types_allowed=True,
         populate_by_name=True,
         protected_namespaces=(),
-        # A rejected input is not echoed: it may hold the token.
+        # Errors do not show the input, which may hold the token.
         hide_input_in_errors=True,
     )
 
@@ -110,7 +110,7 @@ class AdapterSettings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _names_of_others(cls, data: Any) -> Any:
-        """Say what an option of another library is called here."""
+        """Refuse options of other libraries, and name the one here."""
         for name in data if isinstance(data, Mapping) else ():
             advice = None if name in cls.model_fields else advice_on_option(str(name))
             if name != "top_n" and advice is not None:
@@ -120,7 +120,7 @@ class AdapterSettings(BaseModel):
     @field_validator(*_CHECKED_BY_THE_ENGINE, mode="before")
     @classmethod
     def _as_strict_as_the_engine(cls, value: Any, info: ValidationInfo) -> Any:
-        # A dump of an adapter made with a ready engine of another kind has no model.
+        # The dump of an adapter with a ready engine of unknown settings has no model.
         if info.field_name is None or (info.field_name == "model" and value is None):
             return value
         checked = check_setting(info.field_name, value)
@@ -134,23 +134,23 @@ class AdapterSettings(BaseModel):
 
     @model_validator(mode="after")
     def _keep_the_engine(self) -> Self:
-        # Runs at every assignment too, by which the engine's settings cannot change.
+        # Also runs after assignments, which cannot change the engine's settings.
         if self._engine is None:
-            self._engine = self._lazy_engine()
+            self._engine = self._make_engine()
         return self
 
-    def _lazy_engine(self) -> LazyEngine:
+    def _make_engine(self) -> LazyEngine:
         if self.reranker is None:
             return LazyEngine(self._engine_settings())
         given = [name for name in _ROWS if name in self.model_fields_set]
         engine = LazyEngine(None, reranker=self.reranker, beside=given)
-        # Shown, dumped and pickled as if they had been given; where it has none, there is no model.
+        # Shown, dumped and pickled as if they had been given; without settings there is no model.
         self.__dict__.update(engine.settings.to_dict() if engine.settings else {"model": None})
         return engine
 
     @property
     def top_n(self) -> int | None:
-        """`top_k` under the name that users of the host type."""
+        """`top_k` under the host's name for it."""
         return self.top_k
 
     @top_n.setter
@@ -159,34 +159,34 @@ class AdapterSettings(BaseModel):
 
     @property
     def scorer(self) -> Scorer:
-        """The engine that scores: the one given, or one shared by all with equal settings.
+        """The engine: the one given, or one shared by all adapters with equal settings.
 
         Loads the model on first use.
 
         Raises:
             RerankError: The model cannot be loaded.
         """
-        return self._held().get()
+        return self._lazy().get()
 
     async def ascorer(self) -> Scorer:
         """Return `scorer`, loading the model without blocking the event loop."""
-        return await self._held().aget()
+        return await self._lazy().aget()
 
     def warm_up(self) -> Self:
         """Load the model now and run it once, so that the first query does not wait for it."""
-        self._held().warm_up()
+        self._lazy().warm_up()
         return self
 
     def close(self) -> None:
-        """Let go of the shared engine, which is freed with its last user; a later use loads again.
+        """Release the shared engine, which is freed with its last user; a later use loads again.
 
-        An engine that was given as `reranker=` stays open: it is its owner's to close.
+        An engine that was given as `reranker=` stays open, since its owner closes it.
         """
-        self._held().close()
+        self._lazy().close()
 
-    def _held(self) -> LazyEngine:
+    def _lazy(self) -> LazyEngine:
         if self._engine is None:  # made by `model_construct`, which checks nothing
-            self._engine = self._lazy_engine()
+            self._engine = self._make_engine()
         return self._engine
 
     def _limits(self) -> dict[str, Any]:
@@ -199,9 +199,9 @@ class AdapterSettings(BaseModel):
         update: Mapping[str, Any] | None = None,
         deep: bool = False,  # noqa: ARG002 - settings are plain values, always copied
     ) -> Self:
-        """Return an adapter with `update` applied, which is checked as a constructor's settings.
+        """Return an adapter with `update` applied, which is checked as in the constructor.
 
-        The engine is shared with the copy where the settings still fit it, and never copied.
+        The copy shares the engine if its settings still fit it.
         """
         given = dict(update or {})
         if "top_n" in given and "top_k" not in given:
@@ -211,15 +211,15 @@ class AdapterSettings(BaseModel):
             for name in _ROWS.keys() - given.keys():
                 del values[name]
         made = type(self)(**values)
-        made._held().share(self._held())  # noqa: SLF001 - its own class
+        made._lazy().share(self._lazy())  # noqa: SLF001 - its own class
         return made
 
     def __copy__(self) -> Self:
-        """Copy the settings; an engine holds threads and weights, and is shared instead."""
+        """Copy the settings, and share the engine."""
         return self.model_copy()
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
-        """Return what a copy is."""
+        """Copy the settings, and share the engine."""
         return self.model_copy()
 
     def _engine_settings(self) -> EngineSettings | None:
@@ -229,7 +229,7 @@ class AdapterSettings(BaseModel):
         return None if self.model is None else EngineSettings(**values)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; refuse the engine's settings, without pydantic's echo of a token."""
+        """Set an attribute; refuse the engine's settings in an error that shows no token."""
         if name == "reranker" or name in _ROWS:
             raise SettingsError(
                 f"{name} is fixed once the adapter is made; make another adapter, or one with "
@@ -238,7 +238,7 @@ class AdapterSettings(BaseModel):
         super().__setattr__(name, value)
 
     def __eq__(self, other: object) -> bool:
-        """Adapters are equal where their settings are, loaded or not, secrets aside."""
+        """Compare the settings, without secrets; whether the engine is loaded does not matter."""
         if type(other) is not type(self) or not isinstance(other, AdapterSettings):
             return NotImplemented
         return self.model_dump() == other.model_dump()

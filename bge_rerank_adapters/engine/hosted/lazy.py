@@ -1,4 +1,4 @@
-"""`LazyEngine`: the engine of a host's adapter, loaded on first use or given ready."""
+"""The engine of an adapter: loaded on first use, or given."""
 
 import asyncio
 from collections.abc import Iterable
@@ -11,13 +11,13 @@ from bge_rerank_adapters.settings import EngineSettings
 
 
 class LazyEngine:
-    """An engine for an adapter: one that others with equal settings share, or one that was given.
+    """The engine of an adapter, given or shared with all adapters of equal settings.
 
-    Safe to use from many threads and event loops at once. Pickling carries the settings, those of
-    a given engine included, and never weights or a token. Copies share the engine.
+    Safe to use from many threads and event loops at once. A pickle has the settings, also those of
+    a given engine, but neither weights nor the token. Copies share the engine.
 
     Attributes:
-        settings: Of the engine, loaded or not; `None` where a given engine does not say.
+        settings: The engine's settings, loaded or not; `None` if a given engine has none.
     """
 
     def __init__(
@@ -27,18 +27,18 @@ class LazyEngine:
         reranker: object = None,
         beside: Iterable[str] = (),
     ) -> None:
-        """Keep the settings, and check of them what needs no weights; nothing is loaded yet.
+        """Check what can be checked without weights; nothing is loaded yet.
 
         Args:
-            settings: Of the engine to load; without effect where `reranker` is given.
-            reranker: A ready engine to use instead, which stays its owner's to close.
-            beside: Names of settings that the user gave; beside a ready engine they are an error.
+            settings: The settings of the engine to load; ignored if `reranker` is given.
+            reranker: A ready engine to use instead, which its owner closes.
+            beside: Names of settings that the user gave; an error together with `reranker`.
 
         Raises:
-            SettingsError: The ready engine is not one, or settings stand beside it, or there is
-                neither an engine nor settings.
+            SettingsError: `reranker` is not an engine or was given with settings, or there is
+                neither.
             CheckpointNotFoundError: The model is a name without an owner, and no folder.
-            DeviceError: A device that is named is not there.
+            DeviceError: A named device does not exist.
         """
         self._given = None if reranker is None else _checked(reranker, beside)
         own = getattr(reranker, "settings", None)
@@ -49,10 +49,10 @@ class LazyEngine:
             _check_without_weights(self._settings_to_load())
 
     def get(self) -> Scorer:
-        """Return the engine, loaded now if it is not there or has been closed by another user.
+        """Return the engine; load it if it is not loaded, or was closed by another user.
 
         Raises:
-            SettingsError: A ready engine was given, and left out where this was pickled.
+            SettingsError: The engine was given, and is missing in this unpickled copy.
             RerankError: The model cannot be loaded.
         """
         ready = self._ready()
@@ -77,7 +77,7 @@ class LazyEngine:
             run()
 
     def close(self) -> None:
-        """Let go of the shared engine, which is freed with its last user; a later use loads again.
+        """Release the shared engine, which is freed with its last user; a later use loads again.
 
         A given engine stays open. May be repeated.
         """
@@ -85,11 +85,11 @@ class LazyEngine:
 
     @property
     def loaded(self) -> Scorer | None:
-        """The engine, given or loaded; `None` where the next use would load it."""
+        """The engine, given or loaded; `None` if the next use would load it."""
         return self._ready()
 
     def share(self, other: "LazyEngine") -> None:
-        """Hold what another one has loaded, if this one would load the same."""
+        """Take over the engine that another one has loaded, if its settings are equal."""
         if self.settings == other.settings:
             self._loaded = other._loaded  # noqa: SLF001 - its own class
 
@@ -108,26 +108,26 @@ class LazyEngine:
         return self.settings
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a pickle carries: the engine is found or loaded anew."""
+        """Return the state for a pickle, without the engine."""
         return {"settings": self.settings, "_given": None, "_loaded": None}
 
     def __copy__(self) -> Self:
-        """Return another one, which holds the same engine until it is closed by itself."""
+        """Return a copy that shares the engine; each is closed separately."""
         copied = type(self).__new__(type(self))
         vars(copied).update(vars(self))
         return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Return what a copy is: threads and weights are shared."""
+        """Return a copy that shares the engine, as `__copy__`."""
         return self.__copy__()
 
 
 def _check_without_weights(settings: EngineSettings) -> None:
-    """Raise at once what loading would raise, as far as it takes neither weights nor a network."""
+    """Raise errors of loading that need neither weights nor a network to be found."""
     check_owner(settings.model)
     named = [name for name in settings.devices if name not in ("auto", "cpu")]
     if named:
-        # Imported here, so that an adapter for a processor can be made without loading torch.
+        # Imported here, so that an adapter for a CPU can be made without loading torch.
         from bge_rerank_adapters.engine.models.devices import resolve_device
 
         for name in named:

@@ -15,7 +15,7 @@ from bge_rerank_adapters.engine.queue.worker import DeviceWorker, scoring_thread
 from bge_rerank_adapters.engine.stats import EngineStats, Tally
 from bge_rerank_adapters.engine.text.pairs import TokenPair
 
-# Longer than any pack takes that is worth waiting for.
+# Longer than any pack should take.
 _JOIN_TIMEOUT_S = 60.0
 
 _log = logging.getLogger(__name__)
@@ -24,12 +24,12 @@ _log = logging.getLogger(__name__)
 class ScoringCore:
     """Scores jobs on one model per device; threads start with the first job.
 
-    A future that was reserved always resolves: with the logits, with what went wrong in the call's
-    own packs, or with `ClosedError` or `WorkerDiedError`. No call waits for a thread that is gone.
+    A reserved future always resolves: to the logits, to an error of the call's own packs, or to
+    `ClosedError` or `WorkerDiedError`. No call waits for a thread that has ended.
 
     Attributes:
-        workers: One for each device; none once the core is closed.
-        tally: Counts what they do.
+        workers: One for each device; empty once the core is closed.
+        tally: Counts their work.
     """
 
     def __init__(
@@ -39,8 +39,8 @@ class ScoringCore:
 
         Args:
             models: One for each device.
-            max_queued_pairs: Most pairs that may wait.
-            pack_tokens: Token budget of a pack; `None` is what suits each model on its device.
+            max_queued_pairs: Maximum number of pairs that may wait.
+            pack_tokens: Token budget of a pack; `None` is each model's own.
         """
         self._backlog = Backlog(max_queued_pairs=max_queued_pairs)
         self.tally = Tally()
@@ -58,25 +58,25 @@ class ScoringCore:
 
     @property
     def closed(self) -> bool:
-        """Whether the core scores no more: it was stopped, or left to the parent by a fork."""
+        """Whether the core was stopped, or belongs to the parent process."""
         return self._backlog.closed or self._backlog.is_of_parent
 
     def check_open(self) -> None:
-        """Raise unless pairs can be scored; errors as of `Backlog.check_open`."""
+        """Raise the errors of `Backlog.check_open`."""
         self._backlog.check_open()
 
     def reserve(self, future: Logits, pairs: int, *, bounded: bool = True) -> None:
-        """Keep room for the pairs of a call; see `Backlog.reserve`."""
+        """Reserve room for the pairs of a call; see `Backlog.reserve`."""
         self._backlog.reserve(future, pairs, bounded=bounded)
 
     def submit(self, job: TokenJob) -> None:
-        """Queue the pairs of a call whose future has been reserved, and return at once.
+        """Queue the pairs of a call that has a reservation, without waiting.
 
         Raises:
             ClosedError: The engine has been closed.
             ScoringError: No thread can be started.
         """
-        # Under one lock, so that no thread ends between the two without failing the job.
+        # Under one lock, so that no thread can end in between and leave the job behind.
         with self._backlog.changed:
             self.check_open()
             for worker in self.workers:
@@ -84,7 +84,7 @@ class ScoringCore:
             self._backlog.put(job)
 
     def warm_up(self, pair: TokenPair) -> None:
-        """Score the pair once in every stream of every device; errors as of a call."""
+        """Score the pair once in every stream of every device; raises what a call raises."""
         jobs: list[TokenJob] = []
         try:
             with self._backlog.changed:
@@ -106,27 +106,29 @@ class ScoringCore:
         return self.tally.read(queued_pairs=len(self._backlog))
 
     def stop(self) -> None:
-        """Close without waiting: what waits or runs fails with `ClosedError`, threads end."""
+        """Close without waiting: all calls fail with `ClosedError`, and threads end."""
         self._backlog.close()
 
     def close(self) -> None:
-        """Stop, wait for the threads to end, and let go of the models; harmless if repeated."""
+        """Stop, wait for the threads to end, and free the models; may be repeated."""
         self.stop()
         devices = [worker.model.device for worker in self.workers]
         threads = [worker.thread for worker in self.workers]
         self.workers.clear()
         if self._backlog.is_of_parent:
-            return  # and so are threads and devices
+            return  # threads and devices are the parent's too
         for thread in threads:
             if thread is not None and thread is not threading.current_thread():
                 thread.join(_JOIN_TIMEOUT_S)
                 if thread.is_alive():
-                    _log.warning("%s still runs a pack; its memory is freed after it", thread.name)
+                    _log.warning(
+                        "%s still runs a pack; its memory is freed afterwards", thread.name
+                    )
         for device in devices:
             release_memory(device)
 
     def leave_to_parent(self) -> None:
-        """In a forked process: forget the parent's calls, and locks that its threads may hold."""
+        """In a forked process: drop the parent's calls, and locks that its threads may hold."""
         self._backlog.leave_to_parent()
         self.tally = Tally()
 
@@ -136,11 +138,11 @@ _live_cores: "weakref.WeakSet[ScoringCore]" = weakref.WeakSet()
 
 @atexit.register
 def _end_threads() -> None:
-    # A daemon thread inside torch while the interpreter goes away can crash the process.
+    # A daemon thread inside torch can crash the process while the interpreter shuts down.
     for core in list(_live_cores):
         try:
             core.close()
-        except Exception:  # noqa: BLE001 - the others are to be closed all the same
+        except Exception:  # noqa: BLE001 - the other cores must be closed too
             _log.exception("An engine could not be closed at the end of the program")
     for thread in list(scoring_threads):
         if thread.is_alive():

@@ -1,4 +1,4 @@
-"""Which waiting pairs go through the model together: short calls first, longest pairs first."""
+"""Builds packs from waiting pairs: short calls first, longest pairs first."""
 
 from bisect import bisect_left, insort
 from collections import OrderedDict
@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Generic, Protocol, TypeVar
 
-# One pack in so many begins with the call that has waited longest: enough that it gets done
-# whatever arrives, and seldom enough that a call of ten long documents meets one or two.
+# Every n-th pack begins with the call that has waited longest, so that it makes progress whatever
+# arrives. At 8, a call of ten long documents is delayed by only one or two such packs.
 _OLDEST_EVERY = 8
 
 
@@ -34,15 +34,15 @@ class Job(Generic[PairT]):
 
     Attributes:
         pairs: n tokenised pairs.
-        future: Resolves to n logits in the order of `pairs`, or to the error that befell them.
-        name: What an error calls the pair at an index of the caller's list.
-        logits: What has been scored so far; `None` where nothing has.
+        future: Resolves to n logits in the order of `pairs`, or to the error of one of them.
+        name: Returns the name in errors of the pair at an index of the caller's list.
+        logits: The logits so far; `None` for pairs not yet scored.
         waiting: Positions in `pairs` that no pack has taken yet, the longest pair last.
-        tokens_left: Tokens of those.
+        tokens_left: Number of tokens of the waiting pairs.
         missing: How many pairs have no logit yet.
-        arrival: Its number among all jobs of a queue.
-        queued_at: When it was queued, by the monotonic clock; `None` once a pack has some of it.
-        waited_s: Seconds until then; 0 before.
+        arrival: Number of the job in order of arrival.
+        queued_at: When it was queued, by the monotonic clock; `None` once a pack has taken a pair.
+        waited_s: Seconds between the two; 0 before.
     """
 
     pairs: Sequence[PairT]
@@ -57,7 +57,7 @@ class Job(Generic[PairT]):
     waited_s: float = field(init=False, default=0.0)
 
     def __post_init__(self) -> None:
-        """Put the pairs in the order in which packs take them."""
+        """Sort the pairs into the order in which packs take them."""
         self.logits = [None] * len(self.pairs)
         self.waiting = sorted(range(len(self.pairs)), key=lambda i: len(self.pairs[i]))
         self.tokens_left = sum(map(len, self.pairs))
@@ -65,7 +65,7 @@ class Job(Generic[PairT]):
 
     @property
     def size(self) -> tuple[int, int]:
-        """What jobs are ordered by: tokens left, and of equals the one that came first."""
+        """Sort key of jobs: tokens left, then arrival."""
         return self.tokens_left, self.arrival
 
 
@@ -73,22 +73,21 @@ Pack = list[tuple[Job[PairT], int]]
 
 
 class PackQueue(Generic[PairT]):
-    """Jobs that wait for the model; gives out packs of at most a budget of tokens.
+    """The jobs that wait for the model, from which packs of a token budget are taken.
 
-    The job with the fewest tokens left goes first, so a call of ten pairs overtakes the rest of a
-    call of ten thousand, and calls of one size are served as they came. Every eighth pack begins
-    with the job that has waited longest instead, so no stream of short calls starves a long one:
-    the oldest gets about an eighth of the work. What room is left goes to the next in line.
+    The job with the fewest tokens left goes first: a call of ten pairs overtakes a call of ten
+    thousand, and calls of equal size are served in order of arrival. Every eighth pack begins with
+    the job that has waited longest instead, so that short calls cannot starve a long one. A pack
+    with room left is filled from the next job.
 
-    Adding and taking cost the logarithm of the number of jobs. Not safe to share between threads
-    without a lock.
+    Adding and taking take time logarithmic in the number of jobs. Not thread-safe.
     """
 
     def __init__(self) -> None:
         """Make an empty queue."""
         self._arrivals = count()
-        # Both hold every job that waits: in the order of arrival, and of size. An OrderedDict, for
-        # the first key of a plain one is found only after all that were deleted before it.
+        # Both hold every waiting job, in order of arrival and of size. An OrderedDict, since a
+        # plain dict skips over all its deleted keys to find the first.
         self._jobs: OrderedDict[int, Job[PairT]] = OrderedDict()
         self._sizes: list[tuple[int, int]] = []
         self._packs = 0
@@ -99,16 +98,16 @@ class PackQueue(Generic[PairT]):
         return self.pairs
 
     def put(self, job: Job[PairT]) -> None:
-        """Let a job wait; it has at least one pair."""
+        """Add a job, which has at least one pair."""
         job.arrival = next(self._arrivals)
         self._jobs[job.arrival] = job
         insort(self._sizes, job.size)
         self.pairs += len(job.waiting)
 
     def drop(self, job: Job[PairT]) -> None:
-        """Forget the pairs of a job that no pack has taken; harmless if there are none."""
+        """Remove the waiting pairs of a job, if there are any."""
         if self._jobs.get(job.arrival) is job:
-            self._forget_size(job)
+            self._remove_size(job)
             del self._jobs[job.arrival]
             self.pairs -= len(job.waiting)
             job.waiting.clear()
@@ -116,13 +115,13 @@ class PackQueue(Generic[PairT]):
     def take(self, max_tokens: int, *, multiple: int = 1) -> Pack[PairT]:
         """Return the next pack: at least one pair, and no more than fit `max_tokens`.
 
-        Pairs come longest first, whatever job they are of: a model may share work between
-        neighbours of equal length.
+        Pairs come longest first, whatever their job: a model may share work between neighbours of
+        equal length.
 
         Args:
             max_tokens: Token budget of the pack; a single longer pair makes a pack of its own.
-            multiple: A pack that leaves pairs of a job behind has a multiple of so many pairs: of
-                much the same length, they share out evenly among as many streams.
+            multiple: A pack that does not finish a job has a multiple of this many pairs, so that
+                as many streams can share them evenly.
 
         Returns:
             The jobs and positions of its pairs; `[]` if nothing waits.
@@ -142,19 +141,19 @@ class PackQueue(Generic[PairT]):
         return pack
 
     def clear(self) -> None:
-        """Forget all jobs."""
+        """Remove all jobs."""
         self._jobs.clear()
         self._sizes.clear()
         self.pairs = 0
 
     def _take_from(self, job: Job[PairT], room: int, *, before: int, multiple: int) -> list[int]:
-        """Take the longest pairs of a job that fit the room; one at least for an empty pack.
+        """Take the longest pairs of a job that fit; at least one if the pack is empty.
 
         Args:
-            job: The one in turn.
-            room: Tokens that the pack may still take.
+            job: The job to take from.
+            room: How many more tokens fit the pack.
             before: How many pairs the pack has already.
-            multiple: As of `take`.
+            multiple: As for `take`.
         """
         taken: list[int] = []
         while job.waiting:
@@ -167,7 +166,7 @@ class PackQueue(Generic[PairT]):
             for _ in range(min(len(taken), (before + len(taken)) % multiple)):
                 job.waiting.append(taken.pop())
         if taken:
-            self._forget_size(job)
+            self._remove_size(job)
             job.tokens_left -= sum(len(job.pairs[position]) for position in taken)
             self.pairs -= len(taken)
             if job.waiting:
@@ -176,5 +175,5 @@ class PackQueue(Generic[PairT]):
                 del self._jobs[job.arrival]
         return taken
 
-    def _forget_size(self, job: Job[PairT]) -> None:
+    def _remove_size(self, job: Job[PairT]) -> None:
         del self._sizes[bisect_left(self._sizes, job.size)]
