@@ -1,4 +1,4 @@
-"""The worker of one device: its model, its token budget, and the thread that runs packs."""
+"""One device's part of an engine: its model, its token budget, and the thread that runs packs."""
 
 import logging
 import math
@@ -22,8 +22,8 @@ from bge_rerank_adapters.engine.stats import Tally
 from bge_rerank_adapters.engine.text.pairs import TokenPair
 from bge_rerank_adapters.errors import NonFiniteLogitError, ScoringError, WorkerDiedError
 
-# A budget that was reduced for lack of memory grows by this fraction after each good pack. A device
-# that was short of memory once recovers; one that always is fails about one pack in forty.
+# After each good pack the budget that a lack of memory cut down grows by one part in so many: a
+# device that is short for good fails one pack in forty or so, one that was short once recovers.
 _REGROWTH = 64
 
 _log = logging.getLogger(__name__)
@@ -34,9 +34,9 @@ class DeviceWorker:
 
     Attributes:
         model: The model on this device.
-        budget: Maximum tokens of the next pack; less than `pack_tokens` for some time after the
-            device ran out of memory.
-        thread: The thread that runs packs; `None` if there is none.
+        budget: Most tokens of its next pack; for a time less than `pack_tokens` where the device
+            ran out of memory.
+        thread: The thread that runs packs; `None` where there is none.
     """
 
     def __init__(
@@ -52,10 +52,10 @@ class DeviceWorker:
 
         Args:
             model: The model.
-            number: The worker's number in its engine; part of its thread's name.
-            backlog: The queue that all workers of the engine take pairs from.
-            tally: Counts the work of all of them.
-            pack_tokens: Token budget of a pack; `None` is the model's own.
+            number: Of the worker among those of its engine; names its thread.
+            backlog: Where all workers of the engine take pairs from.
+            tally: Counts what all of them do.
+            pack_tokens: Token budget of a pack; `None` is what suits the model on its device.
         """
         self.model = model
         self.budget = self._pack_tokens = pack_tokens or model.pack_tokens
@@ -80,7 +80,7 @@ class DeviceWorker:
         scoring_threads.add(thread)
 
     def warm_up(self, job: TokenJob) -> None:
-        """Queue a pack that only this device runs; the caller holds the lock."""
+        """Queue pairs that are this device's alone, as one pack; the caller holds the lock."""
         self._backlog.register(job)
         self._warm_ups.append(job)
         self._backlog.changed.notify_all()
@@ -91,8 +91,8 @@ class DeviceWorker:
             while pack := self._take():
                 self._count_waiting(pack)
                 self._score(pack)
-                del pack  # frees its token ids before the thread waits
-        except BaseException as error:  # noqa: BLE001 - whatever ended it, callers must not wait on
+                del pack  # with its texts' ids, before the thread waits for the next
+        except BaseException as error:  # noqa: BLE001 - callers must hear of whatever ended it
             self._fail_all(error)
 
     def _take(self) -> TokenPack:
@@ -116,13 +116,13 @@ class DeviceWorker:
                 job.queued_at = None
 
     def _score(self, pack: TokenPack) -> None:
-        """Run a pack; if that fails, run smaller packs where that may help."""
+        """Run a pack; where that fails, parts of it that may do better."""
         begin = time.perf_counter()
         try:
             logits = self.model.logits([job.pairs[position] for job, position in pack])
             scored = list(zip(pack, logits, strict=True))
-        except Exception as error:  # noqa: BLE001 - passed on to the callers of these pairs
-            # Its frames hold tensors, whose memory the next packs may need.
+        except Exception as error:  # noqa: BLE001 - belongs to the callers whose pairs these were
+            # Its frames hold tensors, which the next packs may need the room of.
             traceback.clear_frames(error.__traceback__)
             parts = self._parts_of_failed(pack, error)
         else:
@@ -135,7 +135,7 @@ class DeviceWorker:
             self._score(part)
 
     def _parts_of_failed(self, pack: TokenPack, error: Exception) -> list[TokenPack]:
-        """Return the packs to run instead of one that failed; `[]` if its callers got the error."""
+        """Return the packs to run instead of one that failed; none once its callers are told."""
         if is_lost(error, self.model.device):
             self._close_engine(pack, error)
             return []
@@ -147,13 +147,13 @@ class DeviceWorker:
         if len(jobs) == 1:
             _fail_pack(pack, error)
             return []
-        # A pack for each call, so that only the call whose pairs fail gets the error.
+        # Each call's pairs alone, so that only the one whose pairs fail hears of it.
         return [
             [place for place in pack if place[0] is job] for job in jobs if not job.future.done()
         ]
 
     def _close_engine(self, pack: TokenPack, error: Exception) -> None:
-        """Close the engine, whose device is lost; the callers of the pack get the error itself."""
+        """Close the engine, whose device is lost; the pack's callers get the error itself."""
         message = remember_lost(self.model.device, error)
         _log.error("The engine closes itself: %s", message, exc_info=error)
         self._backlog.refuse(because=message)
@@ -176,7 +176,7 @@ class DeviceWorker:
         self.budget = min(self._pack_tokens, self.budget + self.budget // _REGROWTH + 1)
 
     def _shrink_budget(self, pack: TokenPack) -> None:
-        """Halve the budget, so that the next packs do not fail as well."""
+        """Halve the budget of the packs to come, so that they need not fail in their turn."""
         tokens = _tokens(pack)
         self.budget = max(1, min(self.budget, tokens) // 2)
         _log.warning(
@@ -189,9 +189,9 @@ class DeviceWorker:
         )
 
     def _store(self, scored: Sequence[tuple[tuple[TokenJob, int], float]]) -> None:
-        """Store logits in their jobs, and finish the jobs that are complete."""
+        """Hand logits to their jobs, and to their callers what is complete."""
         complete: list[TokenJob] = []
-        # Another device may store logits of the same job.
+        # Another device may have pairs of the same job.
         with self._backlog.changed:
             for (job, position), logit in scored:
                 job.logits[position] = logit
@@ -203,13 +203,13 @@ class DeviceWorker:
                 fail(job.future, _not_finite(job, job.pairs[position], logit))
         for job in complete:
             logits = [each for each in job.logits if each is not None]
-            # If a logit is not finite, the worker that scored it fails the job.
+            # The worker that scored what is not finite fails the job, and may be about to.
             if all(map(math.isfinite, logits)):
                 finish(job.future, logits)
 
     def _fail_all(self, error: BaseException) -> None:
         with self._backlog.changed:
-            # The next call must start another thread even while this one still runs.
+            # The next call starts another thread, though this one still runs.
             self.thread = None
             futures = self._backlog.take_all()
         _log.error(
@@ -226,7 +226,8 @@ class DeviceWorker:
             fail(future, failure)
 
 
-# The threads that run, which may outlive a dropped engine until they have freed its weights.
+# Python itself keeps those that run. They outlive an engine that was dropped, whose weights they
+# free.
 scoring_threads: "weakref.WeakSet[threading.Thread]" = weakref.WeakSet()
 
 
@@ -246,7 +247,7 @@ def _not_finite(job: TokenJob, pair: TokenPair, logit: float) -> NonFiniteLogitE
 
 
 def _fail_pack(pack: TokenPack, error: Exception) -> None:
-    # One error for each caller: raising the same one in two threads would mix tracebacks.
+    # An error for each caller, since raising one in two threads would mix their tracebacks.
     for job in _jobs(pack):
         failure = ScoringError(
             f"The model failed on a pack of {len(pack)} pairs and {_tokens(pack)} tokens: "
