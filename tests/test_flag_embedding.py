@@ -226,7 +226,7 @@ def test_copies_carry_settings_and_no_weights(folders):
         (lambda: FlagLLMReranker("a", peft_path="b"), SettingsError, "peft_path='b'.*model_name"),
         (lambda: LayerWiseFlagLLMReranker("BAAI/bge-reranker-base"), SettingsError, "encoder"),
         (lambda: LightWeightFlagLLMReranker("tiny"), SettingsError, "encoder family"),
-        (lambda: FlagReranker("tiny", query_instruction_format="{}"), SettingsError, "two places"),
+        (lambda: FlagReranker("tiny", query_instruction_format="{}"), SettingsError, "two fields"),
         (FlagAutoReranker, TypeError, "from_finetuned"),
         (
             lambda: FlagAutoReranker.from_finetuned("tiny", model_class="encoder"),
