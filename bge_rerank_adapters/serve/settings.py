@@ -69,7 +69,7 @@ class ServerSettings(Table):
         None,
         checks.header_secret,
         "Secret that every request but those for `/health` and `/docs` has to bring",
-        none="to let everyone in",
+        none="no key: everyone is let in",
         secret=True,
     )
     max_body_bytes: int = setting(
