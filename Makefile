@@ -33,7 +33,13 @@ lint: .venv/installed
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(filter %.c %.h,$(KERNELS)) tests/kernels/*.h
 
-test: lint
+# A server of S3 for the tests, in an environment of its own, since it wants an older python-dateutil.
+.venv-moto/installed: constraints-moto.txt
+	$(PYTHON) -m venv .venv-moto
+	.venv-moto/bin/pip install --quiet --constraint constraints-moto.txt "moto[s3]" flask flask-cors
+	touch $@
+
+test: lint .venv-moto/installed
 	$(BIN)/python -m pytest
 
 # The oldest transformers that works, on which FlagEmbedding runs all of its classes.
@@ -49,4 +55,4 @@ test-oldest: .venv-oldest/installed
 		tests/test_tokenization.py tests/test_hub.py tests/test_flag_embedding.py tests/test_reading.py
 
 clean:
-	rm -rf .venv .venv-oldest build dist
+	rm -rf .venv .venv-oldest .venv-moto build dist

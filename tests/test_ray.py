@@ -16,13 +16,16 @@ from collections.abc import Iterator
 from dataclasses import asdict, fields
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 pytest.importorskip("ray.data")
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
+from fsspec.implementations.local import LocalFileSystem
 from pyarrow import fs
 
 from bge_rerank_adapters import Reranker
@@ -542,6 +545,65 @@ def test_a_row_that_the_model_fails_on_does_not_take_its_neighbours_along(monkey
     assert [row["error"] for row in ranked[::2]] == [None, None]
     assert ranked[0]["results"][0]["text"] is None
     assert [row["n"] for row in ranked] == [1, 2, 3]
+
+
+def test_what_an_attempt_put_aside_before_it_was_killed_is_not_kept_beside_the_ranking(
+    tmp_path, monkeypatch
+):
+    from bge_rerank_adapters.engine.models.encoder.model import EncoderModel
+
+    monkeypatch.setattr("bge_rerank_adapters.ray.files._run", run_here)
+    monkeypatch.setattr("bge_rerank_adapters.ray.files.Attempts", lambda: None)
+    source, output = tmp_path / "in.jsonl", tmp_path / "out"
+    write_lines(source, 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(EncoderModel, "logits", lambda self, pairs: [float("nan")] * len(pairs))
+        assert rerank_files(source, output, settings=TINY).put_aside == 4
+    # Killed after its files and before its mark.
+    for mark in (output / "_done").iterdir():
+        mark.unlink()
+    report = rerank_files(source, output, settings=TINY)
+    assert (report.queries, report.put_aside) == (4, 0)
+    assert not [*(output / "_put_aside").iterdir()]
+
+
+class Remembering(LocalFileSystem):
+    """A file system of fsspec that keeps listings, as s3fs does, while others write."""
+
+    protocol = "remembering"
+    listings: ClassVar[dict] = {}
+
+    def ls(self, path, detail=False, **options):
+        path = self._strip_protocol(path)
+        if path not in self.listings:
+            self.listings[path] = super().ls(path, detail=True, **options)
+        return self.listings[path] if detail else [each["name"] for each in self.listings[path]]
+
+    def info(self, path, **options):
+        path = self._strip_protocol(path)
+        known = self.listings.get(self._parent(path))
+        if known is not None and path not in [each["name"] for each in known]:
+            raise FileNotFoundError(path)
+        return super().info(path, **options)
+
+    def invalidate_cache(self, path=None):
+        self.listings.clear()
+
+
+def test_a_job_goes_on_where_fsspec_keeps_listings_that_are_outdated(tmp_path, monkeypatch):
+    fsspec.register_implementation("remembering", Remembering, clobber=True)
+    monkeypatch.setattr("bge_rerank_adapters.ray.files._run", run_here)
+    monkeypatch.setattr("bge_rerank_adapters.ray.files.Attempts", lambda: None)
+    source, output = tmp_path / "in.jsonl", tmp_path / "out"
+    write_lines(source, 6)
+    uris = [f"fsspec+remembering://{each}" for each in (source, output)]
+    first = rerank_files(*uris, settings=TINY, part_bytes=1_000)
+    marks = sorted((output / "_done").iterdir())
+    for mark in marks[::2]:
+        mark.unlink()
+    again = rerank_files(*uris, settings=TINY, part_bytes=1_000)
+    assert (again.parts, again.parts_before) == (first.parts, len(marks) // 2)
+    assert again.queries == 6
 
 
 def test_rows_may_name_their_documents(reranker: Reranker):

@@ -1,8 +1,7 @@
-"""`rerank_files` over `s3://`, against moto's server (`pip install "moto[server,s3]"`).
+"""`rerank_files` over `s3://`, against moto's server.
 
-moto needs an older python-dateutil than others here, so it is in an environment of its own:
-`MOTO_SERVER` names its `moto_server`. One that is merely on the path may be of any age, and is left
-alone.
+moto needs an older python-dateutil than others here, so `make .venv-moto/installed` puts it into an
+environment of its own, as `make test` does.
 """
 
 import json
@@ -24,6 +23,7 @@ from pyarrow import fs  # noqa: E402
 
 from bge_rerank_adapters import SettingsError  # noqa: E402
 from bge_rerank_adapters.ray import rerank_files  # noqa: E402
+from tests.killed_jobs import start_job  # noqa: E402
 from tests.test_imports import PACKAGE  # noqa: E402
 from tests.test_ray import (  # noqa: E402
     JOB,
@@ -34,9 +34,9 @@ from tests.test_ray import (  # noqa: E402
     wait_until,
 )
 
-SERVER = os.environ.get("MOTO_SERVER")
+SERVER = PACKAGE.parent / ".venv-moto" / "bin" / "moto_server"
 pytestmark = [
-    pytest.mark.skipif(SERVER is None, reason="MOTO_SERVER names no moto_server"),
+    pytest.mark.skipif(not SERVER.is_file(), reason="run `make .venv-moto/installed` for it"),
     pytest.mark.timeout(300),
 ]
 __all__ = ["cluster"]
@@ -147,6 +147,79 @@ def test_a_job_killed_over_s3_is_finished_by_the_next(cluster, store):
     assert found == list(range(140)), "nothing lost, nothing twice"
     assert "_unfinished" not in store.names("bucket/killed")
     assert_secret_in_no_log("")
+
+
+def with_bad_lines(count: int) -> list[str]:
+    """Return lines of `count` rows, every seventh of which is bad."""
+    rows = [json.dumps(row) for row in questions(count, depth=3)]
+    return ["no JSON" if number % 7 == 3 else line for number, line in enumerate(rows)]
+
+
+def assert_each_row_once(store: Store, path: str, lines: list[str]) -> None:
+    good = {n: json.loads(line) for n, line in enumerate(lines) if line != "no JSON"}
+    found = store.rows(path, "part-")
+    assert [row["query_id"] for row in found] == [*good], "nothing lost, nothing twice"
+    for row in found:
+        texts = [result["text"] for result in row["results"]]
+        assert sorted(texts) == sorted(good[row["query_id"]]["documents"])
+    aside = store.rows(f"{path}/_put_aside", "part-")
+    assert [row["input"] for row in aside] == ["no JSON"] * (len(lines) - len(good))
+    assert "_unfinished" not in store.names(path)
+
+
+def run_once(source: str, output: str, *, kill_after_s: float | None) -> float | None:
+    """Let a job run until it ends or is killed; return the seconds that it took, if it ended."""
+    job, told = start_job(source, output, part_bytes=2_000)
+    with told:
+        assert told.recv() == "begun"
+        begin = time.monotonic()
+        ended = told.poll(kill_after_s)
+        if ended:
+            # A job that failed breaks the pipe here.
+            told.recv()
+        else:
+            job.kill()
+        job.join()
+        return time.monotonic() - begin if ended else None
+
+
+def test_a_job_killed_at_random_moments_loses_nothing_and_doubles_nothing(store):
+    lines = with_bad_lines(24)
+    store.write("bucket/random.jsonl", lines)
+    source = store.uri("bucket/random.jsonl")
+    whole_s = run_once(source, store.uri("bucket/whole"), kill_after_s=None)
+    assert_each_row_once(store, "bucket/whole", lines)
+    parts = len(store.names("bucket/whole/_done"))
+    half_done = 0
+    for seed in range(10):
+        chance, path = random.Random(seed), f"bucket/random-{seed}"
+        for _ in range(3):
+            run_once(source, store.uri(path), kill_after_s=chance.uniform(0, whole_s / 2))
+            half_done += 0 < len(store.names(f"{path}/_done")) < parts
+        run_once(source, store.uri(path), kill_after_s=None)
+        assert_each_row_once(store, path, lines)
+    assert half_done > 5, "killed too early or too late to tell"
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_a_job_on_a_cluster_killed_at_random_moments_loses_and_doubles_nothing(cluster, store):
+    lines = with_bad_lines(280)
+    store.write("bucket/soak.jsonl", lines)
+    source = store.uri("bucket/soak.jsonl")
+    for seed in range(10):
+        chance, path = random.Random(seed), f"bucket/soak-{seed}"
+        job = subprocess.Popen(
+            [sys.executable, "-c", JOB, cluster, source, store.uri(path), "4000"],
+            cwd=PACKAGE.parent,
+        )
+        wait_until(lambda path=path: "_job.json" in store.names(path))
+        time.sleep(chance.uniform(0, 15))
+        job.kill()
+        job.wait()
+        wait_until(lambda: not actor_processes())
+        rerank_files(source, store.uri(path), settings=TINY, concurrency=2, part_bytes=4_000)
+        assert_each_row_once(store, path, lines)
 
 
 def test_a_bucket_that_is_not_there_is_named(store):

@@ -194,13 +194,13 @@ class PartRanker:
             if isinstance(item, Item) and isinstance(ranking, Ranking)
         ]
         bad = len(rankings) - len(ranked)
-        files: dict[str, bytes] = {}
-        if bad:
-            files[f"{PUT_ASIDE}/{part.name}.jsonl"] = aside_jsonl(part, read, rankings)
-        if ranked:
-            write = ranked_jsonl if self._job.output_format == "jsonl" else ranked_parquet
-            name = f"{part.name}.{self._job.output_format}"
-            files[name] = write(read, rankings, with_text=self._job.with_text)
+        write = ranked_jsonl if self._job.output_format == "jsonl" else ranked_parquet
+        files = {
+            f"{PUT_ASIDE}/{part.name}.jsonl": aside_jsonl(part, read, rankings) if bad else None,
+            f"{part.name}.{self._job.output_format}": (
+                write(read, rankings, with_text=self._job.with_text) if ranked else None
+            ),
+        }
         pairs = sum(len(item.texts) for item in ranked)
         self._job.folder.finish_part(part, Counts(len(ranked), pairs, bad), files)
 

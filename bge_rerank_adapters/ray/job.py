@@ -10,8 +10,10 @@ from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.ray.parts import Part
 from bge_rerank_adapters.ray.storage import (
     UNFINISHED,
+    forget_listings,
     names_in,
     read_bytes,
+    remove_file,
     remove_folders,
     write_whole,
 )
@@ -78,20 +80,25 @@ class Folder:
             return None
         return Counts(**json.loads(read_bytes(self.system, self._mark(part))))
 
-    def finish_part(self, part: Part, counts: Counts, files: dict[str, bytes]) -> None:
+    def finish_part(self, part: Part, counts: Counts, files: dict[str, bytes | None]) -> None:
         """Write what came of a part; it counts as done once all of it is there.
 
         Args:
             part: The part.
             counts: What was done of it.
-            files: By their names in the folder.
+            files: By their names in the folder; `None` for one that is not to be there. An attempt
+                that was killed may have left it, and put a row aside that is ranked now.
         """
         for name, data in files.items():
-            write_whole(self.system, f"{self.path}/{name}", data)
+            if data is None:
+                remove_file(self.system, f"{self.path}/{name}")
+            else:
+                write_whole(self.system, f"{self.path}/{name}", data)
         write_whole(self.system, self._mark(part), json.dumps(asdict(counts)).encode())
 
     def finish(self) -> None:
         """Remove what killed actors left unfinished."""
+        forget_listings(self.system)
         folders = ("", f"/{_DONE}", f"/{PUT_ASIDE}")
         remove_folders(self.system, [f"{self.path}{each}/{UNFINISHED}" for each in folders])
 

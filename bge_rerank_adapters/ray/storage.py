@@ -29,7 +29,8 @@ def locate(path: str | os.PathLike[str]) -> tuple[fs.FileSystem, str]:
     if "://" not in text:
         return fs.LocalFileSystem(), str(Path(text).resolve())
     try:
-        return fs.FileSystem.from_uri(text)  # type: ignore[no-any-return]
+        system, place = fs.FileSystem.from_uri(text)
+        forget_listings(system)
     except (pa.ArrowException, ValueError, OSError) as error:
         # Without its cause, whose message may repeat the URI, which may hold a password.
         shown = without_secrets(text)
@@ -37,6 +38,13 @@ def locate(path: str | os.PathLike[str]) -> tuple[fs.FileSystem, str]:
             f"{shown} cannot be reached: {str(error).replace(text, shown)}; give a path, or a URI "
             "that pyarrow can open."
         ) from None
+    return system, place
+
+
+def forget_listings(system: fs.FileSystem) -> None:
+    """Have a file system of fsspec ask again: it keeps listings, which other processes outdate."""
+    if isinstance(system, fs.PyFileSystem) and isinstance(system.handler, fs.FSSpecHandler):
+        system.handler.fs.invalidate_cache()
 
 
 def without_secrets(uri: str) -> str:
@@ -183,6 +191,13 @@ def read_bytes(system: fs.FileSystem, path: str) -> bytes:
     """Return what is in a file."""
     with system.open_input_stream(path) as file:
         return file.read()  # type: ignore[no-any-return]
+
+
+def remove_file(system: fs.FileSystem, path: str) -> None:
+    """Remove a file, if it is there."""
+    (found,) = system.get_file_info([path])
+    if found.is_file:
+        system.delete_file(path)
 
 
 def remove_folders(system: fs.FileSystem, folders: list[str]) -> None:
