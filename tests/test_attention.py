@@ -2,19 +2,23 @@
 
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 
 import pytest
 import torch
 from torch.nn import functional
 
+from bge_rerank_adapters.engine.models.causal import attention as causal_module
 from bge_rerank_adapters.engine.models.layers import attention as attention_module
+from bge_rerank_adapters.engine.models.layers import one_call
 from bge_rerank_adapters.engine.models.layers.attention import (
     Layout,
     attention_for,
     grouped_attention,
+    one_call_attention,
     product_attention,
-    varlen_attention,
 )
 
 LENGTHS = [7, 5, 5, 5, 3, 1]
@@ -38,26 +42,81 @@ def alone(query, key, value, first_only):
     return torch.cat(outputs)
 
 
-def reference_varlen(query, key, value, bounds_query, bounds_key, max_query, max_key):
-    """What `torch.nn.attention.varlen.varlen_attn` computes, one pair after another."""
-    assert bounds_query.dtype == bounds_key.dtype == torch.int32
+def attend_in_spans(query, key, value, spans, sight, **_) -> torch.Tensor:
+    """What kernels of one call compute, one pair after another."""
+    assert spans.queries.dtype == spans.keys.dtype == torch.int32
     outputs = []
-    for pair in range(len(bounds_key) - 1):
-        asked = slice(int(bounds_query[pair]), int(bounds_query[pair + 1]))
-        rows = slice(int(bounds_key[pair]), int(bounds_key[pair + 1]))
-        assert asked.stop - asked.start <= max_query
-        assert rows.stop - rows.start <= max_key
+    for pair in range(len(spans.keys) - 1):
+        asked = slice(int(spans.queries[pair]), int(spans.queries[pair + 1]))
+        rows = slice(int(spans.keys[pair]), int(spans.keys[pair + 1]))
+        assert asked.stop - asked.start <= spans.most_queries
+        assert rows.stop - rows.start <= spans.most_keys
         split = [each.transpose(0, 1)[None] for each in (query[asked], key[rows], value[rows])]
-        outputs.append(functional.scaled_dot_product_attention(*split)[0].transpose(0, 1))
+        out = functional.scaled_dot_product_attention(
+            *split, is_causal=sight.causal, scale=sight.scale, enable_gqa=True
+        )
+        outputs.append(out[0].transpose(0, 1))
     return torch.cat(outputs)
 
 
-WAYS = ["grouped", "products", "products of short pairs too", "varlen"]
+def flash_operator(query, key, value, bounds_query, bounds_key, *rest, **options):
+    """`_flash_attention_forward` of torch 2.6 to 2.13, as far as its arguments tell what to do."""
+    most_queries, most_keys, dropout, causal, debug = rest
+    assert (dropout, debug) == (0.0, False)
+    assert options["window_size_left"] == -1
+    assert options["window_size_right"] == (0 if causal else -1)
+    spans = one_call.Spans(bounds_query, bounds_key, most_queries, most_keys)
+    sight = one_call.Sight(options["scale"], causal=causal)
+    return attend_in_spans(query, key, value, spans, sight), None, None, None, None
+
+
+def varlen_function(
+    query, key, value, bounds_query, bounds_key, most_queries, most_keys, **options
+):
+    """`torch.nn.attention.varlen.varlen_attn` of torch 2.10 to 2.13, likewise."""
+    assert options["enable_gqa"] == (query.shape[1] != key.shape[1])
+    causal = options["window_size"] == (-1, 0)
+    assert causal or options["window_size"] == (-1, -1)
+    spans = one_call.Spans(bounds_query, bounds_key, most_queries, most_keys)
+    return attend_in_spans(
+        query, key, value, spans, one_call.Sight(options["scale"], causal=causal)
+    )
+
+
+def efficient_operator(query, key, value, bias, bounds_query, bounds_key, *rest, **options):
+    """`_efficient_attention_forward` of torch 2.6 to 2.13, likewise."""
+    most_queries, most_keys, dropout, mask = rest
+    assert (bias, dropout, len(query)) == (None, 0.0, 1)
+    assert query.shape[2] == key.shape[2], "a key for each query head"
+    spans = one_call.Spans(bounds_query, bounds_key, most_queries, most_keys)
+    sight = one_call.Sight(options["scale"], causal=mask == 1)
+    return attend_in_spans(query[0], key[0], value[0], spans, sight)[None], None
+
+
+@pytest.fixture
+def kernels(monkeypatch) -> dict[str, Callable[..., object]]:
+    """The functions of torch that run on CUDA alone, replaced by what they compute; by name."""
+    found = {
+        "_flash_attention_forward": flash_operator,
+        "varlen_attn": varlen_function,
+        "_efficient_attention_forward": efficient_operator,
+    }
+    for name in ("_flash_attention_forward", "_efficient_attention_forward"):
+        monkeypatch.setattr(
+            torch.ops.aten, name, lambda *a, name=name, **k: found[name](*a, **k), raising=False
+        )
+    module = ModuleType("varlen")
+    module.varlen_attn = lambda *a, **k: found["varlen_attn"](*a, **k)
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
+    return found
+
+
+WAYS = ["grouped", "products", "products of short pairs too", "flash", "varlen", "efficient"]
 
 
 @pytest.fixture(params=WAYS)
-def attention(request, monkeypatch):
-    """All ways; varlen's kernel, which runs on CUDA alone, replaced by what it computes."""
+def attention(request, monkeypatch, kernels):
+    """All ways."""
     if request.param == "grouped":
         return grouped_attention
     if request.param.startswith("products"):
@@ -65,10 +124,7 @@ def attention(request, monkeypatch):
             monkeypatch.setattr(attention_module, "_SHORT_TOKENS", 1)
             monkeypatch.setattr(attention_module, "_ROWS_STEP", 4)
         return product_attention
-    module = ModuleType("varlen")
-    module.varlen_attn = reference_varlen
-    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
-    return varlen_attention
+    return partial(one_call_attention, kernel=getattr(one_call, request.param))
 
 
 @pytest.mark.parametrize("first_only", [False, True])
@@ -105,18 +161,32 @@ def test_what_is_not_finite_stays_within_its_pair(attend, monkeypatch):
 @pytest.mark.parametrize(
     ("device", "dtype", "capability", "chosen"),
     [
-        ("cpu", torch.float32, (9, 0), grouped_attention),
-        ("cpu", torch.float16, (9, 0), grouped_attention),
-        ("cuda", torch.float32, (9, 0), grouped_attention),
-        ("cuda", torch.float16, (7, 5), grouped_attention),
-        ("cuda", torch.float16, (8, 0), varlen_attention),
-        ("cuda", torch.bfloat16, (9, 0), varlen_attention),
+        ("cpu", torch.float32, (9, 0), None),
+        ("cpu", torch.float16, (9, 0), None),
+        ("mps", torch.float16, (9, 0), None),
+        ("cuda", torch.float32, (9, 0), one_call.efficient),
+        ("cuda", torch.float16, (7, 5), one_call.efficient),
+        ("cuda", torch.float16, (8, 0), one_call.flash),
+        ("cuda", torch.bfloat16, (9, 0), one_call.flash),
     ],
 )
-def test_each_device_and_dtype_gets_the_fastest(monkeypatch, device, dtype, capability, chosen):
+@pytest.mark.parametrize("causal", [False, True])
+def test_each_device_and_dtype_gets_the_fastest(
+    monkeypatch, device, dtype, capability, chosen, causal
+):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    monkeypatch.setattr(attention_module, "_varlen_works", lambda *_: True)
-    assert attention_for(torch.device(device), dtype, heads=HEADS, width=WIDTH) is chosen
+    module = causal_module if causal else attention_module
+    monkeypatch.setattr(module, "_works", lambda *_, **__: True)
+    found = chosen_for(torch.device(device), dtype, causal=causal)
+    plain = causal_module.grouped_causal_attention if causal else grouped_attention
+    assert (found.keywords["kernel"] is chosen) if chosen else (found is plain)
+
+
+def chosen_for(device, dtype, *, causal):
+    if not causal:
+        return attention_for(device, dtype, heads=HEADS, width=WIDTH)
+    heads = causal_module.Heads(HEADS, HEADS // 2, WIDTH**-0.5)
+    return causal_module.causal_attention_for(device, dtype, heads=heads, width=WIDTH)
 
 
 @pytest.mark.parametrize("products_win", [True, False])
@@ -140,30 +210,70 @@ def test_a_timing_picks_bfloat16s_way_on_a_processor(monkeypatch, products_win):
     assert calls
 
 
-def refusing_varlen(*_):
+def refusing(*_, **__):
     raise RuntimeError("no kernel for such heads")
 
 
-def wrong_varlen(*inputs):
-    return reference_varlen(*inputs) + 1.0
+def wrong(kernel):
+    def shifted(*inputs, **options):
+        out = kernel(*inputs, **options)
+        return (out[0] + 1.0, *out[1:]) if isinstance(out, tuple) else out + 1.0
+
+    return shifted
 
 
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(
-    ("kernel", "works"),
-    [(reference_varlen, True), (refusing_varlen, False), (wrong_varlen, False), (None, False)],
+    ("broken", "chosen"),
+    [
+        (0, one_call.flash),
+        (1, one_call.varlen),
+        (2, one_call.efficient),
+        (3, None),
+    ],
 )
-def test_the_varlen_kernel_is_tried_before_it_is_taken(monkeypatch, kernel, works):
-    module = None
-    if kernel:
-        module = ModuleType("varlen")
-        module.varlen_attn = kernel
-    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
+@pytest.mark.parametrize("how", ["refusing", "wrong"])
+def test_each_kernel_is_tried_before_it_is_taken(monkeypatch, kernels, broken, chosen, how, causal):
+    for name in list(kernels)[:broken]:
+        kernels[name] = refusing if how == "refusing" else wrong(kernels[name])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     # The states that it is tried with are made on the processor, where there is no CUDA.
-    probe = attention_module.probe_states
+    module = causal_module if causal else attention_module
+    probe, layout = attention_module.probe_states, causal_module.CausalLayout if causal else Layout
     monkeypatch.setattr(
-        attention_module, "probe_states", lambda width, _, dtype: probe(width, CPU, dtype)
+        module, "probe_states", lambda width, _, dtype, **seed: probe(width, CPU, dtype, **seed)
     )
-    monkeypatch.setattr(attention_module, "Layout", lambda lengths, _: Layout(lengths, CPU))
-    chosen = attention_for(torch.device("cuda"), torch.float16, heads=HEADS, width=WIDTH)
-    assert chosen is (varlen_attention if works else grouped_attention)
+    name = "CausalLayout" if causal else "Layout"
+    monkeypatch.setattr(module, name, lambda lengths, _: layout(lengths, CPU))
+    found = chosen_for(torch.device("cuda"), torch.float16, causal=causal)
+    plain = causal_module.grouped_causal_attention if causal else grouped_attention
+    assert (found.keywords["kernel"] is chosen) if chosen else (found is plain)
+
+
+@pytest.mark.parametrize("last_only", [False, True])
+@pytest.mark.parametrize("window", [None, 3, 100])
+@pytest.mark.parametrize("kernel", [one_call.flash, one_call.efficient])
+def test_decoders_are_told_what_a_token_sees(kernels, monkeypatch, kernel, window, last_only):
+    """Windows that matter go to a kernel that has them, and the others to none."""
+    seen = []
+
+    def windowed(*inputs, **options):
+        seen.append((options["window_size_left"], options["window_size_right"]))
+        return (inputs[0] * 0.0,)
+
+    if window == 3:
+        kernels["_flash_attention_forward"] = windowed
+    heads = causal_module.Heads(HEADS, HEADS // 2, WIDTH**-0.5, window)
+    layout = causal_module.CausalLayout(LENGTHS, CPU)
+    generator = torch.Generator().manual_seed(6)
+    query, key, value = (
+        torch.randn(sum(LENGTHS), number * WIDTH, generator=generator)
+        for number in (HEADS, HEADS // 2, HEADS // 2)
+    )
+    query = query[layout.last] if last_only else query
+    found = causal_module.one_call_causal_attention(query, key, value, layout, heads, kernel=kernel)
+    if window == 3 and kernel is one_call.flash:
+        assert seen == [(2, 0)]
+        return
+    wanted = causal_module.grouped_causal_attention(query, key, value, layout, heads)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch
 from benchmarks.dtype_choice import choices
 from bge_rerank_adapters import DeviceError, Reranker
 from bge_rerank_adapters.engine.models import capabilities, devices
+from bge_rerank_adapters.engine.models.base import default_pack_tokens
 
 
 @pytest.fixture
@@ -131,6 +133,25 @@ def test_a_single_timing_that_disagrees_with_the_flags_decides_nothing(monkeypat
     verdict = devices._timed_verdict(torch.device("cpu"), torch.bfloat16, told)
     assert verdict is told
     assert not [*disagreeing]
+
+
+@pytest.mark.parametrize(
+    ("kind", "multiprocessors", "tokens"),
+    [
+        ("cpu", 0, 2048),
+        ("mps", 0, 4096),
+        ("xpu", 0, 4096),
+        ("cuda", 8, 2048),
+        ("cuda", 40, 5120),
+        ("cuda", 82, 10_240),
+        ("cuda", 132, 16_384),
+        ("cuda", 304, 16_384),
+    ],
+)
+def test_packs_suit_the_size_of_a_card(monkeypatch, kind, multiprocessors, tokens):
+    card = SimpleNamespace(multi_processor_count=multiprocessors)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    assert default_pack_tokens(torch.device(kind)) == tokens
 
 
 def test_a_model_with_a_wide_range_never_gets_float16(monkeypatch):

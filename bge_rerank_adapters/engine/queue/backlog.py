@@ -8,7 +8,13 @@ from contextlib import suppress
 
 from bge_rerank_adapters.engine.queue.packs import Job, Pack, PackQueue
 from bge_rerank_adapters.engine.text.pairs import TokenPair
-from bge_rerank_adapters.errors import ClosedError, Overloaded, WorkerDiedError
+from bge_rerank_adapters.errors import (
+    ClosedError,
+    NonFiniteLogitError,
+    Overloaded,
+    ScoringError,
+    WorkerDiedError,
+)
 
 Logits = Future[list[float]]
 TokenJob = Job[TokenPair]
@@ -173,3 +179,38 @@ def finish(future: Logits, logits: list[float]) -> None:
     """Set the logits of a call, unless it has been cancelled or has failed."""
     with suppress(InvalidStateError):
         future.set_result(logits)
+
+
+def jobs_of(pack: TokenPack) -> list[TokenJob]:
+    """Return the jobs that a pack has pairs of, each once."""
+    return list(dict.fromkeys(job for job, _ in pack))
+
+
+def pairs_of(pack: TokenPack) -> list[TokenPair]:
+    """Return the pairs of a pack."""
+    return [job.pairs[position] for job, position in pack]
+
+
+def tokens_of(pack: TokenPack) -> int:
+    """Return how many tokens a pack has."""
+    return sum(len(job.pairs[position]) for job, position in pack)
+
+
+def fail_pack(pack: TokenPack, error: Exception) -> None:
+    """Tell all callers of a pack what befell it."""
+    # An error for each caller, since raising one in two threads would mix their tracebacks.
+    for job in jobs_of(pack):
+        failure = ScoringError(
+            f"The model failed on a pack of {len(pack)} pairs and {tokens_of(pack)} tokens: "
+            f"{type(error).__name__}: {error}"
+        )
+        failure.__cause__ = error
+        fail(job.future, failure)
+
+
+def not_finite(job: TokenJob, pair: TokenPair, logit: float) -> NonFiniteLogitError:
+    """Return the error for a logit that is none."""
+    return NonFiniteLogitError(
+        f"The model gave {logit} for {job.name(pair.index)} ({len(pair)} tokens); check the "
+        'weights, or use dtype="float32" if they overflow in half precision.'
+    )

@@ -8,8 +8,10 @@ import traceback
 import weakref
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
 
-from bge_rerank_adapters.engine.models.base import Model
+from bge_rerank_adapters.engine.models.base import Coming, Model, launch_of
 from bge_rerank_adapters.engine.models.cpu.threads import settle_threads
 from bge_rerank_adapters.engine.models.device_faults import (
     is_lost,
@@ -17,20 +19,51 @@ from bge_rerank_adapters.engine.models.device_faults import (
     release_memory,
     remember_lost,
 )
-from bge_rerank_adapters.engine.queue.backlog import Backlog, TokenJob, TokenPack, fail, finish
+from bge_rerank_adapters.engine.queue.backlog import (
+    Backlog,
+    TokenJob,
+    TokenPack,
+    fail,
+    fail_pack,
+    finish,
+    jobs_of,
+    not_finite,
+    pairs_of,
+    tokens_of,
+)
 from bge_rerank_adapters.engine.stats import Tally
-from bge_rerank_adapters.engine.text.pairs import TokenPair
-from bge_rerank_adapters.errors import NonFiniteLogitError, ScoringError, WorkerDiedError
+from bge_rerank_adapters.errors import ScoringError, WorkerDiedError
 
 # After each good pack the budget that a lack of memory cut down grows by one part in so many: a
 # device that is short for good fails one pack in forty or so, one that was short once recovers.
 _REGROWTH = 64
+# How many packs the device has been given beyond the one whose logits are waited for: one keeps it
+# busy while the thread reads logits and lays out the next pack, and more would only make a call
+# that comes meanwhile wait longer.
+_PACKS_AHEAD = 1
 
 _log = logging.getLogger(__name__)
 
 
+class _Launched(NamedTuple):
+    """A pack that its device has been given.
+
+    Attributes:
+        pack: Its places.
+        coming: Gives its logits.
+        begun: When it was launched, by the performance counter.
+    """
+
+    pack: TokenPack
+    coming: Coming
+    begun: float
+
+
 class DeviceWorker:
     """Scores pairs from a shared backlog on one device, in a thread that starts when needed.
+
+    Where the model runs ahead, the device is given the next pack before the logits of the last one
+    are read. Packs are finished in the order of their launches, and each one's error is its own.
 
     Attributes:
         model: The model on this device.
@@ -62,6 +95,9 @@ class DeviceWorker:
         self.thread: threading.Thread | None = None
         self._number, self._backlog, self._tally = number, backlog, tally
         self._warm_ups: deque[TokenJob] = deque()
+        self._launch = launch_of(model)
+        self._launched: deque[_Launched] = deque()
+        self._last_end = 0.0
 
     def start(self) -> None:
         """Make sure that the thread runs; the caller holds the backlog's lock.
@@ -88,15 +124,23 @@ class DeviceWorker:
     def _run(self) -> None:
         try:
             settle_threads()
-            while pack := self._take():
-                self._count_waiting(pack)
-                self._score(pack)
+            self._launched.clear()
+            while (pack := self._take(wait=not self._launched)) or self._launched:
+                if pack:
+                    self._count_waiting(pack)
+                    self._begin(pack)
+                while len(self._launched) > (_PACKS_AHEAD if pack else 0):
+                    self._finish(self._launched.popleft())
                 del pack  # with its texts' ids, before the thread waits for the next
         except BaseException as error:  # noqa: BLE001 - callers must hear of whatever ended it
             self._fail_all(error)
 
-    def _take(self) -> TokenPack:
-        """Wait for pairs and return a pack of them; `[]` once the backlog is closed."""
+    def _take(self, *, wait: bool) -> TokenPack:
+        """Return a pack of what waits; `[]` once the backlog is closed.
+
+        Args:
+            wait: Whether to wait for pairs where there are none; otherwise it is `[]` then as well.
+        """
         with self._backlog.changed:
             while not self._backlog.closed:
                 if self._warm_ups:
@@ -104,31 +148,59 @@ class DeviceWorker:
                     return [(job, position) for position in range(len(job.pairs))]
                 if pack := self._backlog.take(self.budget, multiple=self.model.streams):
                     return pack
+                if not wait:
+                    return []
                 self._backlog.changed.wait()
             return []
 
     def _count_waiting(self, pack: TokenPack) -> None:
         now = time.monotonic()
-        for job in _jobs(pack):
+        for job in jobs_of(pack):
             if job.queued_at is not None:
                 job.waited_s = now - job.queued_at
                 self._tally.add_waiting(job.waited_s)
                 job.queued_at = None
 
+    def _begin(self, pack: TokenPack) -> None:
+        """Launch a pack where the model runs ahead, or score it."""
+        if self._launch is None:
+            self._score(pack)
+            return
+        begun = time.perf_counter()
+        try:
+            coming = self._launch(pairs_of(pack))
+        except Exception as error:  # noqa: BLE001 - belongs to the callers whose pairs these were
+            traceback.clear_frames(error.__traceback__)
+            # Those before it first: an error of a device may be theirs, and come late.
+            while self._launched:
+                self._finish(self._launched.popleft())
+            self._retry(pack, error)
+        else:
+            self._launched.append(_Launched(pack, coming, begun))
+
     def _score(self, pack: TokenPack) -> None:
         """Run a pack; where that fails, parts of it that may do better."""
-        begin = time.perf_counter()
+        coming = partial(self.model.logits, pairs_of(pack))
+        self._finish(_Launched(pack, coming, time.perf_counter()))
+
+    def _finish(self, launched: _Launched) -> None:
+        """Hand out the logits of a pack as they come; where it failed, run parts of it."""
+        pack, coming, begun = launched
         try:
-            logits = self.model.logits([job.pairs[position] for job, position in pack])
-            scored = list(zip(pack, logits, strict=True))
+            scored = list(zip(pack, coming(), strict=True))
         except Exception as error:  # noqa: BLE001 - belongs to the callers whose pairs these were
             # Its frames hold tensors, which the next packs may need the room of.
             traceback.clear_frames(error.__traceback__)
-            parts = self._parts_of_failed(pack, error)
-        else:
-            self._count(pack, time.perf_counter() - begin)
-            self._store(scored)
+            self._retry(pack, error)
             return
+        # Of two packs that overlap, the second is counted from the end of the first.
+        begun, self._last_end = max(begun, self._last_end), time.perf_counter()
+        self._count(pack, self._last_end - begun)
+        self._store(scored)
+
+    def _retry(self, pack: TokenPack, error: Exception) -> None:
+        """Run parts of a pack that failed, one after another, without running ahead."""
+        parts = self._parts_of_failed(pack, error)
         if parts:
             release_memory(self.model.device)
         for part in parts:
@@ -143,9 +215,9 @@ class DeviceWorker:
             self._shrink_budget(pack)
             middle = len(pack) // 2
             return [pack[:middle], pack[middle:]]
-        jobs = _jobs(pack)
+        jobs = jobs_of(pack)
         if len(jobs) == 1:
-            _fail_pack(pack, error)
+            fail_pack(pack, error)
             return []
         # Each call's pairs alone, so that only the one whose pairs fail hears of it.
         return [
@@ -155,19 +227,21 @@ class DeviceWorker:
     def _close_engine(self, pack: TokenPack, error: Exception) -> None:
         """Close the engine, whose device is lost; the pack's callers get the error itself."""
         message = remember_lost(self.model.device, error)
-        _log.error("The engine closes itself: %s", message, exc_info=error)
+        # Once: what was launched after the pack that was lost fails as well.
+        if not self._backlog.closed:
+            _log.error("The engine closes itself: %s", message, exc_info=error)
         self._backlog.refuse(because=message)
-        for job in _jobs(pack):
+        for job in jobs_of(pack):
             failure = ScoringError(f"The model failed: {message}")
             failure.__cause__ = error
             fail(job.future, failure)
         self._backlog.close()
 
     def _count(self, pack: TokenPack, seconds: float) -> None:
-        pairs = [job.pairs[position] for job, position in pack]
+        pairs = pairs_of(pack)
         self._tally.add_pack(
             len(pairs),
-            _tokens(pack),
+            tokens_of(pack),
             truncated=sum(pair.truncated for pair in pairs),
             query_truncated=sum(pair.query_truncated for pair in pairs),
             budget=self.budget,
@@ -177,7 +251,7 @@ class DeviceWorker:
 
     def _shrink_budget(self, pack: TokenPack) -> None:
         """Halve the budget of the packs to come, so that they need not fail in their turn."""
-        tokens = _tokens(pack)
+        tokens = tokens_of(pack)
         self.budget = max(1, min(self.budget, tokens) // 2)
         _log.warning(
             "%s has too little memory for a pack of %d pairs and %d tokens; running its halves, "
@@ -200,7 +274,7 @@ class DeviceWorker:
                     complete.append(job)
         for (job, position), logit in scored:
             if not math.isfinite(logit):
-                fail(job.future, _not_finite(job, job.pairs[position], logit))
+                fail(job.future, not_finite(job, job.pairs[position], logit))
         for job in complete:
             logits = [each for each in job.logits if each is not None]
             # The worker that scored what is not finite fails the job, and may be about to.
@@ -229,29 +303,3 @@ class DeviceWorker:
 # Python itself keeps those that run. They outlive an engine that was dropped, whose weights they
 # free.
 scoring_threads: "weakref.WeakSet[threading.Thread]" = weakref.WeakSet()
-
-
-def _jobs(pack: TokenPack) -> list[TokenJob]:
-    return list(dict.fromkeys(job for job, _ in pack))
-
-
-def _tokens(pack: TokenPack) -> int:
-    return sum(len(job.pairs[position]) for job, position in pack)
-
-
-def _not_finite(job: TokenJob, pair: TokenPair, logit: float) -> NonFiniteLogitError:
-    return NonFiniteLogitError(
-        f"The model gave {logit} for {job.name(pair.index)} ({len(pair)} tokens); check the "
-        'weights, or use dtype="float32" if they overflow in half precision.'
-    )
-
-
-def _fail_pack(pack: TokenPack, error: Exception) -> None:
-    # An error for each caller, since raising one in two threads would mix their tracebacks.
-    for job in _jobs(pack):
-        failure = ScoringError(
-            f"The model failed on a pack of {len(pack)} pairs and {_tokens(pack)} tokens: "
-            f"{type(error).__name__}: {error}"
-        )
-        failure.__cause__ = error
-        fail(job.future, failure)

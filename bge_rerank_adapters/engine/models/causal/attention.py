@@ -16,9 +16,17 @@ from bge_rerank_adapters.engine.models.layers.attention import (
     Group,
     Layout,
     agree,
+    bounds_of,
     probe_states,
 )
 from bge_rerank_adapters.engine.models.layers.attention_check import Trial, first_right
+from bge_rerank_adapters.engine.models.layers.one_call import (
+    Kernel,
+    Sight,
+    kernels_for,
+    takes_windows,
+)
+from bge_rerank_adapters.engine.models.layers.transfers import Integers, waiting_transfers
 from bge_rerank_adapters.engine.text.pairs import TokenPair
 
 # Rows are shared where that saves at least this part of them: repeating rows has a price as well.
@@ -70,7 +78,12 @@ class CausalLayout(Layout):
     """
 
     def __init__(
-        self, lengths: Sequence[int], device: torch.device, *, shared: SharedRows | None = None
+        self,
+        lengths: Sequence[int],
+        device: torch.device,
+        *,
+        shared: SharedRows | None = None,
+        on_device: Sequence[Tensor] | None = None,
     ) -> None:
         """Take the lengths, in the order in which the pairs stand in the row.
 
@@ -78,17 +91,26 @@ class CausalLayout(Layout):
             lengths: Number of tokens of each pair.
             device: Where the model runs.
             shared: Which rows are computed; `None` is all.
+            on_device: The tensors of `places`, where they are on the device already.
         """
-        super().__init__(lengths, device)
-        last = np.cumsum(self.lengths, dtype=np.int64) - 1
-        positions = np.concatenate([np.arange(each, dtype=np.int64) for each in self.lengths])
-        self._computed = self._repeated = None
-        if shared is not None:
-            last, positions = shared.repeated[last], positions[shared.computed]
-            self._computed = torch.from_numpy(shared.computed).to(device)
-            self._repeated = torch.from_numpy(shared.repeated).to(device)
-        self.last = torch.from_numpy(last).to(device)
-        self.positions = torch.from_numpy(positions).to(device)
+        if on_device is None:
+            on_device = waiting_transfers(device).upload(self.places(lengths, shared=shared))
+        bounds, self.last, self.positions, *rows = on_device
+        super().__init__(lengths, device, bounds=bounds)
+        self._computed: Tensor | None
+        self._repeated: Tensor | None
+        self._computed, self._repeated = rows if rows else (None, None)
+
+    @staticmethod
+    def places(lengths: Sequence[int], *, shared: SharedRows | None = None) -> list[Integers]:
+        """Return what a layout needs on the device, in an order of its own."""
+        bounds = bounds_of(lengths)
+        last = bounds[1:] - 1
+        positions = np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths)
+        if shared is None:
+            return [bounds, last, positions]
+        last, positions = shared.repeated[last], positions[shared.computed]
+        return [bounds, last, positions, shared.computed, shared.repeated]
 
     def computed(self, rows: Tensor) -> Tensor:
         """Return of rows with all repetitions those that are computed."""
@@ -195,31 +217,23 @@ def _window_mask(tokens: int, window: int, device: torch.device) -> Tensor:
     return seen.triu(1 - window)
 
 
-def varlen_causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, heads: Heads
+def one_call_causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, heads: Heads, *, kernel: Kernel
 ) -> Tensor:
-    """Attend by one call for the whole pack; CUDA in half precision alone."""
-    # Imported here: torch before 2.10 lacks it.
-    from torch.nn.attention.varlen import varlen_attn
-
+    """Attend by one call of a kernel for the whole pack."""
     single = len(query) != len(key)
-    longest = max(layout.lengths)
-    out = varlen_attn(
+    narrow = heads.window is not None and heads.window < layout.longest
+    if narrow and not takes_windows(kernel):
+        return grouped_causal_attention(query, key, value, layout, heads)
+    out = kernel(
         query.reshape(len(query), heads.queries, -1),
         key.reshape(len(key), heads.keys, -1),
         value.reshape(len(value), heads.keys, -1),
-        layout.counts if single else layout.bounds,
-        layout.bounds,
-        1 if single else longest,
-        longest,
-        scale=heads.scale,
-        # Tokens seen to the left and to the right, the token itself not counted.
-        window_size=(-1 if heads.window is None else heads.window - 1, 0),
-        enable_gqa=heads.keys != heads.queries,
+        layout.spans(single=single),
+        # A pair's last token sees all before it, so its row alone needs no more limits.
+        Sight(heads.scale, causal=not single, window=heads.window if narrow else None),
     )
-    # A tuple only where more than the values is asked for.
-    attended: Tensor = out[0] if isinstance(out, tuple) else out
-    return attended.reshape(query.shape)
+    return out.reshape(query.shape)
 
 
 def checked_causal_attention(
@@ -253,23 +267,23 @@ def causal_attention_for(
         heads: The model's.
         width: Of a head.
     """
-    half = dtype in (torch.float16, torch.bfloat16)
-    if device.type != "cuda" or not half or torch.cuda.get_device_capability(device) < (8, 0):
-        return grouped_causal_attention
-    if _varlen_works(device, dtype, heads, width):
-        return varlen_causal_attention
+    for kernel in kernels_for(device, dtype):
+        if _works(kernel, device, dtype, heads=heads, width=width):
+            return partial(one_call_causal_attention, kernel=kernel)
     return grouped_causal_attention
 
 
-def _varlen_works(device: torch.device, dtype: torch.dtype, heads: Heads, width: int) -> bool:
-    """Return whether the one call runs for such heads, and is right, on a small pack."""
+def _works(
+    kernel: Kernel, device: torch.device, dtype: torch.dtype, *, heads: Heads, width: int
+) -> bool:
+    """Return whether a kernel runs for such heads, and is right, on a small pack."""
     layout = CausalLayout(PROBE_LENGTHS, device)
     query, key, value = (
         probe_states(number * width, device, dtype, seed=seed)
         for seed, number in enumerate((heads.queries, heads.keys, heads.keys))
     )
     return agree(
-        lambda asked: varlen_causal_attention(asked, key, value, layout, heads),
+        lambda asked: one_call_causal_attention(asked, key, value, layout, heads, kernel=kernel),
         lambda asked: grouped_causal_attention(asked, key, value, layout, heads),
         (query, query[layout.last]),
     )

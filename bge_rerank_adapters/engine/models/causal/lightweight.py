@@ -105,7 +105,11 @@ class LightweightModel(SeveralHeadsModel):
             return states, layout
         times = sum(each < index for each in layers)
         places = Compression.of(pairs, ratio=ratio, times=times)
-        return places.apply(states), CausalLayout(places.lengths, self.device)
+        groups = [places.sources.reshape(-1), places.sizes]
+        needed = [*groups, *CausalLayout.places(places.lengths)]
+        sources, sizes, *on_device = self.transfers.upload(needed)
+        states = averaged(states, sources.view(ratio, -1), sizes)
+        return states, CausalLayout(places.lengths, self.device, on_device=on_device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,13 +118,14 @@ class Compression:
 
     Attributes:
         lengths: Number of tokens of each pair afterwards.
-        sources: Row of the k-th member of each new row's group; int64, shape (ratio, new rows).
-        weights: Its share, 0 where a group has fewer members; float32, shape (ratio, new rows).
+        sources: Row of the k-th member of each new row's group, or of the first where it has
+            fewer; int64, shape (ratio, new rows).
+        sizes: How many members each new row's group has; int64, shape (new rows,).
     """
 
     lengths: list[int]
     sources: npt.NDArray[np.int64]
-    weights: npt.NDArray[np.float32]
+    sizes: npt.NDArray[np.int64]
 
     @classmethod
     def of(cls, pairs: Sequence[TokenPair], *, ratio: int, times: int = 0) -> Self:
@@ -131,7 +136,7 @@ class Compression:
             ratio: How many tokens of a document become one; its last group may be smaller.
             times: How often the pack has been compressed before.
         """
-        sources, weights, lengths, start = [], [], [], 0
+        sources, group_sizes, lengths, start = [], [], [], 0
         for pair in pairs:
             before, after = pair.document_start, pair.tokens_after
             document = len(pair) - before - after
@@ -143,21 +148,28 @@ class Compression:
                 sizes[len(sizes) - after - 1] = document % ratio
             begins = start + np.cumsum(sizes) - sizes
             members = np.arange(ratio)[:, None]
-            inside = members < sizes
-            sources.append(np.where(inside, begins + members, begins))
-            weights.append((inside / sizes).astype(np.float32))
+            sources.append(np.where(members < sizes, begins + members, begins))
+            group_sizes.append(sizes)
             lengths.append(len(sizes))
             start += before + document + after
-        return cls(lengths, np.concatenate(sources, axis=1), np.concatenate(weights, axis=1))
+        return cls(lengths, np.concatenate(sources, axis=1), np.concatenate(group_sizes))
 
-    def apply(self, states: Tensor) -> Tensor:
-        """Return the new rows, shape (new rows, hidden), of states of shape (rows, hidden)."""
-        sources = torch.from_numpy(self.sources).to(states.device)
-        weights = torch.from_numpy(self.weights).to(states.device, states.dtype)[:, :, None]
-        averaged = states[sources[0]] * weights[0]
-        for members, share in zip(sources[1:], weights[1:], strict=True):
-            averaged += states[members] * share
-        return averaged
+
+def averaged(states: Tensor, sources: Tensor, sizes: Tensor) -> Tensor:
+    """Return the average of each group of rows, shape (new rows, hidden).
+
+    Args:
+        states: Shape (rows, hidden).
+        sources: As of `Compression`.
+        sizes: Likewise.
+    """
+    members = torch.arange(len(sources), device=sizes.device)
+    weights = (members[:, None] < sizes).float() / sizes.float()
+    weights = weights.to(states.dtype)[:, :, None]
+    means = states[sources[0]] * weights[0]
+    for rows, share in zip(sources[1:], weights[1:], strict=True):
+        means += states[rows] * share
+    return means
 
 
 def lightweight_heads(config: dict[str, Any], *, folder: Path) -> HeadLayers:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bge_rerank_adapters.engine.models.base import default_pack_tokens
+from bge_rerank_adapters.engine.models.base import Coming, default_pack_tokens
 from bge_rerank_adapters.engine.models.causal.attention import (
     CausalLayout,
     SharedRows,
@@ -23,6 +23,7 @@ from bge_rerank_adapters.engine.models.cpu.threads import ALONE, Helpers
 from bge_rerank_adapters.engine.models.layers.activations import ACTIVATIONS
 from bge_rerank_adapters.engine.models.layers.linear import Linear, linear_maker
 from bge_rerank_adapters.engine.models.layers.norm import RmsNorm
+from bge_rerank_adapters.engine.models.layers.transfers import transfers_for
 from bge_rerank_adapters.engine.models.weights import Weights
 from bge_rerank_adapters.engine.text.pairs import TokenPair
 from bge_rerank_adapters.errors import CheckpointError
@@ -84,6 +85,8 @@ class CausalModel:
         depth: How many layers are run.
         streams: 1: it runs a pack as a whole.
         pack_tokens: Token budget of a pack that suits the device.
+        runs_ahead: Whether `launch` leaves the work to the device and returns.
+        transfers: Copies token ids to the device, and logits back.
         shares_queries: Whether the query of several pairs is computed once for all of them.
     """
 
@@ -115,6 +118,8 @@ class CausalModel:
         """
         self.config, self.device, self.dtype, self.depth = config, device, dtype, depth
         self.pack_tokens = default_pack_tokens(device)
+        self.transfers = transfers_for(device)
+        self.runs_ahead = self.transfers.overlap
         self._activation = ACTIVATIONS[config.activation]
         _check_last_layer(weights, config)
         read = CausalReader(weights, config, device, dtype)
@@ -127,7 +132,6 @@ class CausalModel:
         self._frequencies = config.rotary.frequencies(config.head_width).to(device)
         self._head = read.row(head.tensor, head.row, (head.rows, config.hidden))
 
-    @torch.inference_mode()
     def logits(self, pairs: Sequence[TokenPair], *, helpers: Helpers = ALONE) -> list[float]:
         """Return the logit of each pair of a pack.
 
@@ -139,10 +143,17 @@ class CausalModel:
         Returns:
             n floats, which are NaN or infinite where the model gives that.
         """
+        return self.launch(pairs, helpers=helpers)()
+
+    @torch.inference_mode()
+    def launch(self, pairs: Sequence[TokenPair], *, helpers: Helpers = ALONE) -> Coming:
+        """Begin with a pack, and return what gives its logits; arguments as of `logits`.
+
+        Nothing here waits for a device that runs ahead.
+        """
         del helpers
         raw = self.last_states(pairs).float() @ self._head
-        logits: list[float] = self.after_head(raw).tolist()
-        return logits
+        return self.transfers.download(self.after_head(raw))
 
     def last_states(self, pairs: Sequence[TokenPair]) -> Tensor:
         """Return the normed output of each pair's last token; shape (n, hidden).
@@ -163,8 +174,12 @@ class CausalModel:
             One tensor for each of the layers; shape (n, hidden).
         """
         shared = SharedRows.of(pairs) if self.shares_queries else None
-        layout = CausalLayout([len(pair) for pair in pairs], self.device, shared=shared)
-        states, found = layout.computed(self._embed(pairs)), []
+        lengths = [len(pair) for pair in pairs]
+        words = np.concatenate([pair.ids for pair in pairs])
+        places = CausalLayout.places(lengths, shared=shared)
+        ids, *on_device = self.transfers.upload([words, *places])
+        layout = CausalLayout(lengths, self.device, on_device=on_device)
+        states, found = layout.computed(self._embed(ids)), []
         for index in range(layers[-1]):
             if index in layers:
                 found.append(self._norm(states[layout.last]))
@@ -190,8 +205,7 @@ class CausalModel:
         """Return the logits for what the head gives; families that limit them do it here."""
         return raw
 
-    def _embed(self, pairs: Sequence[TokenPair]) -> Tensor:
-        ids = torch.from_numpy(np.concatenate([pair.ids for pair in pairs])).to(self.device)
+    def _embed(self, ids: Tensor) -> Tensor:
         # Rounded to the dtype first, as Gemma was trained (huggingface/transformers#29402);
         # MiniCPM's is a small whole number, or 1, which rounding leaves as it is.
         scale = torch.tensor(self.config.embedding_scale, dtype=self.dtype)

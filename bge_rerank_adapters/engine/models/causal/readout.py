@@ -8,10 +8,12 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Self
 
 import torch
 
+from bge_rerank_adapters.engine.models.base import Coming
 from bge_rerank_adapters.engine.models.causal.config import CausalConfig
 from bge_rerank_adapters.engine.models.causal.model import CausalModel, CausalReader, HeadRow
 from bge_rerank_adapters.engine.models.cpu.threads import ALONE, Helpers
@@ -116,29 +118,37 @@ class SeveralHeadsModel(CausalModel):
             place: Of this layer among those that the call reads.
         """
 
-    def logits(self, pairs: Sequence[TokenPair], *, helpers: Helpers = ALONE) -> list[float]:
-        """Return the logit of each pair, as `LayerLogits` where its call has a readout.
+    def launch(self, pairs: Sequence[TokenPair], *, helpers: Helpers = ALONE) -> Coming:
+        """Begin with a pack; its logits are `LayerLogits` where their call has a readout.
 
         Pairs of calls with different readouts may share a pack, and are run apart.
         """
-        found: dict[int, float] = {}
+        coming: list[tuple[list[int], Coming]] = []
         for readout, places in _by_readout(pairs).items():
             group = [pairs[place] for place in places]
             if readout is None:
-                logits = super().logits(group, helpers=helpers)
+                coming.append((places, super().launch(group, helpers=helpers)))
             else:
-                logits = self._read(readout, group)
-            found |= zip(places, logits, strict=True)
-        return [found[place] for place in range(len(pairs))]
+                coming.append((places, self._read(readout, group)))
+        return partial(_gathered, coming)
 
     @torch.inference_mode()
-    def _read(self, readout: Readout, pairs: Sequence[TokenPair]) -> list[float]:
+    def _read(self, readout: Readout, pairs: Sequence[TokenPair]) -> Coming:
         states = self.states_after(readout.cutoff_layers, pairs)
-        columns = []
+        rows = []
         for place, (layer, state) in enumerate(zip(readout.cutoff_layers, states, strict=True)):
             head = self._heads[self.head_place(layer, place)]
-            columns.append(self.after_head(state.float() @ head).tolist())
-        return [LayerLogits(layers) for layers in zip(*columns, strict=True)]
+            rows.append(self.after_head(state.float() @ head))
+        layers = self.transfers.download(torch.stack(rows))
+        return lambda: [LayerLogits(each) for each in zip(*layers(), strict=True)]
+
+
+def _gathered(coming: Sequence[tuple[list[int], Coming]]) -> list[float]:
+    """Return the logits of groups of pairs by the pairs' places, which are 0 to n - 1 in all."""
+    found = dict[int, float]()
+    for places, logits in coming:
+        found |= zip(places, logits(), strict=True)
+    return [found[place] for place in range(len(found))]
 
 
 def _by_readout(pairs: Sequence[TokenPair]) -> dict[Readout | None, list[int]]:

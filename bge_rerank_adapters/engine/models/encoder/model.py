@@ -15,14 +15,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from bge_rerank_adapters.engine.checkpoints.adapter import Adapter
-from bge_rerank_adapters.engine.models.base import default_pack_tokens
+from bge_rerank_adapters.engine.models.base import Coming, default_pack_tokens
 from bge_rerank_adapters.engine.models.cpu.threads import ALONE, Helpers, in_one_thread
 from bge_rerank_adapters.engine.models.encoder.calibration import SampleRun
 from bge_rerank_adapters.engine.models.encoder.config import parse_config
 from bge_rerank_adapters.engine.models.encoder.kit import choose_kit
 from bge_rerank_adapters.engine.models.encoder.layer import EncoderLayer, LayerSource
 from bge_rerank_adapters.engine.models.encoder.tensors import EncoderReader, check_tensors
-from bge_rerank_adapters.engine.models.layers.attention import Layout
+from bge_rerank_adapters.engine.models.layers.attention import Layout, bounds_of
+from bge_rerank_adapters.engine.models.layers.transfers import transfers_for
 from bge_rerank_adapters.engine.models.lora import open_weights
 from bge_rerank_adapters.engine.text.pairs import TokenIds, TokenPair
 
@@ -38,6 +39,7 @@ class EncoderModel:
             faster than 8-bit integers.
         streams: 1: it runs a pack as a whole.
         pack_tokens: Token budget of a pack that suits the device.
+        runs_ahead: Whether `launch` leaves the work to the device and returns.
         kit: The layers, attention and streams that it runs with.
     """
 
@@ -70,13 +72,14 @@ class EncoderModel:
         self.config = parse_config(config, folder=folder)
         self.device, self.dtype = device, dtype
         self.pack_tokens = default_pack_tokens(device)
+        self._transfers = transfers_for(device)
+        self.runs_ahead = self._transfers.overlap
         with open_weights(folder, adapter) as weights:
             check_tensors(weights, self.config)
             self.kit = choose_kit(self.config, device, dtype)
             self._attend = self.kit.attention()
             self._load(EncoderReader(weights, self.config, device, self.kit.dtype), sample)
 
-    @torch.inference_mode()
     def logits(self, pairs: Sequence[TokenPair], *, helpers: Helpers = ALONE) -> list[float]:
         """Return the logit of each pair of a pack.
 
@@ -89,10 +92,21 @@ class EncoderModel:
         Returns:
             n floats, which are NaN or infinite where the model gives that.
         """
+        return self.launch(pairs, helpers=helpers)()
+
+    @torch.inference_mode()
+    def launch(self, pairs: Sequence[TokenPair], *, helpers: Helpers = ALONE) -> Coming:
+        """Begin with a pack, and return what gives its logits; arguments as of `logits`.
+
+        Nothing here waits for a device that runs ahead: it is given all that it needs in one copy,
+        and no size depends on what it computes.
+        """
         count = len(pairs)
         pairs = [*pairs, *self._fillers(pairs)]
-        layout = Layout([len(pair) for pair in pairs], self.device, helpers)
-        states = self._embed(pairs)
+        lengths = [len(pair) for pair in pairs]
+        *ids, bounds = self._transfers.upload([*self._ids(pairs), bounds_of(lengths)])
+        layout = Layout(lengths, self.device, helpers, bounds=bounds)
+        states = self._embed(ids)
         *layers, last = self._layers
         for layer in layers:
             attended = self._attend(*layer.project(states, layout), layout, self.config.heads)
@@ -102,8 +116,7 @@ class EncoderModel:
         projected = last.project_last(states, first, layout)
         attended = self._attend(*projected, layout, self.config.heads)
         states = last.after_attention(first, attended, layout)
-        logits: list[float] = self._head(states[:count].float()).squeeze(-1).tolist()
-        return logits
+        return self._transfers.download(self._head(states[:count].float()).squeeze(-1))
 
     def _fillers(self, pairs: Sequence[TokenPair]) -> list[TokenPair]:
         """Return pairs of one token that bring a pack to the size that the kit asks for."""
@@ -137,7 +150,8 @@ class EncoderModel:
     def _calibrated_layers(
         self, read: EncoderReader, sample: Sequence[TokenPair]
     ) -> list[EncoderLayer]:
-        run = SampleRun(self.config, self._embed(sample), [len(pair) for pair in sample])
+        states = self._embed(self._transfers.upload(self._ids(sample)))
+        run = SampleRun(self.config, states, [len(pair) for pair in sample])
         layers = []
         for index in range(self.config.layers):
             source = self._source(read, index)
@@ -148,21 +162,23 @@ class EncoderModel:
         tensors = read.layer_tensors(index, self.kit.tensor_dtype, norm_dtype=self.kit.norm_dtype)
         return LayerSource(tensors, last=read.is_last(index))
 
-    def _embed(self, pairs: Sequence[TokenPair]) -> Tensor:
-        """Return the embeddings of all tokens in a row, shape (tokens, hidden)."""
-        ids = np.concatenate([pair.ids for pair in pairs])
-        positions = np.concatenate([self._position_ids(pair) for pair in pairs])
-        states = functional.embedding(torch.from_numpy(ids).to(self.device), self._words)
-        states = states + functional.embedding(
-            torch.from_numpy(positions).to(self.device), self._positions
-        )
+    def _ids(self, pairs: Sequence[TokenPair]) -> list[TokenIds]:
+        """Return the rows of the embeddings that the tokens need: words, positions and any types.
+
+        All of shape (tokens,), for all tokens in a row.
+        """
+        ids = [np.concatenate([pair.ids for pair in pairs])]
+        ids.append(np.concatenate([self._position_ids(pair) for pair in pairs]))
         if self.config.types > 1 and not self.config.counts_from_pad:
-            types = np.concatenate([_token_types(pair) for pair in pairs])
-            states = states + functional.embedding(
-                torch.from_numpy(types).to(self.device), self._types
-            )
-        else:
-            states = states + self._types[0]
+            ids.append(np.concatenate([_token_types(pair) for pair in pairs]))
+        return ids
+
+    def _embed(self, ids: Sequence[Tensor]) -> Tensor:
+        """Return the embeddings that `_ids` tell, shape (tokens, hidden)."""
+        words, positions, *types = ids
+        states = functional.embedding(words, self._words)
+        states = states + functional.embedding(positions, self._positions)
+        states = states + (functional.embedding(types[0], self._types) if types else self._types[0])
         return self._embedding_norm(states)
 
     def _position_ids(self, pair: TokenPair) -> TokenIds:

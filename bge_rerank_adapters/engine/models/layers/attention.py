@@ -3,9 +3,8 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import groupby
-from typing import cast
 
 import numpy as np
 import torch
@@ -13,6 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from bge_rerank_adapters.engine.models.cpu.threads import ALONE, Helpers, in_one_thread
+from bge_rerank_adapters.engine.models.layers.one_call import Kernel, Sight, Spans, kernels_for
+from bge_rerank_adapters.engine.models.layers.transfers import Integers
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +35,26 @@ class Layout:
         bounds: Row at which each pair begins, and the end of the last; int32, shape (n + 1,).
         first: Row of each pair's first token; int64, shape (n,).
         counts: 0 to n; int32, shape (n + 1,): the bounds of rows of one query each.
+        longest: The largest of the lengths.
         helpers: Threads that take a share of each layer, where its layers do not use torch's.
     """
 
     def __init__(
-        self, lengths: Sequence[int], device: torch.device, helpers: Helpers = ALONE
+        self,
+        lengths: Sequence[int],
+        device: torch.device,
+        helpers: Helpers = ALONE,
+        *,
+        bounds: Tensor | None = None,
     ) -> None:
-        """Take the lengths, in the order in which the pairs stand in the row."""
+        """Take the lengths, in the order in which the pairs stand in the row.
+
+        Args:
+            lengths: Number of tokens of each pair.
+            device: Where the model runs.
+            helpers: Threads that take a share of each layer.
+            bounds: `bounds_of` the lengths, where they are on the device already.
+        """
         self.lengths = list(lengths)
         self.device, self.helpers = device, helpers
         self.groups: list[Group] = []
@@ -49,9 +63,22 @@ class Layout:
             pairs = len(list(run))
             self.groups.append(Group(start, pairs, tokens))
             start += pairs * tokens
-        self.bounds = torch.from_numpy(np.cumsum([0, *self.lengths], dtype=np.int32)).to(device)
-        self.first = self.bounds[:-1].long()
+        if bounds is None:
+            bounds = torch.from_numpy(bounds_of(self.lengths)).to(device)
+        self.bounds, self.first = bounds.int(), bounds[:-1]
         self.counts = torch.arange(len(self.lengths) + 1, dtype=torch.int32, device=device)
+        self.longest = max(self.lengths)
+
+    def spans(self, *, single: bool) -> Spans:
+        """Return where the pairs' rows are, of a query with one row for each pair if `single`."""
+        if single:
+            return Spans(self.counts, self.bounds, 1, self.longest)
+        return Spans(self.bounds, self.bounds, self.longest, self.longest)
+
+
+def bounds_of(lengths: Sequence[int]) -> Integers:
+    """Return the row at which each of n pairs begins, and the end of the last; shape (n + 1,)."""
+    return np.cumsum([0, *lengths], dtype=np.int64)
 
 
 # Pairs below this are served by torch's fused kernel in any dtype.
@@ -157,29 +184,16 @@ def _products(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     return out[:, :tokens].transpose(0, 1).reshape(tokens, hidden)
 
 
-def varlen_attention(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, heads: int
+def one_call_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, heads: int, *, kernel: Kernel
 ) -> Tensor:
-    """Attend by one call for the whole pack; CUDA in half precision alone."""
-    # Imported here: torch before 2.10 lacks it.
-    from torch.nn.attention.varlen import varlen_attn
+    """Attend by one call of a kernel for the whole pack."""
 
     def split(rows: Tensor) -> Tensor:
         return rows.reshape(len(rows), heads, -1)
 
-    single = len(query) != len(key)
-    longest = max(layout.lengths)
-    out = varlen_attn(
-        split(query),
-        split(key),
-        split(value),
-        layout.counts if single else layout.bounds,
-        layout.bounds,
-        1 if single else longest,
-        longest,
-    )
-    # A tuple only where more than the values is asked for.
-    return cast(Tensor, out).reshape(len(query), -1)
+    spans = layout.spans(single=len(query) != len(key))
+    return kernel(split(query), split(key), split(value), spans, Sight()).reshape(len(query), -1)
 
 
 def attention_for(device: torch.device, dtype: torch.dtype, *, heads: int, width: int) -> Attention:
@@ -191,12 +205,12 @@ def attention_for(device: torch.device, dtype: torch.dtype, *, heads: int, width
         heads: How many the model has.
         width: Of a head.
     """
-    half = dtype in (torch.float16, torch.bfloat16)
     if device.type == "cpu" and dtype == torch.bfloat16:
         return product_attention if _products_win(heads, width) else grouped_attention
-    if device.type != "cuda" or not half or torch.cuda.get_device_capability(device) < (8, 0):
-        return grouped_attention
-    return varlen_attention if _varlen_works(device, dtype, heads, width) else grouped_attention
+    for kernel in kernels_for(device, dtype):
+        if _works(kernel, device, dtype, heads=heads, width=width):
+            return partial(one_call_attention, kernel=kernel)
+    return grouped_attention
 
 
 @cache
@@ -225,13 +239,15 @@ def _products_win(heads: int, width: int) -> bool:
     return in_one_thread(compare)
 
 
-def _varlen_works(device: torch.device, dtype: torch.dtype, heads: int, width: int) -> bool:
-    """Return whether the one call runs for such heads, and is right, on a small pack."""
+def _works(
+    kernel: Kernel, device: torch.device, dtype: torch.dtype, *, heads: int, width: int
+) -> bool:
+    """Return whether a kernel runs for such heads, and is right, on a small pack."""
     layout = Layout(PROBE_LENGTHS, device)
     # Side by side in one matrix, as they come out of a layer.
     query, key, value = probe_states(3 * heads * width, device, dtype).chunk(3, dim=-1)
     return agree(
-        lambda asked: varlen_attention(asked, key, value, layout, heads),
+        lambda asked: one_call_attention(asked, key, value, layout, heads, kernel=kernel),
         lambda asked: grouped_attention(asked, key, value, layout, heads),
         (query, query[layout.first]),
     )
@@ -255,7 +271,7 @@ def agree(
     Releases of torch differ in which windows, widths and shared heads its one call takes.
 
     Args:
-        fast: From query to attended values, in half precision.
+        fast: From query to attended values.
         plain: Likewise.
         queries: What both are tried with.
     """
@@ -264,5 +280,5 @@ def agree(
             torch.allclose(fast(query).float(), plain(query).float(), atol=0.05, rtol=0.05)
             for query in queries
         )
-    except (ImportError, TypeError, RuntimeError, ValueError):
+    except (ImportError, AttributeError, TypeError, RuntimeError, ValueError):
         return False
