@@ -141,6 +141,30 @@ async def test_documents_come_back_as_they_were_sent(client):
     assert sent == {0: {"text": "plain"}, 1: documents[1]}
 
 
+async def test_infinitys_form_has_bare_texts(client):
+    """As LiteLLM's provider of that name reads them, and infinity's client reads the object."""
+    documents = ["plain", {"text": "object", "id": 7}]
+    body = {"query": QUERY, "documents": documents, "return_documents": True}
+    answer = (await client.post("/infinity/rerank", json=body)).json()
+    assert {each["index"]: each["document"] for each in answer["results"]} == {
+        0: "plain",
+        1: "object",
+    }
+    assert answer["object"] == "rerank"
+    without = (
+        await client.post("/infinity/rerank", json=body | {"return_documents": False})
+    ).json()
+    assert all("document" not in each for each in without["results"])
+
+
+async def test_who_needs_a_key_learns_it_without_one(client, reranker):
+    """Xinference's clients send none before they are told."""
+    assert (await client.get("/v1/cluster/auth")).json() == {"auth": False}
+    async with client_of(reranker, api_key=KEY) as locked:
+        assert (await locked.get("/v1/cluster/auth")).json() == {"auth": True}
+        assert (await locked.get("/v1/models")).status_code == 401
+
+
 async def test_rank_fields_choose_what_is_scored(client, reranker):
     documents = [{"title": text, "year": 1956, "text": "x"} for text in DOCUMENTS]
     body = {"query": QUERY, "documents": documents, "rank_fields": ["title", "year", "absent"]}
@@ -228,8 +252,8 @@ async def test_says_what_it_is(client):
     assert (await client.get("/health")).json() == {"status": "ok"}
     assert (await client.head("/health")).status_code == 200
     paths = (await client.get("/openapi.json")).json()["paths"]
-    read = {"/health", "/metrics", "/info", "/v1/models", "/v1/models/{model}"}
-    assert set(paths) == {*COHERE, "/rerank", *read}
+    read = {"/health", "/metrics", "/info", "/v1/models", "/v1/models/{model}", "/v1/cluster/auth"}
+    assert set(paths) == {*COHERE, "/rerank", "/infinity/rerank", *read}
 
 
 async def test_a_name_of_its_own_and_the_models_are_both_served(reranker):

@@ -296,7 +296,7 @@ def described(reranker: Reranker) -> Any:
 
 
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
-@pytest.mark.parametrize("path", ["/v1/rerank", "/v2/rerank", "/rerank"])
+@pytest.mark.parametrize("path", ["/v1/rerank", "/v2/rerank", "/rerank", "/infinity/rerank"])
 def test_answers_are_as_described(described, path, mode):
     @settings(
         max_examples=40,
@@ -308,8 +308,8 @@ def test_answers_are_as_described(described, path, mode):
     @given(case=described[path]["POST"].as_strategy(generation_mode=mode))
     def check(case: Any) -> None:
         # Of these fields it takes the server's settings, or the documents, to tell what is allowed.
-        of_documents = {"rank_fields", "max_tokens_per_doc", "max_tokens_per_query"}
-        of_documents |= {"truncate_prompt_tokens", "texts"} if path == "/rerank" else set()
+        of_documents = {"rank_fields"}
+        of_documents |= {"texts"} if path == "/rerank" else set()
         free = not of_documents & set(case.body if isinstance(case.body, dict) else ())
         response = case.call_and_validate(
             headers={"Authorization": f"Bearer {KEY}"},
@@ -320,7 +320,7 @@ def test_answers_are_as_described(described, path, mode):
     check()
 
 
-@pytest.mark.parametrize("path", ["/health", "/metrics", "/info", "/v1/models"])
+@pytest.mark.parametrize("path", ["/health", "/metrics", "/info", "/v1/models", "/v1/cluster/auth"])
 def test_what_is_read_is_as_described(described, path):
     case = described[path]["GET"].Case()
     response = case.call_and_validate(headers={"Authorization": f"Bearer {KEY}"})

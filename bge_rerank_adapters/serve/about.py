@@ -85,6 +85,12 @@ async def model(model: str, service: Served) -> answers.ServedModel:
     return _model(model, service)
 
 
+@open_router.get("/v1/cluster/auth", summary="Whether a key is needed, as Xinference tells it")
+async def key_needed(service: Served) -> answers.KeyNeeded:
+    """Return what Xinference's clients ask before they send their key."""
+    return answers.KeyNeeded(auth=service.settings.api_key is not None)
+
+
 @open_router.get("/health", summary="Whether the server scores", responses=documented(503))
 @open_router.head("/health", include_in_schema=False)
 async def health(service: Served) -> answers.Health:

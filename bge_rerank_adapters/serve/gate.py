@@ -22,8 +22,8 @@ from bge_rerank_adapters.serve.refusals import Refusal, path_of, response_of
 from bge_rerank_adapters.serve.settings import ServerSettings, variable
 from bge_rerank_adapters.serve.tracing import Tracing
 
-SCORING = ("/v1/rerank", "/v2/rerank", "/rerank")
-_OPEN = ("/", "/health", "/docs", "/openapi.json")
+SCORING = ("/v1/rerank", "/v2/rerank", "/rerank", "/infinity/rerank")
+_OPEN = ("/", "/health", "/docs", "/openapi.json", "/v1/cluster/auth")
 _ROUTES = frozenset((*SCORING, *_OPEN, "/metrics", "/info", "/v1/models"))
 # As llama.cpp has them beside the others.
 _ALIASES = {"/reranking": "/rerank", "/v1/reranking": "/v1/rerank"}

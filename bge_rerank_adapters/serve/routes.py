@@ -53,6 +53,18 @@ async def rerank_v2(request: Request, body: RerankRequest) -> Response:
 
 
 @scoring_router.post(
+    "/infinity/rerank",
+    summary="Rank documents, as infinity does",
+    response_model=answers.RerankResponse,
+    response_model_exclude_none=True,
+    responses=documented(*_PROBLEMS),
+)
+async def rerank_infinity(request: Request, body: RerankRequest) -> Response:
+    """Return the documents' scores, best first; documents that are sent back are bare texts."""
+    return await _rerank(request, body, version="1", bare_texts=True)
+
+
+@scoring_router.post(
     "/rerank",
     summary="Rank texts as text-embeddings-inference does, or documents as vLLM does",
     response_model=list[answers.Rank] | answers.RerankResponse,
@@ -79,13 +91,17 @@ async def _rerank_texts(request: Request, body: TeiRerankRequest) -> Response:
     return _json(ranks)
 
 
-async def _rerank(request: Request, body: RerankRequest, *, version: str) -> Response:
+async def _rerank(
+    request: Request, body: RerankRequest, *, version: str, bare_texts: bool = False
+) -> Response:
     service: Service = request.app.state.service
     service.check_model(body.model)
-    ranking = await rank(request, body, body.texts())
+    texts = body.texts()
+    ranking = await rank(request, body, texts)
+    sent_back: Sequence[Any] = texts if bare_texts else list(map(_as_sent, body.documents))
     results = [
         {"index": each.index, "relevance_score": shown_score(body, each)}
-        | ({"document": _as_sent(body.documents[each.index])} if body.return_documents else {})
+        | ({"document": sent_back[each.index]} if body.return_documents else {})
         | (_details(each) if body.return_details else {})
         for each in ranking
     ]
@@ -93,7 +109,7 @@ async def _rerank(request: Request, body: RerankRequest, *, version: str) -> Res
     return _json(
         {
             "id": str(uuid.uuid4()),
-            "object": "list",
+            "object": "rerank",
             "model": service.settings.model_name,
             "results": results,
             "usage": {"prompt_tokens": tokens, "total_tokens": tokens},

@@ -12,7 +12,9 @@ class RankedText(BaseModel):
     relevance_score: float = Field(
         description="How well it answers the query, in [0, 1]; the logit where that was asked for."
     )
-    document: dict[str, Any] | None = Field(None, description="The document, where asked for.")
+    document: dict[str, Any] | str | None = Field(
+        None, description="The document, where asked for; in infinity's form its text."
+    )
     logit: float | None = Field(None, description="What results are ordered by; in details.")
     truncated: bool | None = Field(None, description="Whether its end was cut off; in details.")
     query_truncated: bool | None = Field(None, description="Whether the query was cut; in details.")
@@ -58,7 +60,7 @@ class RerankResponse(BaseModel):
     """Documents, best first."""
 
     id: str = Field(description="Of this answer alone.")
-    object: Literal["list"]
+    object: Literal["rerank"] = Field(description="infinity's word, whose client takes no other.")
     model: str
     results: list[RankedText]
     usage: Usage
@@ -77,6 +79,12 @@ class Health(BaseModel):
     """Whether the server scores."""
 
     status: Literal["ok"]
+
+
+class KeyNeeded(BaseModel):
+    """Whether requests need the server's API key."""
+
+    auth: bool
 
 
 class ServedModel(BaseModel):
