@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 KERNELS := hatch_build.py $(shell $(PYTHON) bge_rerank_adapters/engine/models/cpu/kernels/build.py --list)
 
-.PHONY: demo docs notebooks pictures test test-oldest lint clean
+.PHONY: demo docs notebooks pictures test test-clients test-oldest lint clean
 
 # torch comes first and by its number alone: any other request brings gigabytes of GPU libraries
 # that a machine without a GPU has no use for.
@@ -42,6 +42,11 @@ lint: .venv/installed
 test: lint .venv-moto/installed
 	$(BIN)/python -m pytest
 
+# Real clients from PyPI, in environments of their own (.venv-clients), against a real server.
+# One alone: make test-clients CLIENTS=haystack
+test-clients: .venv/installed
+	$(BIN)/python -m tests.clients.run $(CLIENTS)
+
 # The oldest transformers that works, on which FlagEmbedding runs all of its classes.
 .venv-oldest/installed: pyproject.toml constraints-oldest.txt $(KERNELS)
 	$(PYTHON) -m venv .venv-oldest
@@ -55,4 +60,4 @@ test-oldest: .venv-oldest/installed
 		tests/test_tokenization.py tests/test_hub.py tests/test_flag_embedding.py tests/test_reading.py
 
 clean:
-	rm -rf .venv .venv-oldest .venv-moto build dist
+	rm -rf .venv .venv-oldest .venv-clients .venv-moto build dist

@@ -307,8 +307,8 @@ def test_answers_are_as_described(described, path, mode):
     )
     @given(case=described[path]["POST"].as_strategy(generation_mode=mode))
     def check(case: Any) -> None:
-        # Of these fields it takes the server's settings, or the documents, to tell what is allowed.
-        of_documents = {"rank_fields"}
+        # Of these fields it takes the model, or the documents, to tell what is allowed.
+        of_documents = {"rank_fields", "truncate_prompt_tokens"}
         of_documents |= {"texts"} if path == "/rerank" else set()
         free = not of_documents & set(case.body if isinstance(case.body, dict) else ())
         response = case.call_and_validate(
