@@ -1,6 +1,14 @@
 """Builds the documentation site: `make docs`, without a network."""
 
+import re
+from importlib import import_module
+from typing import Any
+
 from bge_rerank_adapters import __version__
+
+# Imported here, since autodoc imports with `TYPE_CHECKING` true, which hosts do not stand.
+for host in ("haystack", "langchain", "llama_index", "milvus", "ray", "cross_encoder"):
+    import_module(f"bge_rerank_adapters.{host}")
 
 project = "bge_rerank_adapters"
 author = "The authors of bge_rerank_adapters"
@@ -14,8 +22,9 @@ myst_heading_anchors = 3
 nitpicky = True
 nitpick_ignore_regex = [(r"py:.*", r".*")]
 
-# Docstrings write code in single backticks, as Markdown does.
+# Docstrings write code as Markdown does.
 default_role = "code"
+CODE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 napoleon_numpy_docstring = False
@@ -31,3 +40,20 @@ html_theme_options = {
     "use_fullscreen_button": False,
 }
 copybutton_exclude = ".linenos, .gp, .go"
+
+
+def setup(app: Any) -> None:
+    """Read docstrings' Markdown, fences and single backticks, before napoleon does."""
+    app.connect("autodoc-process-docstring", _from_markdown, priority=400)
+
+
+def _from_markdown(*arguments: Any) -> None:
+    lines = arguments[-1]
+    fenced, done = False, []
+    for line in lines:
+        fence = re.fullmatch(r"(\s*)```(\w*)", line)
+        if fence is None:
+            done.append(f"    {line}" if fenced else CODE.sub(r"``\1``", line))
+        elif fenced := not fenced:
+            done += [f"{fence[1]}.. code-block:: {fence[2] or 'text'}", ""]
+    lines[:] = done

@@ -22,8 +22,8 @@ NOT_RUN = re.compile(r"<!-- not run: \S.*-->")
 SEPARATORS = {"|", "||", "&", "&&", ";", ">", ">>", "<"}
 # What a reader's shell has, and what no test should start.
 KNOWN_WORDS = {
-    ".", "cat", "cd", "conda", "docker", "echo", "export", "git", "helm", "hf", "kubectl", "ls", "mkdir",
-    "opentelemetry-instrument", "podman", "ray", "source", "tail", "uv",
+    ".", "cat", "cd", "conda", "docker", "echo", "export", "git", "helm", "hf", "kubectl", "ls",
+    "mkdir", "opentelemetry-instrument", "podman", "ray", "source", "tail", "uv",
 }  # fmt: skip
 
 

@@ -41,6 +41,7 @@ FAMILIES = {
 }
 NUMBER = re.compile(r"\d+\.\d+")
 TOLERANCE = 0.05
+README_LINES = 150
 
 BLOCKS = {page: blocks(page) for page in pages()}
 ALL = [block for found in BLOCKS.values() for block in found]
@@ -142,6 +143,15 @@ def test_every_host_has_an_example():
     text = {page.stem: "".join(b.text for b in found) for page, found in BLOCKS.items()}
     for name in ("BGEDocumentCompressor", "BGENodePostprocessor", "BGERerankFunction"):
         assert name in text["README"]
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere():
+    text = (ROOT / "README.md").read_text("utf-8")
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text)
+    assert text.count("\n") <= README_LINES
+    assert len(links) > 20
+    for link in links:
+        assert link.startswith("https://") or (ROOT / link).exists(), link
 
 
 def line(row: Row) -> str:

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import cohere
@@ -28,7 +27,6 @@ from typer.testing import CliRunner
 from bge_rerank_adapters import Reranker
 from bge_rerank_adapters.cli import app
 from bge_rerank_adapters.serve import ServerSettings, create_app
-from bge_rerank_adapters.serve.settings import _PARSERS, variable
 from bge_rerank_adapters.serve.transport.server import server_of
 from bge_rerank_adapters.settings import EngineSettings
 from tests.checkpoints import read_sentences
@@ -42,7 +40,6 @@ TINY = EngineSettings(model="tiny", device="cpu", dtype="float32")
 KEY = "sekret-42"
 BODY = json.dumps({"query": QUERY, "documents": DOCUMENTS}).encode()
 SENTENCES = list(read_sentences().values())
-README = Path(__file__).parent.parent / "README.md"
 WAIT_S = 60
 
 
@@ -415,14 +412,6 @@ def test_the_key_cannot_be_given_where_other_users_see_it():
 def test_the_environments_mistakes_reach_the_command():
     done = CliRunner().invoke(app, ["serve"], env=PLAIN | {"BGE_RERANK_APIKEY": "x"})
     assert "BGE_RERANK_APIKEY is not a setting" in str(done.exception)
-
-
-def test_the_readme_names_every_variable():
-    section = README.read_text("utf-8").partition("## As a server")[2].partition("\n## ")[0]
-    named = set(re.findall(r"`(BGE_RERANK_[A-Z_]+)`", section))
-    engine = {variable(each) for each in vars(EngineSettings())}
-    assert {variable(name) for name in _PARSERS} - engine <= named
-    assert named <= {variable(name) for name in _PARSERS}
 
 
 @pytest.mark.parametrize("part", [b"[]", b"{}", b'""', b"1", b'{"text":"a"}'])

@@ -1,7 +1,7 @@
 """The settings of a scoring engine: one table of every name, default, check and text.
 
 To add one, give `EngineSettings` a row and `FurtherOptions` its type, and use it. Tests compare the
-adapters' fields and the README's table with these two, and name what is missing.
+adapters' fields and docs/settings.md with these two, and name what is missing.
 
 Nothing here imports torch, so an adapter can refuse a bad setting before anything is loaded.
 """
