@@ -4,7 +4,7 @@ RELEASE := .venv-release/bin
 BUILD_WHEEL = $(RELEASE)/pip wheel --quiet --no-deps --no-build-isolation
 KERNELS := hatch_build.py $(shell $(PYTHON) bge_rerank_adapters/engine/models/cpu/kernels/build.py --list)
 
-.PHONY: demo docs notebooks pictures test test-clients test-oldest lint wheels test-wheels clean
+.PHONY: demo docs notebooks pictures test test-clients test-oldest lint wheels test-wheels test-floors clean
 
 # torch comes first and by its number alone: any other request brings gigabytes of GPU libraries
 # that a machine without a GPU has no use for.
@@ -61,6 +61,28 @@ test-clients: .venv/installed
 test-oldest: .venv-oldest/installed
 	.venv-oldest/bin/python -m pytest tests/test_families.py tests/test_flag.py tests/test_models.py \
 		tests/test_tokenization.py tests/test_hub.py tests/test_flag_embedding.py tests/test_reading.py
+
+# Every requirement at the lowest version that pyproject.toml allows. torch is another one where
+# FLOOR_TORCH says so: its lowest needs PyTorch's index for CPUs, or brings gigabytes.
+FLOOR_TORCH ?= 2.13.0
+FLOOR_EXTRAS := eval haystack langchain llama-index milvus otel remote serve
+comma := ,
+space := $(subst ,, )
+.venv-floors/installed: pyproject.toml constraints.txt $(KERNELS)
+	$(PYTHON) -m venv .venv-floors
+	.venv-floors/bin/pip install --quiet --constraint constraints.txt uv
+	echo torch==$(FLOOR_TORCH) > .venv-floors/torch.txt
+	.venv-floors/bin/uv pip compile --quiet --python .venv-floors/bin/python --only-binary :all: \
+		--resolution lowest-direct --constraint .venv-floors/torch.txt \
+		$(FLOOR_EXTRAS:%=--extra %) --output-file .venv-floors/constraints.txt pyproject.toml
+	.venv-floors/bin/pip install --quiet --constraint .venv-floors/constraints.txt torch==$(FLOOR_TORCH)
+	.venv-floors/bin/pip install --quiet --constraint .venv-floors/constraints.txt \
+		--editable ".[$(subst $(space),$(comma),$(FLOOR_EXTRAS))]" \
+		hypothesis pytest pytest-asyncio pytest-timeout PyYAML
+	touch $@
+
+test-floors: .venv-floors/installed
+	.venv-floors/bin/python -m pytest $(FLOOR_TESTS)
 
 # Only what makes wheels, so that this is quick without .venv.
 .venv-release/installed: pyproject.toml constraints.txt
