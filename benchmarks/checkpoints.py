@@ -45,11 +45,12 @@ class Shape:
         return self.layers * total / 1e9
 
 
-# From the config.json of BAAI/bge-reranker-base and BAAI/bge-reranker-v2-m3 on the hub; "small" is
-# for trying the benchmark out.
+# From the config.json of BAAI/bge-reranker-base, -large and -v2-m3 on the hub; "small" is for
+# trying the benchmark out.
 SHAPES = {
     "small": Shape(4, 256, 4, 1024, 514),
     "base": Shape(12, 768, 12, 3072, 514),
+    "large": Shape(24, 1024, 16, 4096, 514),
     "v2-m3": Shape(24, 1024, 16, 4096, 8194),
 }
 
