@@ -143,6 +143,28 @@ def test_it_is_on_the_page_of_clients(record):
     assert all(source for source in record["source"])
 
 
+# Whose versions the page names, as their pins do.
+REAL_CLIENTS = {
+    *("cohere", "langchain-cohere", "cohere-haystack", "jina-haystack", "vllm-haystack"),
+    *("huggingface-api-haystack", "litellm", "infinity_client", "xinference-client"),
+    *(f"llama-index-postprocessor-{each}-rerank" for each in ("cohere", "jinaai", "tei")),
+    *("llama-index-postprocessor-siliconflow-rerank", "pymilvus.model"),
+}
+
+
+def test_the_page_names_the_versions_that_real_clients_are_pinned_to():
+    page = (ROOT / "docs" / "clients.md").read_text("utf-8")
+    pins = [
+        line.split("==")
+        for file in (ROOT / "tests" / "clients").glob("requirements-*.txt")
+        for line in file.read_text("utf-8").splitlines()
+        if "==" in line
+    ]
+    found = {(name, version) for name, version in pins if name in REAL_CLIENTS}
+    assert {name for name, _ in found} == REAL_CLIENTS
+    assert [each for each in sorted(found) if each[1] not in page] == []
+
+
 def test_milvus_own_objects_carry_the_recipe_of_the_page():
     pymilvus = pytest.importorskip("pymilvus")
     page = (ROOT / "docs" / "clients.md").read_text("utf-8")
