@@ -11,8 +11,7 @@ for host in ("haystack", "langchain", "llama_index", "milvus", "ray", "cross_enc
     import_module(f"bge_rerank_adapters.{host}")
 
 project = "bge_rerank_adapters"
-author = "The authors of bge_rerank_adapters"
-project_copyright = author
+author = project
 release = __version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
@@ -27,6 +26,7 @@ default_role = "code"
 CODE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
+python_use_unqualified_type_names = True
 napoleon_numpy_docstring = False
 
 html_theme = "sphinx_book_theme"
@@ -38,7 +38,12 @@ html_theme_options = {
     "show_navbar_depth": 1,
     "use_download_button": False,
     "use_fullscreen_button": False,
+    # The side bar has the search already.
+    "navbar_persistent": [],
+    "footer_content_items": [],
 }
+html_show_copyright = False
+html_show_sphinx = False
 copybutton_exclude = ".linenos, .gp, .go"
 
 

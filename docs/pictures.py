@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).parent / "pictures"
 QUESTION = "en-56e0fc3f7aa994140058e878"
 CANDIDATES = 5
-LETTERS, LINES = 46, 2
+LETTERS, LINES = 30, 3
 # Colours that stay apart for most colour-blind eyes (Okabe and Ito, 2008), on a light ground.
 OURS, PEERS, QUIET, INK, GROUND = "#0072b2", "#9aa5b1", "#c3ccd4", "#1f2933", "#f4f7f9"
 STYLE = {
@@ -53,24 +53,24 @@ def ranked_example() -> tuple[str, str, list[RankedDocument]]:
 def draw_ranking(path: Path) -> None:
     """Draw BM25's order at the left and the reranked one at the right, joined by lines."""
     query, answer, ranking = ranked_example()
-    figure, axes = plt.subplots(figsize=(10, 4.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7.4, 5), layout="constrained")
     axes.set(xlim=(0, 100), ylim=(CANDIDATES + 0.1, -1.75))
     axes.axis("off")
     axes.text(50, -1.3, f"“{query}”", ha="center", size=13, weight="bold")
     axes.text(0, -0.4, "found by BM25", size=11, weight="bold")
-    axes.text(55, -0.4, "reranked, with the score", size=11, weight="bold")
+    axes.text(53, -0.4, "reranked, with the score", size=11, weight="bold")
     for place, each in enumerate(ranking):
         colour, weight = (OURS, "bold") if each.text == answer else (INK, "normal")
         lines = _shown(each.text)
         look = {"color": colour, "va": "center", "linespacing": 1.3}
         axes.text(0, each.index + 0.5, str(each.index + 1), **look)
-        axes.text(2, each.index + 0.5, lines, **look)
-        axes.text(55, place + 0.5, f"{each.score:.2f}", weight=weight, **look)
-        axes.text(60, place + 0.5, lines, weight=weight, **look)
+        axes.text(3, each.index + 0.5, lines, **look)
+        axes.text(53, place + 0.5, f"{each.score:.2f}", weight=weight, **look)
+        axes.text(61, place + 0.5, lines, weight=weight, **look)
         axes.annotate(
             "",
-            (54, place + 0.5),
-            (43, each.index + 0.5),
+            (52, place + 0.5),
+            (39, each.index + 0.5),
             arrowprops={"arrowstyle": "-|>", "color": OURS if each.text == answer else QUIET},
         )
     _save(figure, path)
@@ -84,11 +84,11 @@ def _shown(text: str) -> str:
 def draw_speed(path: Path) -> None:
     """Draw how long each contender takes beside bfloat16 here, a panel for each processor."""
     measured = json.loads((FOLDER / "speed.json").read_text("utf-8"))
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4.1), sharey=True, layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(7.4, 4.4), sharey=True, layout="constrained")
     for axes, machine in zip(panels, measured["machines"], strict=True):
         _draw_machine(axes, machine)
     panels[0].invert_yaxis()
-    figure.suptitle(f"Time for {measured['task']}", size=12, weight="bold")
+    figure.suptitle(f"Time for {measured['task']}", size=11, weight="bold")
     figure.supxlabel("times the time of this package in bfloat16 (shorter is faster)", size=10)
     _save(figure, path)
 
@@ -99,8 +99,8 @@ def _draw_machine(axes: "Axes", machine: dict[str, Any]) -> None:
     colours = [OURS if name.startswith("this package") else PEERS for name in names]
     bars = axes.barh(names, times, color=colours, height=0.7)
     axes.bar_label(bars, labels=[f"{each:.3g}" for each in times], padding=3)
-    axes.set_xlim(0, 1.12 * max(times))
-    axes.set_title(f"{machine['processor']}: 1 is {machine['bfloat16_seconds']:.3g} s", size=11)
+    axes.set_xlim(0, 1.2 * max(times))
+    axes.set_title(f"{machine['processor']}\n1 is {machine['bfloat16_seconds']:.3g} s", size=10)
     axes.spines[["top", "right", "bottom"]].set_visible(False)
     axes.tick_params(bottom=False, labelbottom=False, left=False)
 

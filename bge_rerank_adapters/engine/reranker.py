@@ -121,7 +121,7 @@ class Reranker(BaseReranker[EngineSettings]):
 
     @property
     def closed(self) -> bool:
-        """Whether it scores no more: `close` has been called, or it is of before a fork."""
+        """Whether it scores no more, since it has been closed, or was made before a fork."""
         return self._core.closed
 
     def pair_logits(
