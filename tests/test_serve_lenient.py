@@ -190,7 +190,7 @@ async def test_rerank_takes_both_shapes(client, reranker):
     assert [each["index"] for each in ranks] == wanted
     answer = (await client.post("/rerank", json=BODY | {"model": "tiny"})).json()
     assert [each["index"] for each in answer["results"]] == wanted
-    assert answer["object"] == "list"
+    assert answer["object"] == "rerank"
     assert answer["usage"]["total_tokens"] > 0
     refused = await client.post("/rerank", json=BODY | {"model": "other"})
     assert refused.status_code == 404
