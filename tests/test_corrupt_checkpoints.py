@@ -368,9 +368,11 @@ def test_code_that_a_checkpoint_brings_is_not_run(folder, tmp_path):
     (folder / "evil.py").write_text(f"open({str(mark)!r}, 'w')", "utf-8")
     code = {"AutoTokenizer": ["evil.Evil", "evil.Evil"], "AutoConfig": "evil.Evil"}
     edit_json(folder / CONFIG, auto_map=code)
-    edit_json(folder / "tokenizer_config.json", auto_map=code, tokenizer_class="Evil")
+    edit_json(folder / "tokenizer_config.json", auto_map=code)
     with load(folder) as engine:
         assert len(engine.rerank(QUERY, DOCUMENTS)) == 4
+    edit_json(folder / "tokenizer_config.json", tokenizer_class="Evil")
+    refusal(folder, folder, "tokenizer_class 'Evil'")
     (folder / TOKENIZER).unlink()
     (folder / "vocab.txt").write_text("a\nb\n", "utf-8")
     refusal(folder, folder, "vocab.txt")

@@ -17,6 +17,7 @@ from bge_rerank_adapters import CheckpointError, Reranker, UnsupportedCheckpoint
 from bge_rerank_adapters.engine.checkpoints.adapter import read_adapter
 from tests.checkpoints import build_bert, build_xlm_roberta
 from tests.family_checkpoints import build_family
+from tests.test_decoder_bases import build as build_decoder_base
 from tests.texts import DOCUMENTS, QUERY
 
 peft = pytest.importorskip("peft")
@@ -185,6 +186,15 @@ def test_adapters_of_the_other_families_are_merged(tmp_path, family):
     save_file(tensors, merged / WEIGHTS, metadata={"format": "pt"})
     assert logits(folder) == pytest.approx(logits(merged), abs=PARITY)
     assert logits(folder) != pytest.approx(logits(base), abs=0.1)
+
+
+@pytest.mark.parametrize("name", ["llama-biases", "mistral-window", "qwen2", "qwen3-layer-types"])
+def test_adapters_of_the_other_bases_of_decoders_are_merged(tmp_path, name):
+    base = build_decoder_base(tmp_path / "base", name)
+    folder, merged = train(base, tmp_path / "adapter", kind="decoder")
+    scored = logits(folder, family="decoder")
+    assert scored == pytest.approx(logits(merged, family="decoder"), abs=PARITY)
+    assert scored != pytest.approx(logits(base, family="decoder"), abs=0.1)
 
 
 def test_a_base_that_was_saved_without_a_head_takes_the_adapters(bases, tmp_path):

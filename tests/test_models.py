@@ -153,6 +153,11 @@ def test_activations_equal_transformers(activation, tmp_path_factory):
             "position_embedding_type must be 'absolute'",
         ),
         (
+            {"is_decoder": True},
+            UnsupportedCheckpointError,
+            "is_decoder is True, .* Write false there",
+        ),
+        (
             {"model_type": "t5"},
             UnsupportedCheckpointError,
             "'t5' model .*is not supported; supported",

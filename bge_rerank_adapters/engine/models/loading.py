@@ -27,6 +27,7 @@ from bge_rerank_adapters.engine.models.flag import FlagModel, TextPairTokenizer
 from bge_rerank_adapters.engine.models.precision import warn_of_matmul_precision
 from bge_rerank_adapters.engine.models.unsupported import unsupported_message
 from bge_rerank_adapters.engine.text.tokenizer import PairTokenizer
+from bge_rerank_adapters.engine.text.tokenizer_config import check_truncation_side
 from bge_rerank_adapters.engine.text.tokenizer_files import load_tokenizer
 from bge_rerank_adapters.engine.text.windows import tokenizer_maker
 from bge_rerank_adapters.errors import CheckpointError, UnsupportedCheckpointError
@@ -98,21 +99,28 @@ def load_pair_tokenizer(checkpoint: LocalCheckpoint, settings: EngineSettings) -
     """
     folder, sizes = checkpoint.files.tokenizer_folder, _sizes(checkpoint)
     settings = checkpoint.files.apply_author(settings)
+    native, family = settings.backend == "native", checkpoint.family
+    if native:
+        check_truncation_side(folder)
     tokenizer = load_tokenizer(
         folder,
         max_length=min(settings.max_length, sizes.max_tokens),
         query_max_length=settings.query_max_length,
-        template=partial(checkpoint.family.template, settings, folder),
+        template=partial(family.template, settings, folder),
         lowercase=checkpoint.files.author.lowercase,
-        make=(
-            TextPairTokenizer if settings.backend == "flagembedding" else tokenizer_maker(settings)
-        ),
+        encoder_type=_encoder_type(checkpoint) if native else None,
+        make=tokenizer_maker(settings) if native else TextPairTokenizer,
     )
     try:
         tokenizer.limit_ids(sizes.vocabulary)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from None
     return tokenizer
+
+
+def _encoder_type(checkpoint: LocalCheckpoint) -> str | None:
+    """Return the model type of an encoder; `None` for a decoder."""
+    return checkpoint.files.config["model_type"] if checkpoint.family.classifier else None
 
 
 def load_models(

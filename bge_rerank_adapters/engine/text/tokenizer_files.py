@@ -7,6 +7,7 @@ from tokenizers import Tokenizer, normalizers
 
 from bge_rerank_adapters.engine.text.pairs import PairTemplate
 from bge_rerank_adapters.engine.text.tokenizer import PairTokenizer, read_template
+from bge_rerank_adapters.engine.text.tokenizer_config import follow_config
 from bge_rerank_adapters.errors import CheckpointError
 
 _SLOW_VOCABULARIES = ("sentencepiece.bpe.model", "tokenizer.model", "vocab.txt", "vocab.json")
@@ -18,6 +19,7 @@ def load_tokenizer(
     max_length: int,
     query_max_length: int | None = None,
     lowercase: bool = False,
+    encoder_type: str | None = None,
     make: Callable[..., PairTokenizer] = PairTokenizer,
     template: Callable[[Tokenizer], PairTemplate] = read_template,
 ) -> PairTokenizer:
@@ -28,14 +30,19 @@ def load_tokenizer(
         max_length: Maximum tokens of a pair, special tokens included.
         query_max_length: Maximum tokens of a query; `None` is three quarters of `max_length`.
         lowercase: Whether texts are lower-cased first, as sentence-transformers does.
+        encoder_type: Of an encoder its model type; what `tokenizer_config.json` says is followed
+            then.
         make: Makes the result from a tokenizer, the two lengths and a template.
         template: Makes the template around a pair from the tokenizer.
 
     Raises:
         CheckpointError: There is no tokenizer in the folder, or it cannot be read.
+        UnsupportedCheckpointError: Its config asks for something that is not done here.
         SettingsError: The lengths leave no room for a document.
     """
     tokenizer = _read_tokenizer(folder)
+    if encoder_type is not None:
+        follow_config(tokenizer, folder, model_type=encoder_type)
     if lowercase:
         _put_lowercase_first(tokenizer)
     tokenizer.no_padding()

@@ -63,7 +63,8 @@ def parse_config(config: dict[str, Any], *, folder: Path) -> EncoderConfig:
 
     Raises:
         CheckpointError: An entry is missing or of the wrong type.
-        UnsupportedCheckpointError: The activation or the kind of positions is not known.
+        UnsupportedCheckpointError: The activation or the kind of positions is not known, or tokens
+            do not see all others.
     """
     prefix, counts_from_pad = _ARCHITECTURES[config["model_type"]]
     try:
@@ -93,6 +94,12 @@ def parse_config(config: dict[str, Any], *, folder: Path) -> EncoderConfig:
         raise UnsupportedCheckpointError(
             f"{folder / 'config.json'}: position_embedding_type must be 'absolute', "
             f"got {config['position_embedding_type']!r}."
+        )
+    if config.get("is_decoder"):
+        raise UnsupportedCheckpointError(
+            f"{folder / 'config.json'}: is_decoder is {config['is_decoder']!r}, with which "
+            "transformers lets a token see those before it alone; here all tokens of a pair see "
+            "each other, so scores would be others. Write false there if it was trained so."
         )
     return parsed
 

@@ -1,0 +1,197 @@
+"""What `tokenizer_config.json` says beside `tokenizer.json`, as transformers has it, or refused.
+
+Transformers makes an encoder's tokenizer by the class that the config names, which sets parts of it
+anew (release 5.23, `models/*/tokenization_*.py`; 4.44, `tokenization_*_fast.py`).
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
+
+from bge_rerank_adapters.engine.checkpoints.json_files import read_json
+from bge_rerank_adapters.engine.text.tokenizer import read_template
+from bge_rerank_adapters.errors import CheckpointError, UnsupportedCheckpointError
+
+CONFIG = "tokenizer_config.json"
+
+
+class _Kind(NamedTuple):
+    """How a class of transformers frames a pair."""
+
+    first: str
+    separator: str
+    between: int
+
+
+_BERT = _Kind("[CLS]", "[SEP]", 1)
+_ROBERTA = _Kind("<s>", "</s>", 2)
+# By class, without the "Fast" of transformers 4.
+_KINDS = {
+    **dict.fromkeys(
+        ("BertTokenizer", "ElectraTokenizer", "MobileBertTokenizer", "ConvBertTokenizer"), _BERT
+    ),
+    **dict.fromkeys(("RobertaTokenizer", "XLMRobertaTokenizer", "CamembertTokenizer"), _ROBERTA),
+}
+# Those that take tokenizer.json as it is.
+_GENERIC = ("PreTrainedTokenizer", "TokenizersBackend")
+_OF_MODEL = {
+    "bert": "BertTokenizer",
+    "roberta": "RobertaTokenizer",
+    "xlm-roberta": "XLMRobertaTokenizer",
+    "camembert": "CamembertTokenizer",
+}
+_FLAG = 'backend="flagembedding" runs it'
+
+
+def check_truncation_side(folder: Path) -> None:
+    """Refuse a tokenizer that cuts off the beginning of documents.
+
+    Raises:
+        UnsupportedCheckpointError: It does.
+    """
+    path = folder / CONFIG
+    side = read_json(path).get("truncation_side", "right")
+    if side != "right":
+        raise UnsupportedCheckpointError(
+            f"{path}: truncation_side {side!r} cuts off the beginning of long documents, which is "
+            f'not done here; {_FLAG}. Write "right" there to have their end cut off.'
+        )
+
+
+def follow_config(tokenizer: Tokenizer, folder: Path, *, model_type: str) -> None:
+    """Set a tokenizer as transformers' class for it would.
+
+    Args:
+        tokenizer: As `tokenizer.json` has it.
+        folder: Holds that and the config; where there is none, the model's own class counts.
+        model_type: Of the encoder.
+
+    Raises:
+        CheckpointError: The config is damaged, or contradicts `tokenizer.json`.
+        UnsupportedCheckpointError: It asks for something that is not done here.
+    """
+    path = folder / CONFIG
+    config = read_json(path)
+    try:
+        _follow(tokenizer, config, path, model_type=model_type)
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise CheckpointError(
+            f"{path} is damaged, or does not fit tokenizer.json ({error}); copy both files of one "
+            "checkpoint."
+        ) from error
+
+
+def _follow(tokenizer: Tokenizer, config: dict[str, Any], path: Path, *, model_type: str) -> None:
+    named = config.get("tokenizer_class") or _OF_MODEL[model_type]
+    name = str(named).removesuffix("Fast")
+    if name not in _KINDS and name not in _GENERIC:
+        raise UnsupportedCheckpointError(
+            f"{path}: tokenizer_class {named!r} reads texts in a way of its own; supported are "
+            f"{', '.join((*_KINDS, *_GENERIC))}. {_FLAG}."
+        )
+    _add_tokens(tokenizer, config)
+    if _KINDS.get(name) is _BERT:
+        _normalize_as_bert(tokenizer, config)
+    if name == "RobertaTokenizer":
+        _prefix_space(tokenizer, config)
+    if name in _KINDS:
+        _check_frame(tokenizer, _KINDS[name], config, path)
+    if model_type == "bert":
+        _check_types(config, path, generic=name in _GENERIC)
+
+
+def _add_tokens(tokenizer: Tokenizer, config: dict[str, Any]) -> None:
+    """Add the tokens that the config alone has; those that the model lacks are refused at use."""
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    for number, token in _declared(config):
+        if token.content in known:
+            continue
+        known.add(token.content)
+        tokenizer.add_tokens([token])
+        found = tokenizer.token_to_id(token.content)
+        if number is not None and found != number:
+            raise ValueError(f"the token {token.content!r} has the id {found}, not {number}")
+
+
+def _declared(config: dict[str, Any]) -> Iterator[tuple[int | None, AddedToken]]:
+    """Yield the tokens that a config names, and the ids that it gives them."""
+    decoder = config.get("added_tokens_decoder") or {}
+    for number in sorted(map(int, decoder)):
+        entries = dict(decoder[str(number)])
+        content = entries.pop("content")
+        yield number, AddedToken(content, **{k: v for k, v in entries.items() if k != "__type"})
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        found = config.get(name) or []
+        for each in found.values() if isinstance(found, dict) else found:
+            yield None, AddedToken(_content(each), special=True, normalized=False)
+
+
+def _content(token: Any) -> str:
+    found = token["content"] if isinstance(token, dict) else token
+    if not isinstance(found, str) or not found:
+        raise ValueError(f"a token must be a text that is not empty, got {token!r}")
+    return found
+
+
+def _normalize_as_bert(tokenizer: Tokenizer, config: dict[str, Any]) -> None:
+    found = tokenizer.normalizer
+    if isinstance(found, normalizers.BertNormalizer):
+        accents = config.get("strip_accents")
+        tokenizer.normalizer = normalizers.BertNormalizer(
+            clean_text=found.clean_text,
+            handle_chinese_chars=bool(config.get("tokenize_chinese_chars", True)),
+            strip_accents=None if accents is None else bool(accents),
+            lowercase=bool(config.get("do_lower_case", True)),
+        )
+
+
+def _prefix_space(tokenizer: Tokenizer, config: dict[str, Any]) -> None:
+    found = tokenizer.pre_tokenizer
+    if isinstance(found, pre_tokenizers.ByteLevel):
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(
+            add_prefix_space=bool(config.get("add_prefix_space", False)),
+            use_regex=found.use_regex,
+        )
+
+
+def _check_frame(tokenizer: Tokenizer, kind: _Kind, config: dict[str, Any], path: Path) -> None:
+    """Refuse other special tokens around a pair than the class puts there."""
+    first = _content(config.get("cls_token") or kind.first)
+    separator = _content(config.get("sep_token") or kind.separator)
+    try:
+        frame = read_template(tokenizer)
+    except CheckpointError:
+        return  # told with the file's name where it is read in earnest
+    found = [
+        [tokenizer.id_to_token(int(each)) or "?" for each in part]
+        for part in (frame.before, frame.between, frame.after)
+    ]
+    wanted = [[first], [separator] * kind.between, [separator]]
+    if found != wanted:
+        raise CheckpointError(
+            f"{path} has {_shown(wanted)} around a pair, by its tokenizer_class, cls_token and "
+            f"sep_token, but tokenizer.json has {_shown(found)}; copy both files of one checkpoint."
+        )
+
+
+def _shown(frame: list[list[str]]) -> str:
+    before, between, after = (" ".join(part) for part in frame)
+    return f"{before!r}, {between!r}, {after!r}"
+
+
+def _check_types(config: dict[str, Any], path: Path, *, generic: bool) -> None:
+    """Refuse a BERT whose documents have the token type of queries."""
+    names = config.get("model_input_names")
+    if names is None and generic:
+        raise UnsupportedCheckpointError(
+            f"{path} says by no model_input_names whether the model is given token_type_ids, and "
+            "releases of transformers differ in what they give then. Write "
+            '["input_ids", "token_type_ids", "attention_mask"] there if it was trained with them.'
+        )
+    if names is not None and "token_type_ids" not in names:
+        raise UnsupportedCheckpointError(
+            f"{path}: model_input_names {names!r} leaves token_type_ids out, so a document would "
+            f"have the type of a query; {_FLAG}."
+        )
