@@ -1,7 +1,9 @@
 """Devices that fail: short of memory, lost until the process ends, or used by a forked child."""
 
 import errno
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -88,6 +90,13 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
     fake.error = None
 
 
+def wait_until(done: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not done():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
 # Lost
 
 
@@ -151,11 +160,20 @@ def test_an_adapter_does_not_reload_a_lost_device_in_a_circle(gpu):
     assert gpu.loads == loads
 
 
-def test_all_calls_that_wait_for_a_lost_device_hear_of_it(gpu):
+def test_all_calls_that_wait_for_a_lost_device_hear_of_it(gpu, monkeypatch):
+    all_wait = threading.Event()
+
+    def fail_once_all_wait(self, pairs):
+        all_wait.wait(60)
+        raise torch.AcceleratorError(ASSERT)
+
+    monkeypatch.setattr(GpuModel, "logits", fail_once_all_wait)
     with Reranker(**ON_GPU, pack_tokens=1) as engine, ThreadPoolExecutor(8) as pool:
-        gpu.error = torch.AcceleratorError(ASSERT)
         calls = [pool.submit(engine.score, QUERY, DOCUMENTS) for _ in range(8)]
-        errors = [call.exception(60) for call in calls]
+        # All but the pair that is in the model.
+        wait_until(lambda: engine.stats().queued_pairs == 8 * len(DOCUMENTS) - 1)
+        all_wait.set()
+        errors = [call.exception(30) for call in calls]
     assert {type(error) for error in errors} <= {ScoringError, ClosedError}
     assert all("start the process again" in str(error) for error in errors)
 
