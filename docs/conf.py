@@ -19,7 +19,11 @@ myst_enable_extensions = ["colon_fence", "fieldlist"]
 myst_heading_anchors = 3
 # No intersphinx: it would fetch other projects' lists of names at each build.
 nitpicky = True
-nitpick_ignore_regex = [(r"py:.*", r".*")]
+nitpick_ignore_regex = [
+    (r"py:.*", r"(?!bge_rerank_adapters).*"),
+    # Protocols of documents and a type variable, which the texts describe.
+    (r"py:.*", r"bge_rerank_adapters\.calls\.(documents\.Has\w+|base\.SettingsT)"),
+]
 
 # Docstrings write code as Markdown does.
 default_role = "code"
