@@ -1,6 +1,7 @@
 """`Reranker`: the scoring engine under all adapters."""
 
 import logging
+import sys
 import threading
 import time
 import weakref
@@ -9,14 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
 from itertools import islice
-from typing import TypeVar, Unpack
+from typing import NamedTuple, TypeVar, Unpack
 
 from bge_rerank_adapters.calls.base import BaseReranker
 from bge_rerank_adapters.calls.ranking import PairScore, ScoredRequest, Usage, sigmoid
 from bge_rerank_adapters.calls.requests import Piece, Request, pieces
 from bge_rerank_adapters.calls.runner import AsyncRunner, Call, Reservations, Step, advance
 from bge_rerank_adapters.engine.checkpoints.hub import find_folder
-from bge_rerank_adapters.engine.models.base import Model
+from bge_rerank_adapters.engine.models.base import Model, launch_of
 from bge_rerank_adapters.engine.models.causal.readout import LayerLogits
 from bge_rerank_adapters.engine.models.cpu.threads import settle_threads
 from bge_rerank_adapters.engine.models.device_faults import check_usable
@@ -31,7 +32,8 @@ from bge_rerank_adapters.engine.queue.backlog import Logits
 from bge_rerank_adapters.engine.queue.core import ScoringCore
 from bge_rerank_adapters.engine.queue.packs import Job
 from bge_rerank_adapters.engine.stats import EngineStats
-from bge_rerank_adapters.engine.text.pairs import TokenizedPairs
+from bge_rerank_adapters.engine.text.pairs import TokenizedPairs, TokenPair
+from bge_rerank_adapters.engine.text.parts import Part, parts_of
 from bge_rerank_adapters.errors import ScoringError
 from bge_rerank_adapters.settings import EngineOptions, EngineSettings
 from bge_rerank_adapters.settings.options import check_options, shows_options
@@ -46,8 +48,19 @@ _LONG_CALL_CHARACTERS = 250_000
 
 T = TypeVar("T")
 _Scored = tuple[list[PairScore], Usage]
+# Pairs of a part of a large call: on a large GPU they are a fifth of a second, and are tokenised in
+# a part of that.
+_PART_PAIRS = 512
 
 _log = logging.getLogger(__name__)
+
+
+class _Submitted(NamedTuple):
+    """A part of a call that waits for its logits."""
+
+    part: Part
+    tokenized: TokenizedPairs
+    job: Job[TokenPair]
 
 
 class Reranker(BaseReranker[EngineSettings]):
@@ -111,6 +124,8 @@ class Reranker(BaseReranker[EngineSettings]):
             pack_tokens=settings.pack_tokens if isinstance(settings.pack_tokens, int) else None,
         )
         self.pack_tokens = max(worker.budget for worker in self._core.workers)
+        runs_ahead = any(launch_of(model) for model in models)
+        self._part_pairs = _PART_PAIRS if runs_ahead else sys.maxsize
         self._runner = AsyncRunner()
         # Taken by the first call whose query is cut, and never given back.
         self._cut_query_warning = threading.Lock()
@@ -270,31 +285,64 @@ class Reranker(BaseReranker[EngineSettings]):
             read: Tokenises the pairs; `None` is by the engine's settings and the call's limits.
         """
         read = read or self._reader(requests)
-        pairs = sum(len(request.texts) for request in requests)
+        pairs = [(request.query, text) for request in requests for text in request.texts]
         future: Logits = Future()
         if pairs:
-            self._core.reserve(reservations.hold(future), pairs, bounded=bounded)
+            self._core.reserve(reservations.hold(future), len(pairs), bounded=bounded)
         self._core.tally.add_requests(counted)
         if not pairs:
             return [], Usage(tokens=0)
-        yield None
         begin = time.perf_counter()
-        tokenized = self._tokenize(
-            [(request.query, text) for request in requests for text in request.texts], read
-        )
-        if read == self._tokenizer.tokenize:
-            self._warn_of_cut_query(tokenized)
-        job = Job(tokenized.distinct, future, name)
-        queued = time.perf_counter()
-        self._core.submit(job)
-        logits = yield future
+        submitted = yield from self._submit(pairs, future, reservations, name=name, read=read)
+        queued, waited_s = time.perf_counter(), 0.0
+        scores: dict[tuple[str, str], PairScore] = {}
+        for part, tokenized, job in submitted:
+            logits = yield job.future
+            scores |= zip(part.pairs, _pair_scores(tokenized, logits), strict=True)
+            waited_s = waited_s or job.waited_s
         usage = Usage(
-            tokens=sum(map(len, tokenized.distinct)),
+            tokens=sum(len(pair) for _, _, job in submitted for pair in job.pairs),
             tokenizing_s=queued - begin,
-            waiting_s=job.waited_s,
-            scoring_s=max(0.0, time.perf_counter() - queued - job.waited_s),
+            waiting_s=waited_s,
+            scoring_s=max(0.0, time.perf_counter() - queued - waited_s),
         )
-        return _pair_scores(tokenized, logits), usage
+        return [scores[pair] for pair in pairs], usage
+
+    def _submit(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        future: Logits,
+        reservations: Reservations,
+        *,
+        name: Callable[[int], str],
+        read: Read,
+    ) -> Call[list[_Submitted]]:
+        """Tokenise and queue pairs; a large call's in parts, where a device runs ahead.
+
+        Args:
+            pairs: n >= 1 pairs.
+            future: Has room for all of them.
+            reservations: Holds the room in the queue.
+            name: What an error calls the pair at an index.
+            read: Tokenises pairs.
+        """
+        parts = parts_of(pairs, self._part_pairs)
+        left = sum(len(part.pairs) for part in parts)
+        submitted = []
+        for part in parts:
+            yield None
+            tokenized = self._tokenize(part.pairs, read)
+            if read == self._tokenizer.tokenize:
+                self._warn_of_cut_query(tokenized)
+            job = Job(tokenized.distinct, future, part.name(name))
+            submitted.append(_Submitted(part, tokenized, job))
+            left -= len(part.pairs)
+            if left:
+                # The room of those to come, before the job gives up what it does not need.
+                future = Future()
+                self._core.reserve(reservations.hold(future), left, bounded=False)
+            self._core.submit(job)
+        return submitted
 
     def _warn_of_cut_query(self, tokenized: TokenizedPairs) -> None:
         """Log the first query that is cut: queries that differ in what is cut off score alike."""
@@ -319,10 +367,12 @@ class Reranker(BaseReranker[EngineSettings]):
             return self._tokenizer.tokenize
         return partial(self._tokenizer.tokenize, lengths=self._tokenizer.lengths(limits))
 
-    def _tokenize(self, pairs: list[tuple[str, str]], read: Read | None = None) -> TokenizedPairs:
+    def _tokenize(
+        self, pairs: Sequence[tuple[str, str]], read: Read | None = None
+    ) -> TokenizedPairs:
         begin = time.perf_counter()
         try:
-            return (read or self._tokenizer.tokenize)(pairs)
+            return (read or self._tokenizer.tokenize)(list(pairs))
         except (KeyboardInterrupt, SystemExit, ScoringError):
             raise
         except BaseException as error:  # what Rust panics with is no Exception
