@@ -3,7 +3,6 @@
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 
 import pytest
 import torch
@@ -141,13 +140,17 @@ def test_an_error_at_the_launch_reaches_its_own_callers_after_those_before_it_ar
     cause = ValueError("a bad pair")
     model = AheadModel(launching=failing(cause))
     core = make_core(model)
-    first = submit(core, pairs(2, 1))
-    hold_up(core, model, 5)
-    bad = submit(core, pairs(BAD))
+    held = hold_up(core, model, 5)
+    calls = {name: submit(core, pairs(each)) for name, each in (("earlier", 7), ("bad", BAD))}
+    done: list[str] = []
+    for name, job in calls.items():
+        job.future.add_done_callback(lambda _, name=name: done.append(name))
     model.gate.set()
-    assert failure(bad.future).__cause__ is cause
-    assert first.future.result(WAIT_S) == [2.0, 1.0]
-    assert submit(core, pairs(7)).future.result(WAIT_S) == [7.0]
+    assert failure(calls["bad"].future).__cause__ is cause
+    assert calls["earlier"].future.result(WAIT_S) == [7.0]
+    assert done == ["earlier", "bad"]
+    assert held.future.result(WAIT_S) == [5.0]
+    assert submit(core, pairs(8)).future.result(WAIT_S) == [8.0]
 
 
 def test_of_calls_that_share_a_pack_that_fails_late_only_the_one_to_blame_hears_of_it(make_core):
@@ -184,28 +187,46 @@ def test_a_logit_that_is_no_number_fails_its_own_call(make_core):
     assert good.future.result(WAIT_S) == [1.0, 2.0]
 
 
-def test_a_device_that_is_lost_under_two_packs_is_told_to_the_callers_of_both(
-    make_core, monkeypatch, caplog
-):
-    def lose(ids: list[int]) -> None:
-        if lost:
-            raise torch.AcceleratorError(ASSERT)
-
+@pytest.fixture
+def losing(make_core, monkeypatch) -> Callable[[str], list[BaseException]]:
+    """Lose the device at the launch of the second of three packs, and tell their errors."""
     monkeypatch.setattr(device_faults, "_lost", {})
-    lost: list[bool] = []
-    model = AheadModel(lose, lose)
-    model.device = torch.device("cuda:0")
-    core = make_core(model)
-    launched: list[Future[list[float]]] = [hold_up(core, model, 1).future]
-    launched += [submit(core, pairs(each)).future for each in (2, 3, 4)]
-    lost.append(True)
-    model.gate.set()
-    errors = [failure(each) for each in launched]
+
+    def lose(when: str) -> list[BaseException]:
+        lost: list[bool] = []
+
+        def launching(ids: list[int]) -> None:
+            if ids == [2]:
+                lost.append(True)
+                if when == "launch":
+                    raise torch.AcceleratorError(ASSERT)
+
+        def reading(ids: list[int]) -> None:
+            if lost:
+                raise torch.AcceleratorError(ASSERT)
+
+        model = AheadModel(launching, reading)
+        model.device = torch.device("cuda:0")
+        core = make_core(model)
+        held = hold_up(core, model, 0)
+        calls = [submit(core, pairs(each)).future for each in (1, 2, 3)]
+        model.gate.set()
+        assert held.future.result(WAIT_S) == [0.0]
+        errors = [failure(each) for each in calls]
+        assert core.closed
+        core.close()
+        return errors
+
+    return lose
+
+
+@pytest.mark.parametrize("when", ["launch", "reading"])
+def test_a_device_that_is_lost_under_two_packs_is_told_to_the_callers_of_both(losing, caplog, when):
+    errors = losing(when)
+    # The pack that was under way has the error itself, whichever call it came out of.
     assert isinstance(errors[0], ScoringError)
     assert {type(each) for each in errors} <= {ScoringError, ClosedError}
     assert all("start the process again" in str(each) for each in errors)
-    assert core.closed
-    core.close()
     assert caplog.text.count("The engine closes itself") == 1
 
 
