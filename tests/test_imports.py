@@ -32,6 +32,7 @@ ENGINE_LAYERS = (
     ("text", "checkpoints", "stats"),
     ("models",),
     ("queue",),
+    ("scoring",),
     ("reranker",),
     ("shared",),
     ("hosted",),

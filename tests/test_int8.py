@@ -379,13 +379,13 @@ from bge_rerank_adapters.engine.models.cpu.onednn import int8, ranges
 weight, states = torch.full((32, 64), 1.0), torch.full((4, 64), 1.0)
 layer = int8.Int8Linear(weight, torch.zeros(32))
 settled = int8.Int8Linear(weight, torch.zeros(32))
-settled.settle(states)
+settled.calibrate(states)
 limit = settled.range.scale * (ranges.steps() - settled.range.zero)
 largest = torch.full((4, 64), limit)
 up = int8.Int8Linear(torch.eye(64), torch.zeros(64), functional.gelu)
 down = int8.Int8Linear(weight, torch.zeros(32), after_gelu=True)
-up.settle(states * 4)
-down.settle(states * 4)
+up.calibrate(states * 4)
+down.calibrate(states * 4)
 inner, beyond = up.gelu_codes(up.encode(states * 4)[0], down.range)
 print(
     ranges.steps(),

@@ -236,7 +236,7 @@ def model(kernels, dtype):
         assert isinstance(found.kit, KernelKit)
         assert found.kit.instruction_set == kernels
         assert found.kit.layer_dtype is getattr(torch, dtype)
-        pairs = engine._tokenizer.tokenize([(QUERY, text) for text in SENTENCES[:40]]).distinct
+        pairs = engine._calls.tokenize([(QUERY, text) for text in SENTENCES[:40]]).distinct
         found.pairs = sorted(pairs, key=len, reverse=True)
         yield found
 

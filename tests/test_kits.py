@@ -112,5 +112,5 @@ def test_each_kit_says_whether_and_why_it_is_not_used(monkeypatch, pays):
     assert said["Own kernels for AMX"].startswith("not used: ")
     assert said["oneDNN's layers"] == "used"
     assert said["PyTorch's layers"] == "a faster one is there"
-    expected = "used where int8 is asked for" if pays else "not used: they are no faster here than"
+    expected = "used with int8" if pays else "not used: they are no faster here than"
     assert said["oneDNN's layers in int8"].startswith(expected)

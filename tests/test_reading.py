@@ -65,7 +65,7 @@ def test_calls_that_read_differently_share_packs_and_an_engine(engine, folder):
     wanted = own(folder)
     assert column(read(engine, 3, 5), 1) != pytest.approx(wanted, abs=0.1)
     model = engine._core.workers[0].model
-    pairs = engine._tokenize(PAIRS[:4]).distinct
+    pairs = engine._calls.tokenize(PAIRS[:4]).distinct
     reader = engine.readings.reader(Reading(engine.settings, (3, 6)))
     mixed = [each for both in zip(pairs, reader(PAIRS[:4]).distinct, strict=True) for each in both]
     logits = model.logits(mixed)

@@ -1,4 +1,4 @@
-"""One loaded engine for all who ask with equal settings, freed with its last user."""
+"""Shares one loaded engine among all users of equal settings, and frees it with the last."""
 
 import os
 import threading
@@ -8,7 +8,7 @@ from bge_rerank_adapters.engine.models.devices import resolve_device
 from bge_rerank_adapters.engine.reranker import Reranker
 from bge_rerank_adapters.settings import EngineSettings
 
-# Settings, and the devices that they mean: "cuda" is another one once the current device is.
+# Settings and their resolved devices: "cuda" depends on the current device.
 _Key = tuple[EngineSettings, tuple[str, ...]]
 
 
@@ -17,11 +17,11 @@ def _key(settings: EngineSettings) -> _Key:
 
 
 class _Registry:
-    """The engines in use, by their settings; lets one thread load while others wait for it."""
+    """The engines in use, by their settings; one thread loads while others wait for it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        # Weak as well: a lock lives as long as someone loads, and settings may hold a token.
+        # Weak, so that locks and settings, which may hold a token, are dropped after loading.
         self._loading: weakref.WeakValueDictionary[_Key, threading.Lock] = (
             weakref.WeakValueDictionary()
         )
@@ -31,7 +31,7 @@ class _Registry:
         key = _key(settings)
         with self._lock:
             loading = self._loading.setdefault(key, threading.Lock())
-        # Held while it loads, so that ten threads that ask at once load one model.
+        # Held while loading, so that concurrent callers load only one model.
         with loading:
             engine = self._engines.get(key)
             if engine is None or engine.closed:
@@ -44,9 +44,9 @@ _registry = _Registry()
 
 
 def shared_reranker(settings: EngineSettings) -> Reranker:
-    """Return the engine for these settings, loaded now unless it is in use already.
+    """Return the engine for these settings; it is loaded unless it is in use already.
 
-    It lives as long as someone holds it.
+    It is freed once nobody refers to it.
 
     Raises:
         RerankError: The model cannot be loaded.
@@ -55,7 +55,7 @@ def shared_reranker(settings: EngineSettings) -> Reranker:
 
 
 def _forget_after_fork() -> None:
-    # Threads do not come along into a forked process, and locks may be held there for ever.
+    # A forked process has none of the threads, and locks may be held in it for ever.
     global _registry
     _registry = _Registry()
 

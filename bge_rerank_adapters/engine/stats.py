@@ -1,4 +1,4 @@
-"""What an engine has done since it was loaded, for dashboards and logs."""
+"""Counters of an engine, for dashboards and logs."""
 
 import threading
 from dataclasses import asdict, dataclass
@@ -7,22 +7,23 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
-    """What an engine has done since it was loaded; `Reranker.stats()` returns it.
+    """Counters of an engine since it was loaded; `Reranker.stats()` returns them.
 
-    All but `queued_pairs` and `pack_fill` only ever grow, so two readings give a rate. Times are
-    sums over threads and devices, and may grow by more than a second in a second.
+    All but `queued_pairs` and `pack_fill` are monotonic counters, so two readings give a rate.
+    Times are sums over threads and devices, and may grow by more than a second per second.
 
     Attributes:
-        requests: Calls that were let in; of `rerank_many`, each of its requests.
-        pairs: Pairs that went through the model; identical ones of a call count once.
-        tokens: Tokens of those, special tokens included.
+        requests: Accepted calls; each request of `rerank_many` counts.
+        pairs: Pairs scored by the model; identical ones of a call count once.
+        tokens: Tokens of these pairs, special tokens included.
         truncated_pairs: How many of them had their document cut.
         query_truncated_pairs: How many of them had their query cut.
-        packs: Forward passes that gave logits.
-        queued_pairs: Pairs that wait at this moment, those still being tokenised included.
-        pack_fill: How full packs were, in [0, 1]: their tokens by their budgets; 0 for no packs.
-        waiting_s: Seconds that calls waited in the queue until a pack had the first of their pairs.
-        tokenizing_s: Seconds spent on making token ids of texts.
+        packs: Successful forward passes.
+        queued_pairs: Pairs that wait now, including those not yet tokenised.
+        pack_fill: How full packs were, in [0, 1]: their tokens divided by their budgets; 0 without
+            packs.
+        waiting_s: Seconds that calls waited until the first of their pairs went into a pack.
+        tokenizing_s: Seconds spent on tokenising.
         scoring_s: Seconds spent in the model.
     """
 
@@ -39,12 +40,12 @@ class EngineStats:
     scoring_s: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the numbers by their names, ready for JSON."""
+        """Return the counters by name, as JSON values."""
         return asdict(self)
 
 
 class Tally:
-    """Counts what an engine does; safe to use from many threads at once."""
+    """Counts what an engine does; thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -53,7 +54,7 @@ class Tally:
         self._waiting_s = self._tokenizing_s = self._scoring_s = 0.0
 
     def add_requests(self, requests: int) -> None:
-        """Count requests that were let in."""
+        """Count accepted requests."""
         with self._lock:
             self._requests += requests
 
@@ -84,12 +85,12 @@ class Tally:
             self._truncated += truncated
             self._query_truncated += query_truncated
             self._packs += 1
-            # A pair that is longer than the budget fills a pack of its own, not more than that.
+            # A pair longer than the budget makes a full pack, not one that is more than full.
             self._budgets += max(budget, tokens)
             self._scoring_s += seconds
 
     def read(self, *, queued_pairs: int) -> EngineStats:
-        """Return the counts, all of one moment."""
+        """Return a consistent snapshot of the counters."""
         with self._lock:
             return EngineStats(
                 requests=self._requests,

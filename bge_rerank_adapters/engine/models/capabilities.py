@@ -1,4 +1,4 @@
-"""What the hardware says it runs natively: flags of its own, never a name of a model."""
+"""Which dtypes the hardware runs natively, by its capability flags and never by its name."""
 
 import os
 import platform
@@ -9,17 +9,17 @@ from typing import Any, NamedTuple
 import torch
 
 _X86 = ("x86_64", "AMD64", "i386", "i686")
-# The instructions that multiply in each half type, by the names of the system and of torch.
+# Instruction sets that multiply in each half type, as the system and torch name them.
 _X86_FLAGS = {
     torch.bfloat16: ("amx_bf16", "avx512_bf16"),
     torch.float16: ("amx_fp16", "avx512_fp16"),
 }
-# Of oneDNN's limits (`ONEDNN_MAX_CPU_ISA`), those that leave it such instructions.
+# Values of `ONEDNN_MAX_CPU_ISA` that allow such instructions.
 _ALLOWING = {
     torch.bfloat16: ("AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10", "AMX"),
     torch.float16: ("AVX512_CORE_FP16", "AVX10", "AMX"),
 }
-# The least compute capability of NVIDIA whose matrix units take a half type (CUDA's programming
+# NVIDIA's lowest compute capability whose tensor cores take each half type (CUDA's programming
 # guide, "Tensor cores").
 _CUDA = {torch.float16: (7, 0), torch.bfloat16: (8, 0)}
 
@@ -28,8 +28,8 @@ class Verdict(NamedTuple):
     """Whether a device runs a dtype natively.
 
     Attributes:
-        native: Whether it does; `None` where no flag says so.
-        reason: What says so, for the log.
+        native: Whether it does; `None` if no flag tells.
+        reason: Which flag tells, for the log.
     """
 
     native: bool | None
@@ -37,10 +37,10 @@ class Verdict(NamedTuple):
 
 
 def runs_natively(device: torch.device, half: torch.dtype) -> Verdict:
-    """Return what the flags of a device say of a half type.
+    """Return whether a device runs a half type natively, by its flags.
 
     Args:
-        device: That exists.
+        device: An existing device.
         half: bfloat16 or float16.
     """
     ask = {"cpu": _on_cpu, "cuda": _on_cuda, "xpu": _on_xpu, "mps": _on_mps}.get(device.type)
@@ -54,7 +54,7 @@ def _on_cpu(device: torch.device, half: torch.dtype) -> Verdict:
     if lack is not None:
         return Verdict(False, lack)
     if platform.machine() not in _X86:
-        # What oneDNN asks the system for there. It has no such question for float16's speed.
+        # oneDNN has checked bfloat16 with the system; it has no check of float16's speed.
         if half == torch.float16:
             return Verdict(None, "no flag tells how fast this CPU is in float16")
         return Verdict(True, f"this CPU and oneDNN run {name}")
@@ -72,18 +72,20 @@ def _onednn_lack(half: torch.dtype) -> str | None:
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
     if limit not in ("", "DEFAULT", "ALL") and not any(each in limit for each in _ALLOWING[half]):
         return f"ONEDNN_MAX_CPU_ISA={limit} leaves {_name(half)} out"
-    asked = "_is_mkldnn_bf16_supported" if half == torch.bfloat16 else "_is_mkldnn_fp16_supported"
+    operator = (
+        "_is_mkldnn_bf16_supported" if half == torch.bfloat16 else "_is_mkldnn_fp16_supported"
+    )
     try:
-        supported = bool(getattr(torch.ops.mkldnn, asked)())
+        supported = bool(getattr(torch.ops.mkldnn, operator)())
     except (AttributeError, RuntimeError):
-        # A private question, which releases of torch may drop: the other flags decide.
+        # A private operator, which a release of torch may drop; the other flags decide.
         return None
     return None if supported else f"oneDNN does not run {_name(half)} on this CPU"
 
 
 @cache
 def _cpu_flags() -> frozenset[str]:
-    """Return the names of the instruction sets that this CPU has, as far as anything says so."""
+    """Return the names of this CPU's instruction sets, as far as they are known."""
     capabilities: Any = getattr(torch.cpu, "get_capabilities", None)
     if capabilities is not None:
         return frozenset(name for name, found in capabilities().items() if found is True)
@@ -97,13 +99,15 @@ def _cpu_flags() -> frozenset[str]:
 
 def _on_cuda(device: torch.device, half: torch.dtype) -> Verdict:
     if torch.version.hip is not None:
-        # Every GPU that ROCm still runs on multiplies in both; torch's question is bfloat16's.
+        # Every GPU that ROCm supports has float16; torch can only tell of bfloat16.
         native = half == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
         return Verdict(native, f"ROCm says so of {_name(half)}")
     capability = torch.cuda.get_device_capability(device)
     least = _CUDA[half]
-    told = f"its compute capability is {_dotted(capability)}, {_name(half)} needs {_dotted(least)}"
-    return Verdict(capability >= least, told)
+    reason = (
+        f"its compute capability is {_dotted(capability)}, {_name(half)} needs {_dotted(least)}"
+    )
+    return Verdict(capability >= least, reason)
 
 
 def _on_xpu(device: torch.device, half: torch.dtype) -> Verdict:

@@ -1,4 +1,4 @@
-"""What can go wrong with a device: no memory left, lost until the process ends, or forked."""
+"""Faults of a device: out of memory, lost until the process ends, or unusable after a fork."""
 
 import errno
 import logging
@@ -11,7 +11,7 @@ import torch
 
 from bge_rerank_adapters.errors import DeviceError
 
-# Messages of torch's allocators, of CUDA's and ROCm's libraries, of Level Zero and of C.
+# Messages of torch's allocators, CUDA's and ROCm's libraries, Level Zero and C.
 _OUT_OF_MEMORY = (
     "out of memory",
     "not enough memory",
@@ -22,9 +22,9 @@ _OUT_OF_MEMORY = (
     "out_of_device_memory",
     "out_of_host_memory",
 )
-# Messages of errors after which, by the reference of the CUDA runtime API, "the process must be
-# terminated and relaunched"; ROCm's have the same text. "Unknown error" is what a GPU gives that
-# fell off its bus. The last two are of Level Zero and of its runtime in torch.
+# Messages of errors after which "the process must be terminated and relaunched" (reference of the
+# CUDA runtime API); ROCm's have the same text. "Unknown error" is the error of a GPU that has
+# fallen off the bus. The last two are Level Zero's and its runtime's in torch.
 _LOST = (
     "device-side assert",
     "illegal memory access",
@@ -45,12 +45,12 @@ _LOST = (
 )
 
 _log = logging.getLogger(__name__)
-# Why each device is lost, by its name; for the life of the process.
+# Why each lost device is lost, by its name.
 _lost: dict[str, str] = {}
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that a device, or the machine, has no memory left."""
+    """Return whether an error means that a device, or the machine, has no memory left."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     if isinstance(error, OSError):
@@ -59,10 +59,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_lost(error: BaseException, device: torch.device) -> bool:
-    """Return whether an error leaves a device of no more use to this process.
+    """Return whether this process cannot use a device any more after an error.
 
-    Where the error itself does not say so, the device is asked: a library's product that fails
-    after a lost kernel only says that it failed.
+    If the error does not say so, the device is synchronised to find out: some libraries only report
+    that an operation failed.
     """
     if device.type == "cpu" or not isinstance(error, RuntimeError):
         return False
@@ -70,27 +70,27 @@ def is_lost(error: BaseException, device: torch.device) -> bool:
 
 
 def remember_lost(device: torch.device, error: BaseException) -> str:
-    """Note that a device is lost until the process ends; return what to tell users of it."""
+    """Record that a device is lost until the process ends; return the message for users."""
     reason = str(error).partition("\n")[0] or type(error).__name__
     _lost.setdefault(str(device), reason)
     return _lost_message(device)
 
 
 def check_usable(device: torch.device) -> None:
-    """Raise at once for a device that this process has lost.
+    """Refuse a device that this process has lost.
 
     Raises:
-        DeviceError: It has; the message says to start the process again.
+        DeviceError: It is lost; the message says to start the process again.
     """
     if str(device) in _lost:
         raise DeviceError(_lost_message(device))
 
 
 def check_not_forked(kind: str) -> None:
-    """Raise for devices of a kind that this process cannot use because it was forked.
+    """Refuse devices of a kind that this process cannot use because it was forked.
 
     Raises:
-        DeviceError: The process that it was forked from has used them.
+        DeviceError: The parent process has used devices of this kind.
     """
     in_bad_fork = getattr(getattr(torch, kind, None), "_is_in_bad_fork", None)
     if in_bad_fork is not None and in_bad_fork():
@@ -102,13 +102,13 @@ def check_not_forked(kind: str) -> None:
 
 
 @contextmanager
-def told_as_device_errors(device: torch.device) -> Iterator[None]:
-    """Turn what a device raises while a model is loaded on it into `DeviceError`."""
+def as_device_errors(device: torch.device) -> Iterator[None]:
+    """Turn errors of a device while a model is loaded on it into `DeviceError`."""
     try:
         yield
     except Exception as error:
         if is_out_of_memory(error):
-            # Its frames hold the tensors that were loaded so far.
+            # Its frames hold the tensors loaded so far.
             traceback.clear_frames(error.__traceback__)
             release_memory(device)
             raise DeviceError(
@@ -122,14 +122,14 @@ def told_as_device_errors(device: torch.device) -> Iterator[None]:
 
 
 def release_memory(device: torch.device) -> None:
-    """Give cached blocks back to the device; what keeps it from that is logged, never raised."""
+    """Free the device's cached memory; errors are logged, not raised."""
     empty_cache = _function(device, "empty_cache")
     if empty_cache is None:
         return
     try:
         empty_cache()
-    except Exception as error:  # noqa: BLE001 - of a device that fails; nothing depends on this
-        _log.warning("%s gives no memory back: %s", device, _first_line(error))
+    except Exception as error:  # noqa: BLE001 - the device fails; nothing depends on this
+        _log.warning("%s frees no memory: %s", device, _first_line(error))
 
 
 def _is_lost_when_asked(device: torch.device) -> bool:
@@ -138,13 +138,13 @@ def _is_lost_when_asked(device: torch.device) -> bool:
         return False
     try:
         synchronize(*([] if device.index is None else [device]))
-    except Exception as error:  # noqa: BLE001 - torch without this kind of device raises others
+    except Exception as error:  # noqa: BLE001 - torch without this kind of device raises any
         return isinstance(error, RuntimeError) and _says(error, _LOST)
     return False
 
 
 def _function(device: torch.device, name: str) -> Any:
-    """Return a function of torch's module for the kind of device; `None` where it has none."""
+    """Return a function of torch's module for this kind of device; `None` if it has none."""
     return None if device.type == "cpu" else getattr(getattr(torch, device.type, None), name, None)
 
 

@@ -1,4 +1,4 @@
-"""Which device and which dtype a model runs on."""
+"""Chooses the device and dtype of a model."""
 
 import logging
 import time
@@ -15,15 +15,15 @@ from bge_rerank_adapters.engine.models.cpu.threads import in_one_thread
 from bge_rerank_adapters.engine.models.device_faults import check_not_forked
 from bge_rerank_adapters.errors import DeviceError
 
-# A faster dtype costs some exactness, so it has to be worth it.
+# A smaller gain is not worth the loss of exactness.
 WORTHWHILE_SPEEDUP = 1.3
-"""How many times as fast as float32 a half type must be to be picked by a timing alone."""
-# How far a timing must be from what the hardware's flags say to overrule them, and how often it
-# must be so: other processes may make one timing twice as long, and hardly so many in a row.
+"""How many times as fast as float32 a half type must be to be chosen by a timing alone."""
+# A timing overrules the hardware's flags only if it contradicts them by this factor, this many
+# times in a row: other processes may double one timing, but hardly all of them.
 _DISAGREEMENT = 2.0
 _ROUNDS = 4
-# Rows, inputs and outputs of the product that is timed, and how often it runs before each wait. A
-# GPU is given so much that launching it takes no share of the time that counts.
+# Rows, inputs and outputs of the timed product, and how often it runs before each synchronisation.
+# The sizes for GPUs are large enough that launching kernels does not matter.
 _CPU_BLOCK, _CPU_REPEATS = (128, 768, 3072), 1
 _GPU_BLOCK, _GPU_REPEATS = (4096, 1024, 4096), 4
 
@@ -34,15 +34,15 @@ def resolve_device(name: str) -> torch.device:
     """Return the device of a name that the settings allow.
 
     Args:
-        name: `"auto"` takes an accelerator if there is one. Without a number it is the calling
-            thread's current device of its kind, the first unless the program has set another.
+        name: `"auto"` is an accelerator if there is one. A kind without an index is the calling
+            thread's current device of that kind, by default the first.
 
     Raises:
-        DeviceError: The device is not there, or cannot be used in a forked process.
+        DeviceError: The device does not exist, or cannot be used in a forked process.
     """
     if name == "auto":
         return torch.device(_accelerator() or "cpu")
-    # Not read by torch, which fails on a kind that needs a plug-in ("npu") where that is absent.
+    # Not parsed by torch, which fails on a kind ("npu") whose plug-in is not installed.
     kind, _, number = name.partition(":")
     if kind == "cpu":
         return torch.device("cpu")
@@ -61,19 +61,19 @@ def resolve_device(name: str) -> torch.device:
 def resolve_dtype(name: str, device: torch.device, *, wide_range: bool = False) -> torch.dtype:
     """Return the dtype of a name; `"auto"` is the fastest that the device runs natively.
 
-    The hardware's capability flags decide, so that every start on a machine finds the same, and a
-    timing overrules them only where it says the opposite each time. Of two half types that a CPU
-    has, bfloat16 is taken; elsewhere float16, which keeps three more bits of the logit. int8 is
-    for CPUs, and only where it is asked for.
+    The hardware's capability flags decide, so that the choice is the same at every start. A timing
+    overrules them only if it clearly contradicts them several times. If both half types are native,
+    it is bfloat16 on a CPU, and elsewhere float16, which keeps three more bits of the logit. int8
+    is never chosen automatically.
 
     Args:
         name: `"auto"`, `"int8"`, or torch's name of a floating-point dtype.
-        device: Where the model is to run.
+        device: The model's device.
         wide_range: Whether the model's activations may be too large for float16, as Gemma's are;
-            `"auto"` leaves float16 out then.
+            `"auto"` is never float16 then.
 
     Raises:
-        DeviceError: int8 is asked for and the device cannot run it.
+        DeviceError: The name is `"int8"`, and the device cannot run it.
     """
     if name == "int8":
         _check_int8(device)
@@ -86,11 +86,11 @@ def resolve_dtype(name: str, device: torch.device, *, wide_range: bool = False) 
 
 
 class Choice(NamedTuple):
-    """What `dtype="auto"` is on a device, and why.
+    """What `dtype="auto"` resolves to on a device, and why.
 
     Attributes:
         dtype: A floating-point dtype.
-        reason: In words, for the log and for `bge-rerank info`.
+        reason: The reason, for the log and for `bge-rerank info`.
     """
 
     dtype: torch.dtype
@@ -98,20 +98,20 @@ class Choice(NamedTuple):
 
 
 def choose_dtype(device: torch.device, *, wide_range: bool = False) -> Choice:
-    """Return what `"auto"` is on a device, found once in a process; see `resolve_dtype`."""
+    """Return what `"auto"` resolves to on a device, cached for the process; see `resolve_dtype`."""
     halves = (torch.bfloat16,) if wide_range else (torch.bfloat16, torch.float16)
     return _choose(device, halves if device.type == "cpu" else halves[::-1])
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Return torch's name of a dtype as the settings have it."""
+    """Return the name of a dtype in the settings."""
     return str(dtype).removeprefix("torch.")
 
 
 def _check_int8(device: torch.device) -> None:
     if device.type != "cpu":
         raise DeviceError(
-            f"dtype 'int8' runs on a CPU alone, not on {str(device)!r}; "
+            f"dtype 'int8' runs on a CPU only, not on {str(device)!r}; "
             'use device="cpu", or dtype="auto".'
         )
     if not int8_works():
@@ -122,7 +122,7 @@ def _check_int8(device: torch.device) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """Return what a device is called, or how many threads a CPU computes with."""
+    """Return a device's product name, or the number of threads that torch uses on a CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{torch.get_num_threads()} threads" if device.type == "cpu" else device.type
@@ -152,10 +152,10 @@ def _device_count(kind: str) -> int:
 
 
 def _current_index(kind: str) -> int:
-    """Return the current device of a kind.
+    """Return the index of the current device of a kind.
 
-    Where nothing has used the kind yet, it is the first; asking would begin to use it, after which
-    this process could not be forked.
+    If the process has not used the kind yet, it is 0: asking torch would initialise the device, and
+    the process could not be forked afterwards.
     """
     module: Any = getattr(torch, kind, None)
     used = getattr(module, "is_initialized", None)
@@ -172,48 +172,49 @@ def _choose(device: torch.device, halves: tuple[torch.dtype, ...]) -> Choice:
     return Choice(torch.float32, "; ".join(verdict.reason for verdict in verdicts))
 
 
-def _timed_verdict(device: torch.device, half: torch.dtype, told: Verdict) -> Verdict:
-    """Return what flags say of a half type, unless every timing says clearly the opposite."""
-    if told.native is None:
+def _timed_verdict(device: torch.device, half: torch.dtype, flags: Verdict) -> Verdict:
+    """Return the verdict of the flags, unless every timing clearly contradicts it."""
+    if flags.native is None:
         fast = _always(device, half, lambda speed: speed >= WORTHWHILE_SPEEDUP)
         found = "fast enough" if fast else "too slow"
-        return Verdict(fast, f"{told.reason}, and timings found {dtype_name(half)} {found}")
-    if told.native and _always(device, half, lambda speed: speed < 1 / _DISAGREEMENT):
-        reason = f"{told.reason}; yet {_ROUNDS} timings found it less than half as fast as float32"
+        return Verdict(fast, f"{flags.reason}, and timings found {dtype_name(half)} {found}")
+    if flags.native and _always(device, half, lambda speed: speed < 1 / _DISAGREEMENT):
+        reason = f"{flags.reason}; yet {_ROUNDS} timings found it less than half as fast as float32"
         return Verdict(False, reason)
-    if not told.native and _always(device, half, lambda speed: speed > _DISAGREEMENT):
-        reason = f"{told.reason}; yet {_ROUNDS} timings found it over twice as fast as float32"
+    if not flags.native and _always(device, half, lambda speed: speed > _DISAGREEMENT):
+        reason = f"{flags.reason}; yet {_ROUNDS} timings found it over twice as fast as float32"
         return Verdict(True, reason)
-    return told
+    return flags
 
 
 def _always(device: torch.device, half: torch.dtype, holds: Callable[[float], bool]) -> bool:
-    """Return whether something holds for each timing of a half type; ends with the first other."""
+    """Return whether a condition holds for each of several timings of a half type."""
     return all(holds(_speed(device, half)) for _ in range(_ROUNDS))
 
 
 def _speed(device: torch.device, half: torch.dtype) -> float:
     """Return how many times as fast as float32 a half type is; 0 if it cannot run.
 
-    NaN, which agrees with nothing, where float32 itself cannot be timed, for want of memory, say.
+    If float32 cannot be timed, for example for lack of memory, it is NaN, which satisfies no
+    condition.
     """
     full = _seconds(device, torch.float32)
     return full / _seconds(device, half) if full < float("inf") else float("nan")
 
 
 def _seconds(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the best of some timings of one feed-forward block; infinity if it cannot run.
+    """Return the shortest of several timings of one feed-forward block; infinity if it fails.
 
-    On a CPU it is one thread's own time, which is the same beside busy processes.
+    On a CPU it is the CPU time of one thread, which other processes hardly change.
     """
     if device.type == "cpu":
         return in_one_thread(
-            lambda: _best(device, dtype, _CPU_BLOCK, _CPU_REPEATS, clock=time.thread_time)
+            lambda: _shortest(device, dtype, _CPU_BLOCK, _CPU_REPEATS, clock=time.thread_time)
         )
-    return _best(device, dtype, _GPU_BLOCK, _GPU_REPEATS, clock=time.perf_counter)
+    return _shortest(device, dtype, _GPU_BLOCK, _GPU_REPEATS, clock=time.perf_counter)
 
 
-def _best(
+def _shortest(
     device: torch.device,
     dtype: torch.dtype,
     block: tuple[int, int, int],

@@ -1,4 +1,4 @@
-"""The families of rerankers as models: what differs between them stands in one row each."""
+"""The families of rerankers and how their models are run, one row each."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -36,11 +36,11 @@ from bge_rerank_adapters.settings import EngineSettings
 
 
 class Sizes(Protocol):
-    """What tokenizing needs of a model's config."""
+    """The sizes of a model that its tokenizer depends on."""
 
     @property
     def max_tokens(self) -> int:
-        """Most tokens of a pair."""
+        """Maximum tokens of a pair."""
         ...
 
     @property
@@ -56,11 +56,11 @@ class ModelSource:
     Attributes:
         config: The checkpoint's `config.json`.
         folder: Holds its safetensors.
-        adapter: What is merged with them, if anything.
-        settings: The engine's.
-        tokenizer: The checkpoint's.
-        device: Where the model is to run.
-        dtype: Of weights and activations; int8 for layers in 8 bits.
+        adapter: The adapter to merge with them, if any.
+        settings: The engine's settings.
+        tokenizer: The checkpoint's tokenizer.
+        device: The model's device.
+        dtype: The dtype of weights and activations, or int8.
     """
 
     config: dict[str, Any]
@@ -77,19 +77,19 @@ class Family:
     """One family.
 
     Attributes:
-        name: As in the settings.
-        model_types: The kinds of models that it is known by, as the `model_type` of configs.
-        asked_types: Kinds that it runs as well, where the settings ask for the family: most models
-            of these are no rerankers, or are asked for their answer in another way.
-        read_sizes: From a config and `folder=` to its sizes; checks the config.
-        template: From the settings, the checkpoint's folder and its tokenizer to what stands around
-            a pair.
-        load: Makes the model.
+        name: The name in the settings.
+        model_types: Values of `model_type` in `config.json` that identify the family.
+        asked_types: Further values that it runs if the settings name the family. Most models of
+            these types are not rerankers, or need another prompt.
+        read_sizes: Returns the sizes of a config, given also `folder=`; checks the config.
+        template: Returns the template around a pair, from the settings, the checkpoint's folder and
+            its tokenizer.
+        load: Loads the model.
         wide_range: Whether activations may be too large for float16.
         classifier: Whether the logit comes from a classification head.
-        heads: From a config and `folder=` to the layers after which there is a head, where a call
-            may choose among several.
-        flag_class: FlagEmbedding's class.
+        heads: Returns the layers with heads of a config, given also `folder=`, if calls may choose
+            among several.
+        flag_class: The name of FlagEmbedding's class.
     """
 
     name: str
@@ -104,12 +104,12 @@ class Family:
     asked_types: tuple[str, ...] = ()
 
     def runs(self, config: dict[str, Any]) -> bool:
-        """Return whether this package runs a config's kind of model as one of the family."""
+        """Return whether this package can run a config's model type as one of the family."""
         return config.get("model_type") in (*self.model_types, *self.asked_types)
 
 
 def family_of(config: dict[str, Any]) -> Family | None:
-    """Return the family that a config's kind of model is known to be of, if any."""
+    """Return the family that a config's model type identifies, if any."""
     kind = config.get("model_type")
     return next((family for family in FAMILIES.values() if kind in family.model_types), None)
 

@@ -1,17 +1,14 @@
-"""Any model through FlagEmbedding itself: the reference, behind the engine's own interface.
+"""Runs models by FlagEmbedding's own classes, behind the engine's interface.
 
-Its classes are called as they are (FlagEmbedding 1.4, `inference/auto_reranker.py`), but with one
-device, no progress bars, and never with an empty list or code of a checkpoint.
+The classes are those of FlagEmbedding 1.4 (`inference/auto_reranker.py`). They are used with one
+device, without progress bars, and never with an empty list or with a checkpoint's own code.
 """
 
 import importlib
 import sys
-import threading
-import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +21,8 @@ from bge_rerank_adapters.engine.models.encoder.config import parse_config
 from bge_rerank_adapters.engine.models.encoder.tensors import check_one_label
 from bge_rerank_adapters.engine.models.families import Family
 from bge_rerank_adapters.engine.models.lora import open_weights
-from bge_rerank_adapters.engine.models.made_up import made_up_error, made_up_weights
+from bge_rerank_adapters.engine.models.missing_weights import missing_weights, missing_weights_error
+from bge_rerank_adapters.engine.models.progress_bars import without_bars, without_loading_bar
 from bge_rerank_adapters.engine.text.pairs import Lengths, TokenizedPairs, TokenPair
 from bge_rerank_adapters.engine.text.tokenizer import PairTokenizer, without_surrogates
 from bge_rerank_adapters.errors import DeviceError, SettingsError, UnsupportedCheckpointError
@@ -37,7 +35,7 @@ _WORKING_TRANSFORMERS = "4.44.2"
 
 @dataclass(frozen=True, slots=True)
 class TextPair(TokenPair):
-    """A tokenised pair that keeps its texts, which FlagEmbedding tokenises for itself.
+    """A tokenised pair with its texts, which FlagEmbedding tokenises itself.
 
     Attributes:
         query: The query.
@@ -49,13 +47,13 @@ class TextPair(TokenPair):
 
 
 class TextPairTokenizer(PairTokenizer):
-    """Counts tokens and tells what is cut, by the same rule, and keeps the texts."""
+    """Counts tokens, finds what is cut, and keeps the texts."""
 
     def lengths(self, limits: TokenLimits) -> Lengths:
-        """Refuse limits of one call that would cut: FlagEmbedding does not read them.
+        """Refuse limits of one call that would cut a text: FlagEmbedding has no such option.
 
         Raises:
-            SettingsError: There is one.
+            SettingsError: A limit would cut a text.
         """
         lengths = super().lengths(limits)
         if lengths.query < self.query_max_length or self.max_length > min(
@@ -90,10 +88,10 @@ class FlagModel:
     """A reranker of FlagEmbedding's on one device.
 
     Attributes:
-        device: Where it runs.
-        dtype: Of weights and activations.
-        streams: 1: it runs a pack as a whole.
-        pack_tokens: Token budget of a pack that suits the device.
+        device: The device.
+        dtype: The dtype of weights and activations.
+        streams: 1, since a pack is run as a whole.
+        pack_tokens: Token budget of a pack.
     """
 
     streams = 1
@@ -111,12 +109,12 @@ class FlagModel:
         """Load the model.
 
         Args:
-            folder: The checkpoint's.
-            settings: The engine's.
-            family: Chooses the class.
-            max_length: Most tokens of a pair.
-            query_max_length: Most tokens of the query.
-            device: Where to run.
+            folder: The checkpoint's folder.
+            settings: The engine's settings.
+            family: The checkpoint's family, which decides the class.
+            max_length: Maximum tokens of a pair.
+            query_max_length: Maximum tokens of the query.
+            device: The device.
 
         Raises:
             ImportError: FlagEmbedding is not installed.
@@ -133,26 +131,26 @@ class FlagModel:
             "max_length": max_length,
             "query_max_length": query_max_length,
         }
-        # The lightweight class ends the process where its modelling code cannot be imported.
-        with _unsupported_errors(folder, family), _without_loading_bar():
+        # The lightweight class raises SystemExit if its modelling code cannot be imported.
+        with _unsupported_errors(folder, family), without_loading_bar():
             self._reranker = make(str(folder), **options)
             self._reranker.use_fp16 = self.dtype == torch.float16
             # transformers 5 keeps the dtype in which the weights are stored.
             self._reranker.model.to(self.dtype)
-        self._check_nothing_made_up(folder, family, prefix)
+        self._check_no_weights_missing(folder, family, prefix)
         _check_labels(folder, family, self._reranker.model.config)
         with _unsupported_errors(folder, family):
-            # Some classes can be made, and fail when they are run.
+            # Some classes can be constructed but fail when they run.
             self._score([("query", "document")])
 
-    def _check_nothing_made_up(self, folder: Path, family: Family, prefix: str) -> None:
-        """Refuse a checkpoint that lacks any of the model's weights, above all its head."""
+    def _check_no_weights_missing(self, folder: Path, family: Family, prefix: str) -> None:
+        """Refuse a checkpoint that lacks some of the model's weights, such as its head."""
         model = self._reranker.model
-        with _unsupported_errors(folder, family), _without_loading_bar():
-            names = made_up_weights(model, folder)
+        with _unsupported_errors(folder, family), without_loading_bar():
+            names = missing_weights(model, folder)
         if names:
             config = read_config(folder)
-            raise made_up_error(names, folder, model=model, config=config, prefix=prefix)
+            raise missing_weights_error(names, folder, model=model, config=config, prefix=prefix)
 
     def logits(self, pairs: Sequence[TokenPair]) -> list[float]:
         """Return the logit of each pair of a pack.
@@ -164,14 +162,14 @@ class FlagModel:
         return self._score(texts)
 
     def _score(self, texts: list[tuple[str, str]]) -> list[float]:
-        with _without_bars(sys.modules[type(self._reranker).__module__]):
-            # One more than there are: below that its bars are off, where they can be.
+        with without_bars(sys.modules[type(self._reranker).__module__]):
+            # A batch larger than the list turns off some of its progress bars.
             scores = self._reranker.compute_score(texts, batch_size=len(texts) + 1)
         return [float(score) for score in scores]
 
 
 def _check_weights(folder: Path, family: Family) -> str:
-    """Refuse what is no safetensors or quantised; return what training left before all names."""
+    """Refuse weights that are not plain safetensors; return the prefix of all tensor names."""
     config = read_config(folder)
     with open_weights(folder) as weights:
         if family.classifier and config.get("model_type") in family.model_types:
@@ -180,7 +178,7 @@ def _check_weights(folder: Path, family: Family) -> str:
 
 
 def _check_labels(folder: Path, family: Family, config: Any) -> None:
-    """Refuse several labels: FlagEmbedding would give each pair the logit of another one."""
+    """Refuse several labels, with which FlagEmbedding would mix up the logits of pairs."""
     labels = getattr(config, "num_labels", 1)
     if family.classifier and labels != 1:
         raise UnsupportedCheckpointError(
@@ -204,10 +202,10 @@ def _flag_class(family: Family) -> Callable[..., Any]:
 def _options(
     settings: EngineSettings, family: Family, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Any]:
-    """Return what its constructor is given, by its own names; what is left open stays so."""
+    """Return the arguments of its constructor; settings that are `None` are left out."""
     options: dict[str, Any] = {
-        # The layerwise and lightweight classes warn where neither half type is asked for; what
-        # counts is the attribute, which is set once the model is made.
+        # The layerwise and lightweight classes warn if neither half type is chosen. The attribute
+        # that takes effect is set after loading.
         "use_fp16": dtype != torch.bfloat16,
         "devices": str(device),
         "trust_remote_code": False,
@@ -227,7 +225,7 @@ def _options(
 
 
 def _dtype(name: str, family: Family, device: torch.device) -> torch.dtype:
-    """Return the dtype; `"auto"` is the half type of FlagEmbedding's own examples on a GPU."""
+    """Return the dtype; on a GPU `"auto"` is the half type of FlagEmbedding's own examples."""
     if name == "auto":
         if device.type == "cpu":
             return torch.float32
@@ -235,8 +233,7 @@ def _dtype(name: str, family: Family, device: torch.device) -> torch.dtype:
     dtype: torch.dtype = getattr(torch, name)
     if device.type == "cpu" and dtype == torch.float16:
         raise DeviceError(
-            "FlagEmbedding runs float32 on a CPU where it is asked for float16; "
-            'use dtype="float32".'
+            'FlagEmbedding runs float32 on a CPU even if float16 is given; use dtype="float32".'
         )
     if family.classifier and dtype == torch.bfloat16:
         raise DeviceError(
@@ -252,7 +249,7 @@ def _unsupported_errors(folder: Path, family: Family) -> Iterator[None]:
         yield
     except (Exception, SystemExit) as error:
         if isinstance(error, Exception) and is_out_of_memory(error):
-            raise  # of another kind of device, or with fewer others, it runs
+            raise  # the model itself is supported
         import transformers
 
         raise UnsupportedCheckpointError(
@@ -261,68 +258,3 @@ def _unsupported_errors(folder: Path, family: Family) -> Iterator[None]:
             f"with transformers {_WORKING_TRANSFORMERS}; install that, or use "
             'backend="native", which runs every family.'
         ) from error
-
-
-class _Bars:
-    """Progress bars that are off as long as any call needs it so, however many run at once."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        # By what they are of: how many calls need them off, and what puts them back.
-        self._off: dict[str, tuple[int, Callable[[], None]]] = {}
-
-    @contextmanager
-    def off(self, name: str, turn_off: Callable[[], Callable[[], None]]) -> Iterator[None]:
-        """Keep bars off for the time of a call.
-
-        Args:
-            name: Of what they belong to.
-            turn_off: Turns them off, and returns what puts them back; called by the first alone.
-        """
-        with self._lock:
-            calls, restore = self._off[name] if name in self._off else (0, turn_off())
-            self._off[name] = (calls + 1, restore)
-        try:
-            yield
-        finally:
-            with self._lock:
-                calls, restore = self._off.pop(name)
-                if calls > 1:
-                    self._off[name] = (calls - 1, restore)
-                else:
-                    restore()
-
-
-_bars = _Bars()
-
-
-def _without_loading_bar() -> AbstractContextManager[None]:
-    """Turn off the progress bar that transformers 5 shows while it loads, and on again after."""
-    return _bars.off("loading", _stop_loading_bar)
-
-
-def _stop_loading_bar() -> Callable[[], None]:
-    logging: Any = importlib.import_module("transformers.utils.logging")
-    # Not to be asked for in every release: where it cannot be, nothing is changed.
-    if not getattr(logging, "is_progress_bar_enabled", lambda: False)():
-        return lambda: None
-    logging.disable_progress_bar()
-    enable: Callable[[], None] = logging.enable_progress_bar
-    return enable
-
-
-def _without_bars(module: types.ModuleType) -> AbstractContextManager[None]:
-    """Turn off the progress bars that a module shows unasked, for the time of a call."""
-    return _bars.off(module.__name__, partial(_stop_bars, module))
-
-
-def _stop_bars(module: types.ModuleType) -> Callable[[], None]:
-    shown = {name: getattr(module, name) for name in ("tqdm", "trange") if hasattr(module, name)}
-    for name, bar in shown.items():
-        setattr(module, name, partial(bar, disable=True))
-
-    def restore() -> None:
-        for name, bar in shown.items():
-            setattr(module, name, bar)
-
-    return restore

@@ -1,4 +1,4 @@
-"""From a checkpoint's folder to models that are ready to run."""
+"""Loads tokenizers and models from a checkpoint's folder."""
 
 import sys
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from bge_rerank_adapters.engine.checkpoints.inspection import (
     inspect_checkpoint,
 )
 from bge_rerank_adapters.engine.models.base import Model
-from bge_rerank_adapters.engine.models.device_faults import told_as_device_errors
+from bge_rerank_adapters.engine.models.device_faults import as_device_errors
 from bge_rerank_adapters.engine.models.devices import resolve_dtype
 from bge_rerank_adapters.engine.models.encoder.plain import check_plain_attention
 from bge_rerank_adapters.engine.models.families import (
@@ -40,8 +40,8 @@ class LocalCheckpoint:
     """A checkpoint's folder, read as far as its config.
 
     Attributes:
-        files: What is in it.
-        family: How it is run.
+        files: The files in it.
+        family: The family that runs it.
     """
 
     files: CheckpointFiles
@@ -49,18 +49,18 @@ class LocalCheckpoint:
 
 
 def read_checkpoint(folder: Path, settings: EngineSettings) -> LocalCheckpoint:
-    """Return what a folder holds, and check that the settings fit it.
+    """Return the checkpoint in a folder, and check that the settings fit it.
 
     Raises:
         CheckpointError: The config is missing or damaged.
-        UnsupportedCheckpointError: It is one of another kind of model.
-        SettingsError: A setting does not belong to its family.
+        UnsupportedCheckpointError: The model is not supported.
+        SettingsError: Its family does not allow a setting.
     """
     files = inspect_checkpoint(folder, settings)
     folder, config = files.folder, files.config
     family = FAMILIES[settings.family] if settings.family else family_of(config)
     if settings.backend == "flagembedding":
-        # It has encoders of many more kinds.
+        # FlagEmbedding supports more types of encoders.
         family = family or FAMILIES["encoder"]
     elif family is None or not family.runs(config):
         types = {name: (*each.model_types, *each.asked_types) for name, each in FAMILIES.items()}
@@ -76,11 +76,11 @@ def read_checkpoint(folder: Path, settings: EngineSettings) -> LocalCheckpoint:
 
 
 def _check_flag_runs(files: CheckpointFiles) -> None:
-    """Refuse what FlagEmbedding's classes do not read, or read otherwise."""
+    """Refuse checkpoints that FlagEmbedding's classes would read differently."""
     if files.adapter is not None:
         raise UnsupportedCheckpointError(
-            f"{files.adapter.folder} is a LoRA adapter, which is merged with its base in "
-            'backend="native" alone; use that, or merge it with merge_and_unload() of peft and '
+            f"{files.adapter.folder} is a LoRA adapter, which is merged with its base only in "
+            'backend="native"; use that, or merge it with merge_and_unload() of peft and '
             "give the folder of the whole model."
         )
     if files.author.lowercase:
@@ -91,7 +91,7 @@ def _check_flag_runs(files: CheckpointFiles) -> None:
 
 
 def load_pair_tokenizer(checkpoint: LocalCheckpoint, settings: EngineSettings) -> PairTokenizer:
-    """Return the checkpoint's tokenizer, its lengths clamped to the model's positions.
+    """Return the checkpoint's tokenizer, with lengths clamped to the model's positions.
 
     Raises:
         CheckpointError: The tokenizer is missing, damaged or of another model.
@@ -130,10 +130,10 @@ def load_models(
     tokenizer: PairTokenizer,
     devices: Sequence[torch.device],
 ) -> list[Model]:
-    """Return a copy of the model on each device; errors as of `load_model`."""
+    """Return a copy of the model on each device; raises what `load_model` raises."""
     models = []
     for device in devices:
-        with told_as_device_errors(device):
+        with as_device_errors(device):
             models.append(load_model(checkpoint, settings, tokenizer=tokenizer, device=device))
     return models
 
@@ -149,8 +149,8 @@ def load_model(
 
     Raises:
         CheckpointError: Its weights are missing, damaged or do not fit the config.
-        UnsupportedCheckpointError: It is no one-label reranker.
-        SettingsError: A layer is asked for that the model has not.
+        UnsupportedCheckpointError: It is not a reranker with one label.
+        SettingsError: A layer in the settings does not exist in the model.
         DeviceError: The device cannot run the dtype, or has too little memory.
     """
     family, files = checkpoint.family, checkpoint.files
@@ -176,14 +176,14 @@ def load_model(
 
 @dataclass(frozen=True, slots=True)
 class _UnknownSizes:
-    """Of a kind of model that FlagEmbedding runs and this package does not."""
+    """The sizes of a model that only FlagEmbedding can run."""
 
     max_tokens: int = sys.maxsize
     vocabulary: int = sys.maxsize
 
 
 def max_tokens(checkpoint: LocalCheckpoint) -> int:
-    """Return the most tokens of a pair that the model's positions allow."""
+    """Return the maximum tokens of a pair, by the model's positions."""
     return _sizes(checkpoint).max_tokens
 
 

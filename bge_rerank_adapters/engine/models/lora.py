@@ -1,4 +1,4 @@
-"""LoRA adapters, merged with their base in float32 as its tensors are read."""
+"""Merges LoRA adapters with their base in float32, as tensors are read."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -12,26 +12,26 @@ from bge_rerank_adapters.engine.models.weights import Weights, open_files, open_
 from bge_rerank_adapters.errors import CheckpointError, UnsupportedCheckpointError
 
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
-# Before what the whole models call their tensors, where a base was saved without its head.
+# Prefixes that a base lacks if it was saved without its head.
 _INNER_MODELS = ("roberta.", "bert.", "model.")
-# Stored whole beside an adapter where the vocabulary has grown.
+# Stored whole with an adapter if the vocabulary has grown.
 _EMBEDDINGS = ("embed_tokens", "lm_head", "word_embeddings")
 
 
 class AdaptedWeights(Weights):
-    """The tensors of a base with an adapter's products added: W + scale * B A, in float32."""
+    """The tensors of a base merged with an adapter: W + scale * B A, in float32."""
 
     def __init__(self, base: Weights, changes: Weights, adapter: Adapter) -> None:
         """Take both open files.
 
         Args:
-            base: Of the model that the adapter was trained on.
-            changes: Of the adapter.
-            adapter: What its config says.
+            base: Weights of the base.
+            changes: Weights of the adapter.
+            adapter: The adapter's config.
 
         Raises:
-            CheckpointError: The adapter changes something that the base has not.
-            UnsupportedCheckpointError: It has tensors that are not of plain LoRA.
+            CheckpointError: The adapter changes a tensor that the base does not have.
+            UnsupportedCheckpointError: It has tensors that are not plain LoRA.
         """
         self.path, self.folder, self.prefix = changes.path, adapter.folder, base.prefix
         self._base, self._changes, self._adapter = base, changes, adapter
@@ -59,10 +59,10 @@ class AdaptedWeights(Weights):
         return self._base.shape(self._base_name(name))
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """Return a tensor: merged in float32 where the adapter changes it, or as it is stored.
+        """Return a tensor: merged in float32 if the adapter changes it, otherwise as stored.
 
         Raises:
-            CheckpointError: As `Weights.tensor`.
+            CheckpointError: As for `Weights.tensor`.
         """
         if name in self._stored:
             return self._changes.tensor(self._stored[name], shape)
@@ -77,7 +77,7 @@ class AdaptedWeights(Weights):
         return weight.float() + self._adapter.scale_of(module) * (up @ down)
 
     def _base_name(self, name: str) -> str:
-        """Return what the base calls a tensor: the same, or without the inner model's name."""
+        """Return the base's name of a tensor, which may lack the prefix of the inner model."""
         if name in self._base:
             return name
         inner = next((each for each in _INNER_MODELS if name.startswith(each)), "")
@@ -94,7 +94,7 @@ class AdaptedWeights(Weights):
                 )
             if self._base_name(weight) not in self._base:
                 raise CheckpointError(
-                    f"{self.path} changes {weight}, which its base {self._base.path} has not; the "
+                    f"{self.path} changes {weight}, which its base {self._base.path} lacks; the "
                     "adapter is of another model. Merge it with peft where it was trained."
                 )
             if len(self._base.shape(self._base_name(weight))) != 2 or "embeddings" in module:
@@ -107,21 +107,21 @@ class AdaptedWeights(Weights):
 
     def _not_plain(self, name: str) -> UnsupportedCheckpointError:
         return UnsupportedCheckpointError(
-            f"{self.path}: the tensor {name} is neither of a linear layer's LoRA nor of a module "
-            "in modules_to_save, which alone are merged here; merge the adapter with peft's "
-            "merge_and_unload(), save_pretrained() that, and give its folder."
+            f"{self.path}: the tensor {name} belongs neither to a linear layer's LoRA nor to a "
+            "module in modules_to_save, and others are not merged here; merge the adapter with "
+            "peft's merge_and_unload(), save_pretrained() that, and give its folder."
         )
 
 
 def open_weights(folder: Path, adapter: Adapter | None = None) -> AbstractContextManager[Weights]:
-    """Open a checkpoint's weights, merged with an adapter's as they are read if there is one.
+    """Open a checkpoint's weights, merged with those of an adapter if there is one.
 
     Args:
-        folder: Holds the safetensors; of an adapter, those of its base.
-        adapter: What is merged.
+        folder: Holds the safetensors of the model, or of the adapter's base.
+        adapter: The adapter to merge.
 
     Raises:
-        CheckpointError: Either is missing or damaged, or they are not of one model.
+        CheckpointError: Either is missing or damaged, or they do not fit each other.
         UnsupportedCheckpointError: One is quantised, or the adapter is not plain LoRA.
     """
     return open_folder(folder) if adapter is None else _open_adapted(folder, adapter)
@@ -138,5 +138,5 @@ def _open_adapted(base: Path, adapter: Adapter) -> Iterator[Weights]:
 
 
 def _plain_name(name: str) -> str:
-    """Return a stored name as the base would call it, whatever peft put into it."""
+    """Return the base's name of a stored tensor, without what peft adds to it."""
     return name.replace(".modules_to_save.", ".").replace(".default.", ".")

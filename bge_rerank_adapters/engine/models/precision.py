@@ -1,4 +1,4 @@
-"""A setting of torch's that makes float32 products less exact: told, and never changed."""
+"""Warns of a setting of torch that makes float32 products less exact, and never changes it."""
 
 import logging
 
@@ -8,14 +8,14 @@ _log = logging.getLogger(__name__)
 
 
 def warn_of_matmul_precision(device: torch.device, dtype: torch.dtype) -> None:
-    """Log a warning where float32 products are run in fewer bits, as the program has asked.
+    """Log a warning if the program has set torch to run float32 products with fewer bits.
 
     Args:
-        device: Where a model is loaded.
-        dtype: Of its activations.
+        device: The model's device.
+        dtype: The dtype of its activations.
     """
     precision = _matmul_precision()
-    # A CPU computes with "high" as with "highest".
+    # On a CPU "high" is the same as "highest".
     exact = ("highest", "high") if device.type == "cpu" else ("highest",)
     if dtype == torch.float32 and precision not in exact:
         _log.warning(
@@ -30,5 +30,5 @@ def _matmul_precision() -> str:
     try:
         return torch.get_float32_matmul_precision()
     except RuntimeError:
-        # Where the program has used torch's newer settings, one for each back end, as well.
+        # The program has also used torch's newer settings, one for each back end.
         return "mixed"

@@ -1,7 +1,7 @@
-"""How a single call has its pairs read, where that is not as the engine's settings say.
+"""Calls that override the engine's settings for tokenising and reading logits.
 
 FlagEmbedding takes lengths, prompts, layers and compression at every call. None of them changes the
-weights, so such a call needs another tokenizer at most, and shares packs with all others.
+weights: such a call needs at most another tokenizer, and shares packs with all others.
 """
 
 import sys
@@ -27,19 +27,20 @@ from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.settings import EngineSettings
 
 Read = Callable[[Sequence[tuple[str, str]]], TokenizedPairs]
-"""From (query, document) pairs to what goes through the model."""
+"""Tokenises (query, document) pairs."""
 
-# Those of a few calls that differ in their lengths; each takes some megabytes.
+# For calls that differ in their settings; each tokenizer takes some megabytes.
 _TOKENIZERS_KEPT = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What one call asks for.
+    """The settings of one call.
 
     Attributes:
-        settings: The engine's, but for lengths, prompt, instructions and compression.
-        cutoff_layers: After which layers a logit is read, ascending; `()` is as in `settings`.
+        settings: The engine's settings, with the call's lengths, prompt, instructions and
+            compression.
+        cutoff_layers: The layers whose logits are read, ascending; `()` is as in `settings`.
     """
 
     settings: EngineSettings
@@ -47,23 +48,23 @@ class Reading:
 
 
 class Readings:
-    """Gives calls of one engine their own way of reading; may be used from many threads."""
+    """Makes and caches the tokenizers of an engine's calls with own settings; thread-safe."""
 
     def __init__(
         self, checkpoint: LocalCheckpoint, settings: EngineSettings, tokenizer: PairTokenizer
     ) -> None:
-        """Take over what the engine was made with."""
+        """Take the engine's checkpoint, settings and tokenizer."""
         self._checkpoint, self._settings = checkpoint, settings
         self._lock = threading.Lock()
         self._own = (_of_texts(settings), tokenizer)
         self._others: OrderedDict[EngineSettings, PairTokenizer] = OrderedDict()
 
     def reader(self, reading: Reading) -> Read:
-        """Return what reads a call's pairs.
+        """Return the function that tokenises a call's pairs.
 
         Raises:
-            SettingsError: The lengths leave no room for a document, or the model does not have a
-                layer that is asked for.
+            SettingsError: The lengths leave no room for a document, or the model does not have one
+                of the layers.
         """
         readout = self._readout(reading)
         tokenizer = self._tokenizer(_of_texts(reading.settings))
@@ -79,23 +80,23 @@ class Readings:
 
     @property
     def author(self) -> AuthorSettings:
-        """How the checkpoint's author has pairs read."""
+        """The settings of the checkpoint's author."""
         return self._checkpoint.files.author
 
     @property
     def longest(self) -> int:
-        """Most tokens of a pair that the author's files and the model's positions allow."""
+        """Maximum tokens of a pair, by the author's files and the model's positions."""
         files = self._checkpoint.files
         limits = (files.author.max_tokens, tokenizer_limit(files.tokenizer_folder))
         given = next((limit for limit in limits if limit is not None), sys.maxsize)
         return min(given, max_tokens(self._checkpoint))
 
     def of_whole_pairs(self, *, max_length: int, prompt: str) -> Reading:
-        """Return a reading that cuts nothing of pairs that fit, however long their queries are.
+        """Return settings without a limit for queries: only pairs that are too long are cut.
 
         Args:
-            max_length: Most tokens of a pair; those of a longer one are the end of its document.
-            prompt: Put before each query.
+            max_length: Maximum tokens of a pair; a longer one loses the end of its document.
+            prompt: Text before each query.
 
         Raises:
             SettingsError: The length leaves no room for a query and a document.
@@ -132,13 +133,13 @@ class Readings:
         if family.heads is None:
             return None
         heads, settings = family.heads(files.config, folder=files.folder), reading.settings
-        asked = reading.cutoff_layers or (heads.check(settings.cutoff_layers),)
-        for layer in asked:
+        layers_read = reading.cutoff_layers or (heads.check(settings.cutoff_layers),)
+        for layer in layers_read:
             heads.check(layer)
-        _check_ascending(asked)
-        self._check_loaded(asked[-1])
+        _check_ascending(layers_read)
+        self._check_loaded(layers_read[-1])
         layers = check_compress_layers(settings.compress_layers, heads.last)
-        return Readout(asked, settings.compress_ratio or 1, layers)
+        return Readout(layers_read, settings.compress_ratio or 1, layers)
 
     def _check_loaded(self, layer: int) -> None:
         loaded = self._settings.cutoff_layers
@@ -150,14 +151,14 @@ class Readings:
 
 
 def _of_texts(settings: EngineSettings) -> EngineSettings:
-    """Return the settings without what concerns layers alone."""
+    """Return the settings without those of layers, which do not affect tokenising."""
     return replace(
         settings.without_token(), cutoff_layers=None, compress_ratio=None, compress_layers=None
     )
 
 
 def _check_ascending(layers: Sequence[int]) -> None:
-    """Refuse an order in which FlagEmbedding reads a layer through the head of another one."""
+    """Refuse other orders, in which FlagEmbedding reads a layer with another layer's head."""
     if list(layers) != sorted(set(layers)):
         raise SettingsError(
             f"cutoff_layers must be in ascending order, each layer once, got {list(layers)}; "

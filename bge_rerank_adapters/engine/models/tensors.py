@@ -1,4 +1,4 @@
-"""Scores as torch's tensors, for a host whose users work with them."""
+"""Turns logits into tensors of scores, for hosts whose users expect tensors."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,10 +10,10 @@ Activation = Callable[[Tensor], Tensor]
 
 
 def named_activation(name: str | None) -> Activation:
-    """Return the activation of a name such as `"torch.nn.modules.linear.Identity"`.
+    """Return the activation named like `"torch.nn.modules.linear.Identity"`.
 
     Args:
-        name: One of torch's; `None` is the sigmoid.
+        name: The full name of a class of torch; `None` is the sigmoid.
     """
     made: Activation = getattr(nn, "Sigmoid" if name is None else name.rpartition(".")[2])()
     return made
@@ -21,11 +21,11 @@ def named_activation(name: str | None) -> Activation:
 
 @torch.inference_mode()
 def activated(logits: Sequence[float], activation: Any) -> Tensor:
-    """Return what an activation makes of logits; float32, shape (n,).
+    """Return an activation of logits; float32, shape (n,).
 
     Args:
         logits: n >= 0 logits.
-        activation: Gets them with shape (n, 1), as a model of one label gives them.
+        activation: Called with shape (n, 1), the output shape of a model with one label.
     """
     scores: Tensor = activation(torch.tensor(logits, dtype=torch.float32)[:, None])
     return scores.reshape(len(logits)).float()

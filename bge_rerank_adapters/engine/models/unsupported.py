@@ -1,4 +1,4 @@
-"""What to say of a kind of model that is not run here, and what runs it."""
+"""The message for a model that is not supported, with what can run it."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,39 +15,38 @@ def unsupported_message(
     families: Mapping[str, Sequence[str]],
     asked: str | None,
 ) -> str:
-    """Return what a model is, what is supported, and what runs this one.
+    """Return what a model is, what is supported, and what can run this one.
 
     Args:
-        folder: The checkpoint's.
+        folder: The checkpoint's folder.
         config: Its `config.json`.
-        families: By the name of each family the model types that it runs, those included that
-            it runs only if asked for.
-        asked: The family that the user asks for.
+        families: The model types that each family can run, by its name.
+        asked: The `family` setting.
     """
     kind = config.get("model_type", "model of unknown type")
     named = ", ".join(_architectures(config) or ["no architecture named"])
     types = "; ".join(f"{name}: {', '.join(each)}" for name, each in families.items())
-    wanted = "" if asked is None else f" as one of the {asked} family, which family= asks for"
+    wanted = "" if asked is None else f" as one of the {asked} family, which is set as family="
     family = next((name for name, each in families.items() if kind in each), None)
     if family is not None and asked is None:
         return (
-            f"{folder} is a {kind!r} model ({named}), and most of these are no rerankers of the "
+            f"{folder} is a {kind!r} model ({named}), and most of these are not rerankers of the "
             f"{family} family. If it was fine-tuned for FlagEmbedding's FlagLLMReranker, give "
-            f"family={family!r}; a reranker that is asked in other words (Qwen3-Reranker, "
+            f"family={family!r}; a reranker with another prompt (Qwen3-Reranker, "
             "mxbai-rerank-v2) would rank wrongly here, so use its author's library."
         )
     return (
         f"{folder} is a {kind!r} model ({named}), which is not supported{wanted}; supported are "
-        f"these model types of each family: {types}. {_way_out(config, families)}"
+        f"these model types of each family: {types}. {_advice(config, families)}"
     )
 
 
 def is_language_model(config: Mapping[str, Any]) -> bool:
-    """Return whether a config names a model that continues texts."""
+    """Return whether a config names a causal language model."""
     return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in _architectures(config))
 
 
-def _way_out(config: Mapping[str, Any], families: Mapping[str, Sequence[str]]) -> str:
+def _advice(config: Mapping[str, Any], families: Mapping[str, Sequence[str]]) -> str:
     kind = config.get("model_type")
     own = next((name for name, types in families.items() if kind in types), None)
     if own is not None:
@@ -78,7 +77,7 @@ def _architectures(config: Mapping[str, Any]) -> list[str]:
 
 def _known_to_transformers() -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """Return the model types for which transformers has classifiers, and language models."""
-    # Imported here: only who gets this error needs it.
+    # Imported here, since only this error needs it.
     from transformers.models.auto import modeling_auto
 
     return (

@@ -1,4 +1,4 @@
-"""Reads a checkpoint's safetensors files, and says what is wrong with them."""
+"""Reads and checks a checkpoint's safetensors files."""
 
 import json
 from collections.abc import Iterator
@@ -15,28 +15,28 @@ from bge_rerank_adapters.engine.checkpoints.quantised import check_tensors_plain
 from bge_rerank_adapters.errors import CheckpointError
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-# Names that checkpoints of 2019 and older give to the two vectors of a layer norm.
+# Names of a layer norm's tensors in checkpoints of 2019 and older.
 _OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
 
 
 class Weights:
-    """The tensors of a checkpoint's safetensors files, read one by one as they are asked for.
+    """The tensors of a checkpoint's safetensors files, each read on demand.
 
     Attributes:
         path: The file with all tensors, or the index of several.
-        folder: Where it lies.
-        prefix: What training left before every name; names are given without it.
+        folder: The folder of this file.
+        prefix: The prefix that training left before every name; methods take names without it.
     """
 
     def __init__(self, path: Path, tensors: dict[str, Any]) -> None:
-        """Take the open file of every tensor name.
+        """Take the open file of each tensor.
 
         Args:
             path: The file with all tensors, or the index of several; errors name it.
-            tensors: By the tensor's name as it is stored.
+            tensors: Open files by the stored names of their tensors.
 
         Raises:
-            CheckpointError: Training left a prefix before some names and not before others.
+            CheckpointError: Training left a prefix before only some names.
             UnsupportedCheckpointError: The weights are quantised.
         """
         self.path, self.folder = path, path.parent
@@ -58,11 +58,10 @@ class Weights:
         return tuple(self._files[name].get_slice(name).get_shape())
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """Return a tensor, in the dtype in which it is stored.
+        """Return a tensor, in its stored dtype.
 
         Raises:
-            CheckpointError: It is missing, has another shape than the config says, or is not of a
-                floating-point dtype.
+            CheckpointError: It is missing, has another shape, or is not of a floating-point dtype.
         """
         stored, name = self.shape(name), self._stored_name(name)
         if stored != shape:
@@ -73,7 +72,7 @@ class Weights:
         tensor: torch.Tensor = self._files[name].get_tensor(name)
         if not tensor.is_floating_point():
             raise CheckpointError(
-                f"{self.path}: the tensor {name} is of dtype {str(tensor.dtype)[6:]}, which is no "
+                f"{self.path}: the tensor {name} is of dtype {str(tensor.dtype)[6:]}, not of a "
                 "floating-point one, so it cannot be a weight."
             )
         return tensor
@@ -113,7 +112,7 @@ def open_files(source: Path, files: list[Path]) -> Iterator[Weights]:
 
     Args:
         source: The file to name in errors.
-        files: Those that hold the tensors.
+        files: The files with the tensors.
 
     Raises:
         CheckpointError: One is damaged.
@@ -133,7 +132,7 @@ def open_files(source: Path, files: list[Path]) -> Iterator[Weights]:
 
 
 def _weight_files(folder: Path) -> tuple[Path, list[Path]]:
-    """Return the file to name in errors, and those that hold the tensors."""
+    """Return the file to name in errors, and the files with the tensors."""
     if (folder / _SINGLE).is_file():
         return folder / _SINGLE, [folder / _SINGLE]
     if (folder / _INDEX).is_file():
@@ -149,7 +148,7 @@ def _sharded_files(folder: Path) -> list[Path]:
         names = sorted(set(json.loads((folder / _INDEX).read_text("utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{folder / _INDEX} is damaged: {error!r}.") from error
-    # A file elsewhere is none of the checkpoint's, and may be anything.
+    # A file in another folder is not part of the checkpoint.
     strange = [name for name in names if not isinstance(name, str) or Path(name).name != name]
     if strange:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""A large call's pairs in parts, so that a device scores the first while the next is tokenised."""
+"""Divides large calls into parts, so that a device scores one while the next is tokenised."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -11,14 +11,14 @@ class Part(NamedTuple):
 
     Attributes:
         pairs: n pairs.
-        indices: Of each of them in the caller's list, the first one where it is there repeatedly.
+        indices: The first index of each pair in the caller's list.
     """
 
     pairs: Sequence[TextPair]
     indices: Sequence[int]
 
     def name(self, name: Callable[[int], str]) -> Callable[[int], str]:
-        """Return what names a pair at an index of this part, given what names the caller's."""
+        """Convert a function that names the caller's pairs to one that names those of this part."""
         return lambda index: name(self.indices[index])
 
 
@@ -27,9 +27,8 @@ def parts_of(pairs: Sequence[TextPair], most: int) -> list[Part]:
 
     Args:
         pairs: n >= 1 pairs.
-        most: Most pairs of a part. Where there are no more, they make one part as they are;
-            otherwise each pair is in one part once, however often it is in the list, so that equal
-            ones have equal logits.
+        most: Maximum number of pairs of a part. A call with no more pairs is one part as it is. In
+            larger calls repeated pairs are taken once, so that equal pairs have equal logits.
     """
     if len(pairs) <= most:
         return [Part(pairs, range(len(pairs)))]

@@ -1,4 +1,4 @@
-"""What of `config.json` decides how a decoder is computed.
+"""The entries of `config.json` that decide how a decoder is computed.
 
 Keys, defaults and their meaning are those of transformers (`modeling_gemma.py` of 4.44.2; the
 config and modelling files of Llama, Mistral, Qwen 2 and Qwen 3 of 5.23) and of the modelling code
@@ -29,22 +29,22 @@ class CausalConfig:
         head_width: Width of a head.
         intermediate: Width inside a feed-forward block.
         vocabulary: Number of rows of the word embeddings.
-        positions: Longest text that it was made for.
-        epsilon: Of every norm.
+        positions: Maximum tokens of a text.
+        epsilon: Epsilon of every norm.
         activation: Name of the feed-forward block's activation.
-        rotary: How positions turn queries and keys.
+        rotary: The rotary position embedding.
         attention_scale: Factor of the products of query and key.
-        tied: Whether the word embeddings are the head as well, where none is stored.
+        tied: Whether the word embeddings are the head, if no head is stored.
         input_bias: Whether the linear layers of query, key and value have a bias.
-        output_bias: Whether attention's output layer has one.
-        feed_bias: Whether the feed-forward block's linear layers have one.
-        head_norms: Whether each head of query and key is normed before it is turned.
+        output_bias: Whether attention's output layer has a bias.
+        feed_bias: Whether the feed-forward block's linear layers have a bias.
+        head_norms: Whether each head of query and key is normed before it is rotated.
         embedding_scale: Factor of the embeddings.
-        residual_scale: Factor of what a block adds to its input.
-        norms_add_one: Whether norms scale by one more than their weight.
-        norms_after: Whether each block's output is normed as well, before it is added.
-        windows: How many tokens a token sees in each layer, itself included; `None` is all before
-            it. Empty where that holds in all layers.
+        residual_scale: Factor of a block's output before it is added to its input.
+        norms_add_one: Whether norms scale by their weight plus one.
+        norms_after: Whether each block's output is normed before it is added.
+        windows: The attention window of each layer in tokens, the token itself included; `None` is
+            no window. Empty if no layer has one.
     """
 
     layers: int
@@ -72,11 +72,11 @@ class CausalConfig:
 
     @property
     def max_tokens(self) -> int:
-        """Longest pair that the model was made for."""
+        """Maximum tokens of a pair."""
         return self.positions
 
     def heads(self, layer: int) -> Heads:
-        """Return the heads of a layer, counted from 0."""
+        """Return the attention heads of a layer, counted from 0."""
         window = self.windows[layer] if self.windows else None
         return Heads(self.query_heads, self.key_heads, self.attention_scale, window)
 
@@ -86,7 +86,7 @@ def parse_causal(config: dict[str, Any], *, folder: Path) -> CausalConfig:
 
     Raises:
         CheckpointError: An entry is missing or unusable.
-        UnsupportedCheckpointError: It asks for something that is not known here.
+        UnsupportedCheckpointError: An entry has a value that is not supported.
     """
     entries = ARCHITECTURES[config["model_type"]]
     path = folder / "config.json"
@@ -129,7 +129,7 @@ def _gemma(config: dict[str, Any]) -> dict[str, Any]:
     return {
         "head_width": width,
         "attention_scale": width**-0.5,
-        # `hidden_act` of Gemma's first config files was a mistake, which is not followed
+        # `hidden_act` was wrong in Gemma's first config files, so it is ignored
         # (huggingface/transformers#29402).
         "activation": str(config.get("hidden_activation") or "gelu_pytorch_tanh"),
         "embedding_scale": int(config["hidden_size"]) ** 0.5,
@@ -151,8 +151,8 @@ def _minicpm(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _gemma2(config: dict[str, Any]) -> dict[str, Any]:
-    # `attn_logit_softcapping` is left out, as FlagEmbedding leaves it out: it runs Gemma 2 with
-    # torch's attention function, which has no such thing.
+    # `attn_logit_softcapping` is ignored, as in FlagEmbedding: torch's attention function, which it
+    # uses, does not have it.
     window = _window(config.get("sliding_window"))
     layers = int(config["num_hidden_layers"])
     return _gemma(config) | {
@@ -163,7 +163,7 @@ def _gemma2(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _llama(config: dict[str, Any]) -> dict[str, Any]:
-    _check_whole_heads(config)
+    _check_full_rotary(config)
     width = int(
         config.get("head_dim") or int(config["hidden_size"]) // int(config["num_attention_heads"])
     )
@@ -190,7 +190,7 @@ def _qwen2(config: dict[str, Any]) -> dict[str, Any]:
         "input_bias": True,
         "output_bias": False,
         "feed_bias": False,
-        "windows": _chosen_windows(config),
+        "windows": _some_windows(config),
     }
 
 
@@ -198,12 +198,12 @@ def _qwen3(config: dict[str, Any]) -> dict[str, Any]:
     return _llama({"head_dim": 128} | config) | {
         "feed_bias": False,
         "head_norms": True,
-        "windows": _chosen_windows(config),
+        "windows": _some_windows(config),
     }
 
 
-def _chosen_windows(config: dict[str, Any]) -> tuple[int | None, ...]:
-    """Return the windows where layers are of two kinds, as in Qwen's models."""
+def _some_windows(config: dict[str, Any]) -> tuple[int | None, ...]:
+    """Return the windows of layers of which only some have one, as in Qwen's models."""
     window = _window(config.get("sliding_window", 4096))
     if not config.get("use_sliding_window", False) or window is None:
         return ()
@@ -220,15 +220,15 @@ def _window(value: Any) -> int | None:
     return None if value is None else int(value)
 
 
-def _check_whole_heads(config: dict[str, Any]) -> None:
-    """Refuse what turns only a part of each head, as some descendants of Llama do."""
+def _check_full_rotary(config: dict[str, Any]) -> None:
+    """Refuse partial rotary embeddings, which some models derived from Llama have."""
     rotary = config.get("rope_parameters") or {}
     part = config.get("partial_rotary_factor") or rotary.get("partial_rotary_factor") or 1.0
     if float(part) != 1.0:
         raise ValueError(f"partial_rotary_factor {part!r}")
 
 
-# What only an architecture itself says of its sizes and factors, by model type.
+# The entries that depend on the architecture, by model type.
 ARCHITECTURES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     # BAAI/bge-reranker-v2-gemma
     "gemma": _gemma,
@@ -236,18 +236,18 @@ ARCHITECTURES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "minicpm": _minicpm,
     # BAAI/bge-reranker-v2.5-gemma2-lightweight
     "cost_wise_gemma": _gemma2,
-    # What FlagEmbedding's FlagLLMReranker is fine-tuned from besides Gemma.
+    # Other bases of FlagEmbedding's FlagLLMReranker.
     "llama": _llama,
     "mistral": _mistral,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
 }
-# Kinds of rotary positions where FlagEmbedding's own code for an architecture has fewer.
+# Rotary types where FlagEmbedding's own modelling code supports only some.
 _ROTARY = {"minicpm": ("default", "linear"), "cost_wise_gemma": ("default", "linear")}
 
 
 def _check_sizes(config: CausalConfig, path: Path) -> None:
-    """Refuse numbers that no model has, which would fail or give nonsense once it runs."""
+    """Refuse sizes that would only fail, or give wrong results, once the model runs."""
     least = {
         "num_hidden_layers": config.layers,
         "hidden_size": config.hidden,

@@ -1,4 +1,4 @@
-"""At which layers a model with several heads gives a logit."""
+"""The layers after which a model with several heads gives a logit."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +9,12 @@ from bge_rerank_adapters.errors import CheckpointError, SettingsError
 
 @dataclass(frozen=True, slots=True)
 class HeadLayers:
-    """The layers after which there is a head.
+    """The layers that have a head, counted from 1.
 
     Attributes:
-        first: The first of them, counted as the number of layers run.
+        first: The first of them.
         last: The model's number of layers.
-        step: From one to the next.
+        step: Distance from one to the next.
     """
 
     first: int
@@ -27,14 +27,14 @@ class HeadLayers:
         return range(self.first, self.last + 1, self.step)
 
     def up_to(self, depth: int) -> range:
-        """Return those of a model of which so many layers are run."""
+        """Return those among the first `depth` layers."""
         return range(self.first, depth + 1, self.step)
 
     def check(self, cutoff_layer: int | None) -> int:
         """Return how many layers to run.
 
         Args:
-            cutoff_layer: What is asked for; `None` is the model's last layer.
+            cutoff_layer: The layer to read; `None` is the model's last.
 
         Raises:
             SettingsError: There is no head at that layer.
@@ -50,10 +50,10 @@ class HeadLayers:
 
 
 def read_entry(config: dict[str, Any], name: str, default: int, *, folder: Path) -> int:
-    """Return a whole number of at least 1 from a config.
+    """Return an entry of a config, which must be a whole number of at least 1.
 
     Raises:
-        CheckpointError: It is none.
+        CheckpointError: It is not.
     """
     value = config.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -1,6 +1,6 @@
 """The decoder family: the logit of "Yes" after query, document and prompt.
 
-As FlagEmbedding 1.4.2 computes it (`inference/reranker/decoder_only/base.py`).
+It follows FlagEmbedding 1.4.2 (`inference/reranker/decoder_only/base.py`).
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ _HEAD = "lm_head.weight"
 
 
 class DecoderModel(CausalModel):
-    """A language model on one device, of whose logits one is computed."""
+    """A language model on one device, of which only one token's logit is computed."""
 
     def __init__(
         self,
@@ -45,8 +45,8 @@ class DecoderModel(CausalModel):
         """
         parsed = parse_causal(config, folder=folder)
         with open_weights(folder, adapter) as weights:
-            # A head that is stored counts, even where the config says that it is the embeddings:
-            # transformers 5 ties the two only where they are equal.
+            # A stored head is used even if the config ties it to the embeddings: transformers 5
+            # ties them only if they are equal.
             tied = parsed.tied and _HEAD not in weights
             name = "model.embed_tokens.weight" if tied else _HEAD
             head = HeadRow(name, yes_id, parsed.vocabulary)

@@ -1,6 +1,6 @@
-"""The layerwise family: MiniCPM with a head of its own for each layer from a first one on.
+"""The layerwise family: MiniCPM with a head for each layer from `start_layer` on.
 
-As FlagEmbedding 1.4.2 computes it (`inference/reranker/decoder_only/layerwise.py` and
+It follows FlagEmbedding 1.4.2 (`inference/reranker/decoder_only/layerwise.py` and
 `models/modeling_minicpm_reranker.py`).
 """
 
@@ -18,7 +18,7 @@ from bge_rerank_adapters.errors import UnsupportedCheckpointError
 
 
 class LayerwiseModel(SeveralHeadsModel):
-    """A MiniCPM model on one device, run up to the layer whose logit is asked for."""
+    """A MiniCPM model on one device, run up to the layer whose logit is read."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class LayerwiseModel(SeveralHeadsModel):
             )
 
     def head_place(self, layer: int, place: int) -> int:
-        """Return the layer's own head, or the only one."""
+        """Return the layer's own head, or the single one for all layers."""
         del place
         return 0 if self._first is None else layer - self._first
 
@@ -74,7 +74,7 @@ class LayerwiseModel(SeveralHeadsModel):
 
 
 def layerwise_heads(config: dict[str, Any], *, folder: Path) -> HeadLayers:
-    """Return after which layers of a checkpoint there is a head.
+    """Return the layers of a checkpoint that have a head.
 
     Raises:
         CheckpointError: Its config is damaged.
@@ -84,7 +84,7 @@ def layerwise_heads(config: dict[str, Any], *, folder: Path) -> HeadLayers:
 
 
 def _check_head_type(config: dict[str, Any], folder: Path) -> None:
-    """Refuse heads over the whole vocabulary, which are those of models still to be trained."""
+    """Refuse heads over the whole vocabulary: those of models not yet trained as rerankers."""
     kind = config.get("head_type", "simple")
     if kind in ("raw", "complex"):
         raise UnsupportedCheckpointError(

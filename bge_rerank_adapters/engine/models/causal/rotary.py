@@ -1,7 +1,7 @@
-"""Rotary positions: by what angle a token's position turns queries and keys.
+"""Rotary position embeddings (RoPE), which rotate queries and keys by a token's position.
 
-Keys and formulas are those of transformers 5 (`modeling_rope_utils.py`); the older spelling
-(`rope_theta` and `rope_scaling`) is read as well. Sources of the kinds: Su et al. 2021
+Keys and formulas are those of transformers 5 (`modeling_rope_utils.py`); the older keys
+`rope_theta` and `rope_scaling` are read as well. Sources of the types: Su et al. 2021
 (arXiv:2104.09864), Llama 3 (arXiv:2407.21783), YaRN (arXiv:2309.00071).
 """
 
@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,28 +18,28 @@ from bge_rerank_adapters.errors import CheckpointError, UnsupportedCheckpointErr
 
 
 class Rotary(Protocol):
-    """A kind of rotary positions."""
+    """A type of rotary position embedding."""
 
     @property
     def scale(self) -> float:
-        """Factor of every turned query and key."""
+        """Factor of every rotated query and key."""
         ...
 
     def frequencies(self, width: int) -> Tensor:
-        """Return by what angle a step turns each pair of channels; float32, shape (width / 2,).
+        """Return the angle per position of each pair of channels; float32, shape (width / 2,).
 
         Args:
-            width: Of a head; even.
+            width: Width of a head; even.
         """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class PlainRotary:
-    """Wavelengths that grow geometrically, with positions divided by a factor.
+    """The original type, with linear scaling: positions are divided by a factor.
 
     Attributes:
-        base: Of the wavelengths.
+        base: `rope_theta`.
         factor: What positions are divided by.
     """
 
@@ -48,21 +48,21 @@ class PlainRotary:
     scale: float = 1.0
 
     def frequencies(self, width: int) -> Tensor:
-        """Return the angles of a step; see `Rotary`."""
+        """Return the angles per position; see `Rotary`."""
         steps = torch.arange(0, width, 2, dtype=torch.float32) / width
         return 1.0 / self.base**steps / self.factor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Llama3Rotary:
-    """Long wavelengths are stretched by a factor, short ones are kept, others lie between.
+    """Llama 3's type: long wavelengths are stretched, short ones kept, others interpolated.
 
     Attributes:
-        base: Of the wavelengths.
-        factor: How far the longest are stretched.
-        low: Turns within `positions` up to which a wavelength is stretched in full.
-        high: Turns from which on it is kept; above `low`.
-        positions: Longest text that the model was first trained on.
+        base: `rope_theta`.
+        factor: Factor by which the longest wavelengths are stretched.
+        low: Rotations within `positions` up to which a wavelength is fully stretched.
+        high: Rotations from which on it is kept; above `low`.
+        positions: Maximum length of the original training.
     """
 
     base: float
@@ -73,7 +73,7 @@ class Llama3Rotary:
     scale: float = 1.0
 
     def frequencies(self, width: int) -> Tensor:
-        """Return the angles of a step; see `Rotary`."""
+        """Return the angles per position; see `Rotary`."""
         plain = PlainRotary(self.base).frequencies(width)
         turns = self.positions * plain / (2 * math.pi)
         kept = ((turns - self.low) / (self.high - self.low)).clamp(0.0, 1.0)
@@ -82,16 +82,16 @@ class Llama3Rotary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class YarnRotary:
-    """As Llama 3's, but with a ramp over channels, and with scaled queries and keys.
+    """YaRN: like Llama 3's, but interpolated over channels, and with scaled queries and keys.
 
     Attributes:
-        base: Of the wavelengths.
-        factor: How far the longest are stretched.
-        fast: Turns within `positions` from which on a channel's wavelength is kept.
-        slow: Turns up to which it is stretched in full.
-        positions: Longest text that the model was first trained on.
-        whole: Whether the ramp begins and ends at whole channels.
-        scale: Factor of every turned query and key.
+        base: `rope_theta`.
+        factor: Factor by which the longest wavelengths are stretched.
+        fast: Rotations within `positions` from which on a channel's wavelength is kept.
+        slow: Rotations up to which it is fully stretched.
+        positions: Maximum length of the original training.
+        whole: Whether the interpolation begins and ends at whole channels.
+        scale: Factor of every rotated query and key.
     """
 
     base: float
@@ -103,42 +103,58 @@ class YarnRotary:
     scale: float
 
     def frequencies(self, width: int) -> Tensor:
-        """Return the angles of a step; see `Rotary`."""
+        """Return the angles per position; see `Rotary`."""
         plain = PlainRotary(self.base).frequencies(width)
         begin, end = self._channel(self.fast, width), self._channel(self.slow, width)
         if self.whole:
             begin, end = math.floor(begin), math.ceil(end)
         begin, end = max(begin, 0), min(end, width - 1)
-        # Ends that coincide would be divided by zero.
+        # Avoids a division by zero where both ends are equal.
         channels = torch.arange(width // 2, dtype=torch.float32)
         ramp = (channels - begin) / ((end - begin) or 0.001)
         stretched = ramp.clamp(0.0, 1.0)
         return stretched * plain / self.factor + (1.0 - stretched) * plain
 
     def _channel(self, turns: float, width: int) -> float:
-        """Return the pair of channels that turns so often within `positions`."""
+        """Return the pair of channels that makes this many rotations within `positions`."""
         wavelength = self.positions / (turns * 2 * math.pi)
         return width * math.log(wavelength) / (2 * math.log(self.base))
+
+
+class _Rope(NamedTuple):
+    """What the parsers of all types read.
+
+    Attributes:
+        entries: `rope_parameters`, or `rope_scaling` of older config files.
+        base: `rope_theta`.
+        positions: Maximum length of the original training.
+        config: The whole `config.json`.
+    """
+
+    entries: Mapping[str, Any]
+    base: float
+    positions: float
+    config: Mapping[str, Any]
 
 
 def parse_rotary(
     config: Mapping[str, Any], *, folder: Path, kinds: Sequence[str] | None = None
 ) -> Rotary:
-    """Return the rotary positions that a `config.json` asks for.
+    """Return the rotary position embedding that a `config.json` describes.
 
     Args:
-        config: The checkpoint's.
-        folder: Holds it.
-        kinds: Those that the architecture's own code has; `None` is all that are known here.
+        config: The checkpoint's `config.json`.
+        folder: Its folder.
+        kinds: The types that the architecture supports; `None` is all.
 
     Raises:
         CheckpointError: An entry is missing or unusable.
-        UnsupportedCheckpointError: It asks for a kind that is not known here.
+        UnsupportedCheckpointError: The type is not supported.
     """
     path = folder / "config.json"
     known = {name: _KINDS[name] for name in kinds or _KINDS}
     try:
-        # In one entry by transformers 5, in two before.
+        # transformers 5 writes one entry, older releases two.
         entries = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
         base = float(entries.get("rope_theta") or config.get("rope_theta") or 10000.0)
         positions = float(
@@ -146,7 +162,7 @@ def parse_rotary(
         )
         kind = entries.get("rope_type") or entries.get("type") or "default"
         parse = known.get(kind) if isinstance(kind, str) else None
-        rotary = None if parse is None else parse(entries, base, positions, config)
+        rotary = None if parse is None else parse(_Rope(entries, base, positions, config))
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(f"{path}: missing or unusable: {error!r}.") from error
     if rotary is None:
@@ -157,37 +173,29 @@ def parse_rotary(
     return rotary
 
 
-def _default(
-    entries: Mapping[str, Any], base: float, positions: float, config: Mapping[str, Any]
-) -> Rotary:
-    del entries, positions, config
-    return PlainRotary(base)
+def _default(rope: _Rope) -> Rotary:
+    return PlainRotary(rope.base)
 
 
-def _linear(
-    entries: Mapping[str, Any], base: float, positions: float, config: Mapping[str, Any]
-) -> Rotary:
-    del positions, config
-    return PlainRotary(base, float(entries["factor"]))
+def _linear(rope: _Rope) -> Rotary:
+    return PlainRotary(rope.base, float(rope.entries["factor"]))
 
 
-def _llama3(
-    entries: Mapping[str, Any], base: float, positions: float, config: Mapping[str, Any]
-) -> Rotary:
-    del config
-    low, high = float(entries["low_freq_factor"]), float(entries["high_freq_factor"])
+def _llama3(rope: _Rope) -> Rotary:
+    low, high = (float(rope.entries[f"{name}_freq_factor"]) for name in ("low", "high"))
     if not low < high:
         raise ValueError(f"low_freq_factor {low} must be below high_freq_factor {high}")
-    factor = float(entries["factor"])
-    return Llama3Rotary(base=base, factor=factor, low=low, high=high, positions=positions)
+    factor = float(rope.entries["factor"])
+    return Llama3Rotary(base=rope.base, factor=factor, low=low, high=high, positions=rope.positions)
 
 
-def _yarn(
-    entries: Mapping[str, Any], base: float, positions: float, config: Mapping[str, Any]
-) -> Rotary:
-    factor = float(entries.get("factor") or float(config["max_position_embeddings"]) / positions)
+def _yarn(rope: _Rope) -> Rotary:
+    entries, positions = rope.entries, rope.positions
+    factor = float(
+        entries.get("factor") or float(rope.config["max_position_embeddings"]) / positions
+    )
     return YarnRotary(
-        base=base,
+        base=rope.base,
         factor=factor,
         fast=float(entries.get("beta_fast") or 32),
         slow=float(entries.get("beta_slow") or 1),
@@ -211,7 +219,7 @@ def _yarn_scale(entries: Mapping[str, Any], factor: float) -> float:
     return scale(1.0)
 
 
-_KINDS: dict[str, Callable[[Mapping[str, Any], float, float, Mapping[str, Any]], Rotary]] = {
+_KINDS: dict[str, Callable[[_Rope], Rotary]] = {
     "default": _default,
     "linear": _linear,
     "llama3": _llama3,

@@ -1,6 +1,6 @@
-"""An encoder's layers of this package's own kernels for AVX512-VNNI.
+"""The kit of this package's own kernels for AVX512-VNNI.
 
-In bfloat16 and float32 products by AVX512 are about as fast as oneDNN's, so there are none here.
+It is for 8 bits only: in bfloat16 and float32 oneDNN is about as fast on such CPUs.
 """
 
 from bge_rerank_adapters.engine.models.cpu.kernels.kit import KernelInt8Kit
@@ -19,5 +19,5 @@ class Avx512VnniInt8Kit(KernelInt8Kit):
     instruction_set = AVX512_VNNI
 
     def attention(self) -> Attention:
-        """Return the kernel that attends to what these layers give, head by head."""
+        """Return the attention kernel for these layers."""
         return attention_by(AVX512_VNNI if lack(AVX512_BF16) else AVX512_BF16)

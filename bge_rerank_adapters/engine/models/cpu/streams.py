@@ -1,8 +1,8 @@
 """Data parallelism on one CPU: each thread runs whole pairs instead of a share of every product.
 
-Threads that share products meet after each of them, several hundred times a pack. Where products
-are short, as in half precision on a CPU with matrix units, waking and waiting takes as long as they
-do, and longer once another part of the program computes with torch as well.
+Threads that share products synchronise after each of them, several hundred times a pack. If
+products are short, as in half precision on a CPU with matrix units, this takes as long as the
+products, and longer if another part of the program also computes with torch.
 """
 
 import weakref
@@ -21,27 +21,26 @@ from bge_rerank_adapters.engine.models.cpu.threads import (
 )
 from bge_rerank_adapters.engine.text.pairs import TokenPair
 
-# Python runs one stream's lines at a time, which take a fifteenth of what its products take; so
-# where there are more threads, a stream has several.
+# Python code runs in one stream at a time, and takes a fifteenth of the time of its products. So
+# with more threads than this, each stream has several.
 _MOST_STREAMS = 8
-# With this package's own kernels they take a sixtieth at most, and no kernel has several threads.
+# With own kernels Python takes at most a sixtieth, and a kernel runs in one thread.
 _MOST_STREAMS_OF_ONE_THREAD = 64
-# Tokens of a pack for each stream where the user leaves it open: shares of 512 to 2,048 tokens are
-# about as fast as each other.
+# The default token budget of a pack for each stream; 512 to 2,048 are about equally fast.
 _STREAM_TOKENS = 1024
-# Threads that share products are as fast as so many of their number to this power: 1.7 for two,
-# 4.8 for eight. Measured for two: 1.0 to 1.4 in bfloat16 with AMX, 1.7 to 1.9 in float32.
+# n threads that share products are about n to this power times as fast as one: 1.7 for two, 4.8 for
+# eight. Measured for two: 1.0 to 1.4 in bfloat16 with AMX, 1.7 to 1.9 in float32.
 _SHARED_SPEED = 0.75
 
 
 def stream_count(device: torch.device, dtype: torch.dtype) -> int:
-    """Return how many streams suit layers that use torch's threads; 1 leaves threads together.
+    """Return the number of streams for layers that use torch's threads; 1 is no streams.
 
-    In float32 products are long enough that threads lose nothing by sharing them.
+    In float32 products are long enough for threads to share them without loss.
 
     Args:
-        device: Where the model runs.
-        dtype: Of its layers.
+        device: The model's device.
+        dtype: The dtype of its layers.
     """
     if device.type != "cpu" or dtype == torch.float32:
         return 1
@@ -51,53 +50,53 @@ def stream_count(device: torch.device, dtype: torch.dtype) -> int:
 
 
 def one_thread_stream_count() -> int:
-    """Return how many streams suit layers that run in one thread each, as own kernels do."""
+    """Return the number of streams for layers that run in one thread each, as own kernels do."""
     return min(torch.get_num_threads(), _MOST_STREAMS_OF_ONE_THREAD)
 
 
 def with_streams(model: NativeModel, streams: int) -> Model:
-    """Return the model with its packs shared out among streams, or as it is for a single one."""
+    """Return the model with its packs divided among streams; the model itself for one stream."""
     return StreamedModel(model, streams) if streams > 1 else model
 
 
 class StreamedModel:
-    """A model whose packs are shared out by the pair among streams.
+    """A model whose packs are divided by pairs among streams.
 
-    What does not share out well, a long pair alone for one, is run by all threads together.
+    A pack that cannot be divided evenly, such as one long pair, is run by all threads together.
 
     Attributes:
-        device: As of the model.
-        dtype: As of the model.
-        streams: How many there are.
-        pack_tokens: Token budget of a pack that gives each stream enough to do.
+        device: The model's device.
+        dtype: The model's dtype.
+        streams: Number of streams.
+        pack_tokens: Token budget of a pack, enough for all streams.
     """
 
     def __init__(self, model: NativeModel, streams: int) -> None:
-        """Share the threads that torch would compute with here among the streams.
+        """Divide the threads that torch uses in this thread among the streams.
 
         Args:
-            model: Can be used by several threads at once.
-            streams: 2 to the number of threads.
+            model: A thread-safe model.
+            streams: From 2 to the number of threads.
         """
         self.device, self.dtype, self.streams = model.device, model.dtype, streams
         self.pack_tokens = max(model.pack_tokens, streams * _STREAM_TOKENS)
         self._model = model
         threads = torch.get_num_threads()
         own = threads // streams
-        # How many times as fast as a stream all threads are together.
+        # How many times as fast all threads together are as one stream.
         self._together = (threads / own) ** _SHARED_SPEED
         self._helpers = Helpers(Tasks(), streams)
         weakref.finalize(self, end_threads, self._helpers.tasks, streams).atexit = False
         start_threads(streams, own, self._helpers.tasks)
 
     def logits(self, pairs: Sequence[TokenPair]) -> list[float]:
-        """Return the logit of each pair of a pack; the same for the same pack each time."""
+        """Return the logit of each pair of a pack; the same pack always gives the same."""
         parts = _share_out([len(pair) for pair in pairs], self.streams)
         longest = max(sum(len(pairs[place]) for place in part) for part in parts)
         if longest > sum(map(len, pairs)) / self._together:
             return self._model.logits(pairs, helpers=self._helpers)
         futures = [self._score([pairs[place] for place in part]) for part in parts]
-        # All of them, so that none holds memory any longer when one has failed for want of it.
+        # Wait for all, so that when one lacks memory no other still holds some.
         wait(futures)
         logits = [0.0] * len(pairs)
         for part, future in zip(parts, futures, strict=True):
@@ -112,7 +111,7 @@ class StreamedModel:
 
 
 def _share_out(lengths: Sequence[int], parts: int) -> list[list[int]]:
-    """Return the places of each part: the longest first, each to the part with the least so far."""
+    """Return the indexes of each part: longest first, each to the part with the fewest tokens."""
     shares: list[list[int]] = [[] for _ in range(min(parts, len(lengths)))]
     tokens = [0] * len(shares)
     for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):

@@ -1,4 +1,4 @@
-"""Threads with a limited number of torch threads each, and work that several of them share."""
+"""Threads in which torch uses a limited number of threads, and work that they share."""
 
 import os
 import threading
@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 T = TypeVar("T")
-# What a thread is given to do; `None` ends it.
+# Queue of a thread's tasks; `None` ends the thread.
 Tasks = SimpleQueue[Callable[[], None] | None]
 
 
@@ -21,21 +21,21 @@ class Helpers(NamedTuple):
     """Threads that help one thread with its work.
 
     Attributes:
-        tasks: Where they take their work from.
-        size: Their number, the thread that they help included; 1 is that thread alone.
+        tasks: The queue that they take work from.
+        size: Their number, including the thread that they help; 1 is that thread alone.
     """
 
     tasks: Tasks
     size: int
 
     def split(self, count: int, least: int, work: Callable[[int, int], None]) -> None:
-        """Process a range of items in contiguous parts, which several threads do at once.
+        """Process a range of items in contiguous parts, in several threads at once.
 
         Args:
-            count: How many items there are.
-            least: How many a part has at least, unless it is the only one.
-            work: Is called with begin and end of each part, by any of the threads, and makes no use
-                of torch's threads. Its errors are raised here, once all parts are done.
+            count: Number of items.
+            least: Minimum number of items in a part, unless there is only one part.
+            work: Called with begin and end of each part, in any of the threads; must not use
+                torch's threads. Its errors are raised here, once all parts are done.
         """
         parts = max(1, min(self.size, count // least))
         if parts == 1:
@@ -58,7 +58,7 @@ class Helpers(NamedTuple):
             for _ in range(parts - 1):
                 self.tasks.put(help_out)
         finally:
-            # A helper that comes later finds nothing left to do.
+            # A helper that starts later finds nothing left to do.
             help_out()
             wait(futures)
         for future in futures:
@@ -66,11 +66,11 @@ class Helpers(NamedTuple):
 
 
 ALONE = Helpers(Tasks(), 1)
-"""No helpers: a thread does all of its work itself."""
+"""No helpers: the thread does all of its work itself."""
 
 
 def in_one_thread(work: Callable[[], T]) -> T:
-    """Return what `work` returns, done in a new thread in which torch uses one thread."""
+    """Return the result of `work`, run in a new thread in which torch uses one thread."""
     future, tasks = Future[T](), Tasks()
     tasks.put(lambda: fulfil(future, work))
     end_threads(tasks, 1)
@@ -79,16 +79,17 @@ def in_one_thread(work: Callable[[], T]) -> T:
 
 
 def settle_threads() -> None:
-    """Let this thread compute with as many threads as torch's others.
+    """Set this thread's number of torch threads to the default.
 
-    A thread gets their number when it first uses torch, which must not be while streams start.
+    Torch does so when a thread first uses it. That must not be while streams start, which change
+    the default for a moment.
     """
     with _starting:
         torch.get_num_threads()
 
 
 def use_at_most(threads: int) -> None:
-    """Let torch compute with so many threads at most, here and in threads that start later."""
+    """Limit torch to this many threads, here and in threads that start later."""
     with _starting:
         if threads < torch.get_num_threads():
             torch.set_num_threads(threads)
@@ -98,7 +99,7 @@ _starting = threading.Lock()
 
 
 def _forget_starting() -> None:
-    # The thread that may have held it does not exist in a forked process.
+    # In a forked process the thread that may have held the lock does not exist.
     global _starting
     _starting = threading.Lock()
 
@@ -108,18 +109,17 @@ if hasattr(os, "register_at_fork"):
 
 
 def start_threads(count: int, own: int, tasks: Tasks) -> None:
-    """Start threads that work off tasks; torch computes with `own` threads in each of them.
+    """Start threads that process tasks, each with `own` torch threads.
 
-    torch.set_num_threads sets the number of the calling thread, and of all threads that use torch
-    for the first time later; so the caller's number, which others have as well, is set again in the
-    end.
+    torch.set_num_threads sets the number for the calling thread, and for all threads that first use
+    torch later. So the caller's number is set again at the end.
     """
     with _starting:
         default = torch.get_num_threads()
         limited = threading.Semaphore(0)
 
         def run() -> None:
-            # A thread's first use of torch sets its number to that of others, so it comes first.
+            # A thread's first use of torch sets its number to the default, so it comes first.
             torch.get_num_threads()
             torch.set_num_threads(own)
             limited.release()
@@ -128,8 +128,8 @@ def start_threads(count: int, own: int, tasks: Tasks) -> None:
         started = 0
         try:
             for _ in range(count):
-                # As daemons, they serve the program's threads to the end. They are idle by then:
-                # a thread that has given them something to do waits for it.
+                # Daemons, so that they do not keep the program alive. They are idle when it ends,
+                # since a thread that gives them work waits for it.
                 threading.Thread(target=run, name="bge-rerank-stream", daemon=True).start()
                 started += 1
         finally:
@@ -141,18 +141,18 @@ def start_threads(count: int, own: int, tasks: Tasks) -> None:
 def _work(tasks: Tasks) -> None:
     while (task := tasks.get()) is not None:
         task()
-        # It holds the model, which may be dropped while this thread waits for the next.
+        # It refers to the model, which may be dropped while this thread waits.
         del task
 
 
 def end_threads(tasks: Tasks, count: int) -> None:
-    """Let threads end once they have done what they were given before."""
+    """End threads after the tasks that are queued already."""
     for _ in range(count):
         tasks.put(None)
 
 
 def fulfil(future: Future[T], work: Callable[[], T]) -> None:
-    """Give a future the result of some work, or its error."""
+    """Resolve a future to the result of some work, or to its error."""
     try:
         future.set_result(work())
     except BaseException as error:  # noqa: BLE001 - raised to the thread that waits

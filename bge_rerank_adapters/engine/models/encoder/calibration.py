@@ -1,6 +1,6 @@
-"""What runs through an encoder's layers when a sample does, which tells 8-bit layers their ranges.
+"""Runs a sample through an encoder, so that 8-bit layers can calibrate their ranges.
 
-The sample is run through the layers as they are stored, one after another, before each is made.
+It runs through the layers as they are stored, one at a time, before each is quantised.
 """
 
 import json
@@ -20,14 +20,14 @@ _SAMPLE_PAIRS = Path(__file__).parent / "sample-pairs.json"
 
 
 class LayerSample(NamedTuple):
-    """What runs through a layer when a sample does, each of shape (rows, a layer's inputs).
+    """The states of a sample within one layer, each of shape (rows, width).
 
     Attributes:
-        states: What the layer is given.
-        attended: What attention gives.
-        middle: What the feed-forward block is given.
-        inner: What its activation gives.
-        output: What the layer gives.
+        states: Input of the layer.
+        attended: Output of attention.
+        middle: Input of the feed-forward block.
+        inner: Output of its activation.
+        output: Output of the layer.
     """
 
     states: Tensor
@@ -38,13 +38,13 @@ class LayerSample(NamedTuple):
 
 
 class SampleRun:
-    """A sample on its way through an encoder's layers."""
+    """A sample that is run through an encoder layer by layer."""
 
     def __init__(self, config: EncoderConfig, states: Tensor, lengths: Sequence[int]) -> None:
         """Begin with the embeddings.
 
         Args:
-            config: Of the model.
+            config: The model's config.
             states: The embeddings of all tokens, shape (rows, hidden).
             lengths: Number of tokens of each pair.
         """
@@ -54,7 +54,7 @@ class SampleRun:
         self._layout = Layout(lengths, states.device)
 
     def through(self, tensors: LayerTensors) -> LayerSample:
-        """Return what runs through the next layer, which is made of these tensors."""
+        """Run the sample through the next layer, given its tensors, and return its states."""
         states = self._states
         query, key, value = _outputs(states, stacked(*tensors.projections)).chunk(3, dim=-1)
         attended = grouped_attention(query, key, value, self._layout, self._heads)
@@ -71,6 +71,6 @@ def _outputs(states: Tensor, tensors: LinearTensors) -> Tensor:
 
 
 def sample_pairs() -> list[tuple[str, str]]:
-    """Return questions and passages of several kinds and languages."""
+    """Return queries and documents of several kinds and languages."""
     samples = json.loads(_SAMPLE_PAIRS.read_text(encoding="utf-8"))
     return [(each["query"], each["document"]) for each in samples]

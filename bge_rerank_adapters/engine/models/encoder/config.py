@@ -1,4 +1,4 @@
-"""What of an encoder's `config.json` decides how it is computed."""
+"""Parses the `config.json` of an encoder."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +10,10 @@ from bge_rerank_adapters.errors import CheckpointError, UnsupportedCheckpointErr
 
 @dataclass(frozen=True, slots=True)
 class EncoderConfig:
-    """What of `config.json` decides how an encoder is computed.
+    """The entries of `config.json` that decide how an encoder is computed.
 
     Attributes:
-        prefix: What the names of the encoder's tensors begin with.
+        prefix: Prefix of the names of the encoder's tensors.
         layers: Number of layers.
         hidden: Width of a token's vector.
         heads: Number of attention heads.
@@ -21,10 +21,11 @@ class EncoderConfig:
         vocabulary: Number of rows of the word embeddings.
         positions: Number of rows of the position embeddings.
         types: Number of rows of the token type embeddings.
-        epsilon: Of every layer norm.
+        epsilon: Epsilon of every layer norm.
         activation: Name of the feed-forward block's activation.
-        pad_id: Id of the padding token; RoBERTa counts positions from the one after it.
-        counts_from_pad: Whether it does so; BERT counts from 0.
+        pad_id: Id of the padding token.
+        counts_from_pad: Whether positions count from `pad_id + 1`, as RoBERTa's do; BERT's count
+            from 0.
     """
 
     prefix: str
@@ -42,7 +43,7 @@ class EncoderConfig:
 
     @property
     def max_tokens(self) -> int:
-        """Most tokens of a pair that the positions allow."""
+        """Maximum tokens of a pair, by the number of positions."""
         return self.positions - self.pad_id - 1 if self.counts_from_pad else self.positions
 
 
@@ -59,7 +60,7 @@ ENCODER_TYPES = tuple(_ARCHITECTURES)
 
 
 def parse_config(config: dict[str, Any], *, folder: Path) -> EncoderConfig:
-    """Return the parts of `config.json` that matter.
+    """Return the config of an encoder.
 
     Raises:
         CheckpointError: An entry is missing or of the wrong type.
@@ -105,7 +106,7 @@ def parse_config(config: dict[str, Any], *, folder: Path) -> EncoderConfig:
 
 
 def _check_sizes(config: EncoderConfig, path: Path) -> None:
-    """Refuse numbers that no model has, which would fail or give nonsense once it runs."""
+    """Refuse sizes that would only fail, or give wrong results, once the model runs."""
     heads = config.heads
     rules = (
         ("num_hidden_layers", config.layers, "at least 1", config.layers >= 1),

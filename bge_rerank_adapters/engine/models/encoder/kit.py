@@ -1,4 +1,4 @@
-"""Which layers, attention and streams an encoder runs with: chosen here, once for each model."""
+"""Chooses the kit of an encoder: its layers, attention and number of streams."""
 
 import logging
 
@@ -13,7 +13,7 @@ from bge_rerank_adapters.engine.models.encoder.plain import KitRequest, PlainKit
 
 _log = logging.getLogger(__name__)
 
-# The fastest first: a model runs with the first that suits it. A back end is added here.
+# Fastest first: a model runs with the first kit that can run it. New back ends are added here.
 KITS: tuple[type[PlainKit], ...] = (
     AmxInt8Kit,
     AmxKit,
@@ -40,13 +40,13 @@ _BASE = EncoderConfig(
 
 
 def choose_kit(config: EncoderConfig, device: torch.device, dtype: torch.dtype) -> PlainKit:
-    """Return what a model runs with.
+    """Return the kit that a model runs with.
 
     Args:
-        config: Of the model.
-        device: Where it is to run.
-        dtype: A floating-point dtype, or int8. With int8, activations are of the fastest
-            floating-point dtype, and so are the layers where no 8-bit ones are faster.
+        config: The model's config.
+        device: The model's device.
+        dtype: A floating-point dtype, or int8. With int8, activations have the fastest
+            floating-point dtype, and so have the layers if no 8-bit kit is faster.
     """
     int8 = dtype == torch.int8
     compute = resolve_dtype("auto", device) if int8 else dtype
@@ -62,18 +62,18 @@ def _first_kit(request: KitRequest, *, int8: bool) -> type[PlainKit]:
 
 
 def describe_kits(device: torch.device, dtype: torch.dtype) -> list[tuple[str, str]]:
-    """Return what each kit says of itself, for a model of bge-reranker-base's size.
+    """Return which kits a model of bge-reranker-base's size would use.
 
     Args:
-        device: Where it would run.
-        dtype: Of its activations.
+        device: The device.
+        dtype: The dtype of activations.
 
     Returns:
-        The label of each kit, and whether it is used, and if not, why.
+        The label of each kit, and whether it is used or why not.
     """
     request = KitRequest(_BASE, device, dtype)
     used = {
-        _first_kit(request, int8=True): "used where int8 is asked for",
+        _first_kit(request, int8=True): "used with int8",
         _first_kit(request, int8=False): "used",
     }
 
@@ -81,6 +81,6 @@ def describe_kits(device: torch.device, dtype: torch.dtype) -> list[tuple[str, s
         if kit in used:
             return used[kit]
         lack = kit.lack(request)
-        return "a faster one is there" if lack is None else f"not used: {lack}"
+        return "not used: another one is faster" if lack is None else f"not used: {lack}"
 
     return [(kit.label, verdict(kit)) for kit in KITS]

@@ -1,4 +1,4 @@
-"""One layer of an encoder: what every kind of it does, and the one made of linear layers."""
+"""A layer of an encoder: its interface, and an implementation by linear layers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from bge_rerank_adapters.engine.models.layers.norm import LayerNorm
 
 
 class EncoderLayer(Protocol):
-    """What the model asks of a layer; only its kit's attention reads query, key and value."""
+    """The interface of a layer; only its kit's attention reads query, key and value."""
 
     def project(self, states: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
         """Return query, key and value for states of shape (rows, hidden)."""
@@ -30,14 +30,14 @@ class EncoderLayer(Protocol):
         """Return the query for the pairs' first tokens, and key and value for all.
 
         Args:
-            states: Shape (rows, hidden).
-            first: Those of the pairs' first tokens, shape (n, hidden).
-            layout: Of the pack.
+            states: States of all tokens, shape (rows, hidden).
+            first: States of the pairs' first tokens, shape (n, hidden).
+            layout: The pack's layout.
         """
         ...
 
     def after_attention(self, states: Tensor, attended: Tensor, layout: Layout) -> Tensor:
-        """Return the layer's output for its input and what attention gave, all (rows, hidden)."""
+        """Return the layer's output for its input and the attended values, all (rows, hidden)."""
         ...
 
 
@@ -46,13 +46,12 @@ class LinearLayer:
     """A layer made of linear layers.
 
     Attributes:
-        projections: One that gives query, key and value side by side, of width 3h; in the last
-            layer one for the query and one for key and value, since there the only queries are
-            those of the pairs' first tokens.
-        attention_output: From the attended values back to width h.
-        attention_norm: After the first residual sum.
-        feed_forward: From width h to the block's own and back, plus what it is given.
-        output_norm: After the second residual sum.
+        projections: One for query, key and value together. In the last layer one for the query, and
+            one for key and value, since only the pairs' first tokens have queries there.
+        attention_output: The output projection of attention.
+        attention_norm: The norm after the first residual sum.
+        feed_forward: The feed-forward block, including its residual sum.
+        output_norm: The norm after the second residual sum.
     """
 
     projections: tuple[Linear, ...]
@@ -76,7 +75,7 @@ class LinearLayer:
         return self.projections[0](first), key, value
 
     def after_attention(self, states: Tensor, attended: Tensor, layout: Layout) -> Tensor:
-        """Return the output for states and what their attention gave, both (rows, hidden)."""
+        """Return the output for input states and attended values, both (rows, hidden)."""
         del layout
         states = self.attention_norm(self.attention_output(attended, states))
         return self.output_norm(self.feed_forward(states))
@@ -87,9 +86,9 @@ class LayerSource(NamedTuple):
 
     Attributes:
         tensors: Its weights and biases.
-        last: Whether it is the last layer, where all but key and value are for first tokens, which
-            are no ordinary ones.
-        sample: What runs through it when a sample does; `None` unless the kit is of 8-bit layers.
+        last: Whether it is the last layer, where all but key and value are computed for the pairs'
+            first tokens only, which are outliers.
+        sample: The states of a sample within it; `None` unless the kit is of 8-bit layers.
     """
 
     tensors: LayerTensors
@@ -100,12 +99,12 @@ class LayerSource(NamedTuple):
 def linear_layer(
     source: LayerSource, activation: Activation, make: Callable[..., Linear]
 ) -> LinearLayer:
-    """Return a layer of one kind of linear layers.
+    """Return a layer made of one kind of linear layers.
 
     Args:
-        source: What it is made from.
-        activation: Of its feed-forward block.
-        make: Makes a linear layer of weight, bias and, if any, activation.
+        source: Its tensors.
+        activation: The activation of its feed-forward block.
+        make: Makes a linear layer from weight, bias and, optionally, activation.
     """
     tensors = source.tensors
     stacks = tensors.projections if source.last else (stacked(*tensors.projections),)

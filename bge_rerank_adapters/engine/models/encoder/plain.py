@@ -1,4 +1,4 @@
-"""The kit of layers that runs everywhere, from which those of back ends derive."""
+"""The kit that runs everywhere, and the base of those for other back ends."""
 
 from functools import partial
 from typing import ClassVar, NamedTuple
@@ -21,12 +21,12 @@ from bge_rerank_adapters.engine.models.layers.linear import PlainLinear, few_siz
 
 
 class KitRequest(NamedTuple):
-    """What layers are asked for.
+    """What a kit is chosen by.
 
     Attributes:
-        config: Of the model.
-        device: Where it is to run.
-        dtype: Of its activations.
+        config: The model's config.
+        device: The model's device.
+        dtype: The dtype of its activations.
     """
 
     config: EncoderConfig
@@ -37,45 +37,45 @@ class KitRequest(NamedTuple):
 class PlainKit:
     """PyTorch's own layers, for every device and floating-point dtype.
 
-    A kit is all that a model runs with that depends on device and dtype. One for another back end
-    derives from this class, overrides what differs there, and stands in `encoder.kit.KITS`.
+    A kit has everything in a model that depends on device and dtype. A kit for another back end
+    derives from this class, overrides what differs, and is listed in `encoder.kit.KITS`.
 
     Attributes:
-        label: What the layers are called where the user reads it.
-        int8: Whether they are in 8 bits; such layers are given a sample of what runs through them.
-        config: Of the model.
-        device: Where it runs.
-        dtype: Of activations.
-        activation: Of feed-forward blocks.
-        layer_dtype: Of the layers: int8, or that of activations.
-        tensor_dtype: In which the tensors of the layers' products are read.
-        norm_dtype: In which those of their norms are.
+        label: The name that users see.
+        int8: Whether layers are in 8 bits; such layers are calibrated by a sample.
+        config: The model's config.
+        device: The model's device.
+        dtype: The dtype of activations.
+        activation: The activation of feed-forward blocks.
+        layer_dtype: The dtype of the layers: int8, or that of activations.
+        tensor_dtype: The dtype in which the tensors of linear layers are read.
+        norm_dtype: The dtype in which the tensors of norms are read.
     """
 
     label: ClassVar[str] = "PyTorch's layers"
     int8: ClassVar[bool] = False
 
     def __init__(self, request: KitRequest) -> None:
-        """Take what `lack` has found nothing missing for."""
+        """Make the kit for a request that `lack` has found nothing missing for."""
         self.config, self.device, self.dtype = request
         self.activation = ACTIVATIONS[self.config.activation]
         self.layer_dtype = torch.int8 if self.int8 else self.dtype
-        # Quantised from what is stored, not from what bfloat16 leaves of it.
+        # int8 is quantised from the stored values, not from values rounded to bfloat16.
         self.tensor_dtype = torch.float32 if self.int8 else self.dtype
         self.norm_dtype = self.dtype
 
     @classmethod
     def lack(cls, request: KitRequest) -> str | None:
-        """Return why these layers do not suit such a model here, or `None` if they do."""
+        """Return why these layers cannot run such a model here, or `None` if they can."""
         del request
         return None
 
     def layer(self, source: LayerSource) -> EncoderLayer:
-        """Return a layer made of tensors in `tensor_dtype`."""
+        """Return a layer, given its tensors in `tensor_dtype`."""
         return linear_layer(source, self.activation, PlainLinear)
 
     def attention(self) -> Attention:
-        """Return what attends to the query, key and value that these layers give."""
+        """Return the attention function for these layers' query, key and value."""
         heads = self.config.heads
         width = self.config.hidden // heads
         ways = (
@@ -93,19 +93,19 @@ class PlainKit:
         return ways[place]
 
     def pack_rows(self, tokens: int) -> int:
-        """Return how many tokens a pack is filled up to."""
+        """Return the number of tokens that a pack is padded to."""
         return few_sizes(tokens) if self.device.type == "cpu" else tokens
 
     def stream_count(self) -> int:
-        """Return among how many streams the packs of a model are best shared out."""
+        """Return among how many streams packs are best divided."""
         return stream_count(self.device, self.layer_dtype)
 
 
 def check_plain_attention(device: torch.device, dtype: torch.dtype) -> None:
-    """Refuse a device on which torch's own attention is wrong as other libraries call it.
+    """Refuse a device on which torch's attention gives wrong values, as other libraries call it.
 
     Raises:
-        DeviceError: It is.
+        DeviceError: It does so.
     """
     heads, width = 4, 32
     layout = Layout(PROBE_LENGTHS, device)

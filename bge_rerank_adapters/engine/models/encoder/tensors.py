@@ -1,4 +1,4 @@
-"""An encoder's tensors by what they are for, read from its checkpoint and checked."""
+"""Reads and checks the tensors of an encoder."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ LinearTensors = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class LayerTensors:
-    """What a layer is made of, by the names in `encoder.layer.LinearLayer`.
+    """The tensors of a layer, named as in `encoder.layer.LinearLayer`.
 
-    Projections are one for the query, and one for key and value.
+    The projections are one for the query, and one for key and value.
     """
 
     projections: tuple[LinearTensors, LinearTensors]
@@ -32,13 +32,13 @@ class LayerTensors:
 
 
 def stacked(*tensors: LinearTensors) -> LinearTensors:
-    """Return layers that read the same states as one that gives their outputs side by side."""
+    """Return linear layers with the same inputs as one layer with all their outputs."""
     return torch.cat([weight for weight, _ in tensors]), torch.cat([bias for _, bias in tensors])
 
 
 @dataclass(frozen=True, slots=True)
 class EncoderReader:
-    """Reads what an encoder is made of from its checkpoint."""
+    """Reads the parts of an encoder from its checkpoint."""
 
     weights: Weights
     config: EncoderConfig
@@ -46,17 +46,17 @@ class EncoderReader:
     dtype: torch.dtype
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-        """Return a tensor on the device, in the dtype of the computation or another one.
+        """Return a tensor on the device, in the reader's dtype unless another is given.
 
         Raises:
             CheckpointError: It is missing, or of another shape.
         """
         stored = self.weights.tensor(name, shape)
-        # Copied even where nothing changes: a view of the file would die with it.
+        # Always copied: a view of the file would become invalid when it is closed.
         return stored.to(self.device, dtype or self.dtype, copy=True)
 
     def norm(self, name: str, dtype: torch.dtype | None = None) -> LayerNorm:
-        """Return the layer norm of this name, in the dtype of the computation or another one."""
+        """Return the layer norm of this name, in the reader's dtype unless another is given."""
         shape = (self.config.hidden,)
         return LayerNorm(
             self.tensor(f"{name}.weight", shape, dtype),
@@ -67,12 +67,12 @@ class EncoderReader:
     def layer_tensors(
         self, index: int, dtype: torch.dtype, *, norm_dtype: torch.dtype
     ) -> LayerTensors:
-        """Return the tensors of the layer at a position counted from 0.
+        """Return the tensors of a layer.
 
         Args:
-            index: The position.
-            dtype: Of weights and biases.
-            norm_dtype: Of those of norms.
+            index: The layer's index, counted from 0.
+            dtype: The dtype of weights and biases.
+            norm_dtype: The dtype of norms.
         """
         name = f"{self.config.prefix}.encoder.layer.{index}"
         hidden, wide = self.config.hidden, self.config.intermediate
@@ -101,7 +101,7 @@ class EncoderReader:
         return lambda states: out(dense(states))
 
     def is_last(self, index: int) -> bool:
-        """Return whether no layer comes after this one."""
+        """Return whether a layer is the last one."""
         return index == self.config.layers - 1
 
     def _linear(self, name: str, outputs: int, inputs: int, dtype: torch.dtype) -> LinearTensors:
@@ -112,15 +112,15 @@ class EncoderReader:
 
 
 def check_tensors(weights: Weights, config: EncoderConfig) -> None:
-    """Check that config and weights are of one checkpoint, and of a reranker.
+    """Check that config and weights fit, and that they are a reranker's.
 
     Raises:
-        CheckpointError: They are not, or there is no head.
+        CheckpointError: They do not fit, or there is no head.
         UnsupportedCheckpointError: The head gives several logits.
     """
     check_one_label(weights, config)
     _check_last_layer(weights, config)
-    # These sizes decide which layers are chosen, before the others are read.
+    # These sizes decide which kit is chosen, before the layers are read.
     name = f"{config.prefix}.encoder.layer.0.intermediate.dense.weight"
     weights.tensor(name, (config.intermediate, config.hidden))
 

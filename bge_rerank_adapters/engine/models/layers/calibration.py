@@ -1,30 +1,30 @@
-"""Which inputs of a layer reach so far that they are scaled before they become 8-bit integers."""
+"""Finds outlier channels, which are scaled down before they are quantised to 8 bits."""
 
 import torch
 from torch import Tensor
 
-# How many times as far as the median channel one may reach, beyond which it is divided.
-_MOST_REACH = 2.0
+# A channel is an outlier if its maximum is more than this many times the median channel's.
+_OUTLIER_RATIO = 2.0
 
 
 def smoothing(sample: Tensor) -> Tensor | None:
-    """Return what to divide each input of a layer by before it is quantised.
+    """Return the divisor of each input of a layer before it is quantised.
 
-    What is large in a channel is moved into its weights, as in SmoothQuant (Xiao et al. 2022,
-    arXiv:2211.10438), but wholly, and only where it would leave fewer steps for all others: with
-    an equal share for both, or with all channels, more rows were beyond the range, or logits
-    further off. Weights have a scale per output, which one channel of many hardly widens.
+    The size of outlier channels is moved into the weights, as in SmoothQuant (Xiao et al. 2022,
+    arXiv:2211.10438), but wholly, and for outliers only. Moving half of it, or smoothing all
+    channels, left more rows beyond the range, or less exact logits. Weights have a scale per
+    output, which one channel of many hardly changes.
 
     Args:
-        sample: States like those to come, shape (rows, inputs).
+        sample: Typical states, shape (rows, inputs).
 
     Returns:
-        Shape (inputs,), 1 for an ordinary channel; `None` if all are ordinary.
+        Shape (inputs,), 1 except for outliers; `None` if there are none.
     """
     reach = sample.float().abs().amax(dim=0)
-    # By zero, where most channels are silent, it is not finite.
+    # Not finite if most channels are zero.
     reach = reach / reach.median()
-    outliers = (reach > _MOST_REACH) & reach.isfinite()
+    outliers = (reach > _OUTLIER_RATIO) & reach.isfinite()
     if not bool(outliers.any()):
         return None
-    return torch.where(outliers, reach / _MOST_REACH, torch.ones_like(reach))
+    return torch.where(outliers, reach / _OUTLIER_RATIO, torch.ones_like(reach))

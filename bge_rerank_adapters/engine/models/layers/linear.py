@@ -1,7 +1,7 @@
-"""Linear layers as fast as the device allows: plain, or prepacked by oneDNN.
+"""Linear layers: torch's own, and those with weights prepacked by oneDNN.
 
-Prepacked ones use operators that torch itself keeps private (its compiler emits them), so they are
-tried once on a small product, and left alone where they are missing or wrong.
+Prepacked ones use private operators of torch, which its compiler emits. So they are tried once on a
+small product, and not used if they are missing or wrong.
 """
 
 from collections.abc import Callable
@@ -17,18 +17,18 @@ Activation = Callable[[Tensor], Tensor]
 
 
 def few_sizes(rows: int) -> int:
-    """Return the next number of rows, at least as many, that products on a CPU use.
+    """Return the number of rows, rounded up to one of few sizes for products on a CPU.
 
-    oneDNN makes code of its own for each number of rows and keeps that of the last thousand
-    products: two megabytes for each size of pack, half a gigabyte in a few hundred packs. So sizes
-    are rounded up to sixteen for each power of two, by 2 % on average.
+    oneDNN compiles code for each number of rows and caches that of the last thousand products: two
+    megabytes for each size of pack, half a gigabyte in a few hundred packs. So there are sixteen
+    sizes for each power of two, which adds 2 % of rows on average.
     """
     step = max(8, 1 << max(0, rows.bit_length() - 5))
     return -(-rows // step) * step
 
 
 def filled_up(states: Tensor) -> Tensor:
-    """Return the states with rows of zeros after them, so that their number is one of few."""
+    """Return the states padded with rows of zeros to one of few sizes."""
     missing = few_sizes(len(states)) - len(states)
     return functional.pad(states, (0, 0, 0, missing)) if missing else states
 
@@ -41,7 +41,7 @@ class Linear(Protocol):
 
         Args:
             states: Shape (rows, inputs).
-            residual: Added to the outputs, whose shape it has; not for layers with an activation.
+            residual: Added to the outputs, same shape; not for layers with an activation.
         """
         ...
 
@@ -64,15 +64,15 @@ class PlainLinear:
 
 
 class PackedLinear:
-    """A layer on a CPU whose weight is kept in oneDNN's own order, activation included."""
+    """A layer on a CPU with a weight prepacked by oneDNN, which also applies a GELU."""
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None, activation: Activation | None = None
     ) -> None:
-        """Reorder the weight; the original is not kept."""
+        """Prepack the weight; the original is not kept."""
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight)  # noqa: SLF001
         self._bias = bias
-        # "none" is the exact GELU, beside "tanh".
+        # "none" is the exact GELU, as opposed to "tanh".
         fused = activation is functional.gelu
         self._post: tuple[str, list[float], str]
         self._post = ("gelu", [], "none") if fused else ("none", [], "")
@@ -92,7 +92,7 @@ class PackedLinear:
 
 @dataclass(frozen=True, slots=True)
 class FeedForward:
-    """Two linear layers, the first with an activation, and the sum with what they are given."""
+    """Two linear layers, the first with an activation, and the residual sum."""
 
     up: Linear
     down: Linear
@@ -109,7 +109,7 @@ def has_onednn() -> bool:
 
 @cache
 def packed_works(dtype: torch.dtype) -> bool:
-    """Return whether oneDNN's prepacked product runs in this dtype here, and is right."""
+    """Return whether oneDNN's prepacked product runs in this dtype here, correctly."""
     if dtype not in (torch.float32, torch.bfloat16) or not has_onednn():
         return False
     weight = (torch.arange(32 * 16).reshape(32, 16) % 7 - 3).to(dtype)

@@ -32,7 +32,7 @@ class RmsNorm:
     """Divides by the root of the mean square, in float32, and scales.
 
     Attributes:
-        weight: float32, shape (hidden,); what is added to it already in it.
+        weight: float32, shape (hidden,); includes the 1 that some models add to it.
         epsilon: Added to the mean square.
     """
 

@@ -1,8 +1,7 @@
-"""An encoder's layers on a processor with AMX, by this package's own kernels.
+"""An encoder's layers in bfloat16 on a CPU with AMX, by this package's own kernels.
 
-oneDNN leaves two thirds of such a processor's matrix units unused with the sizes that a reranker
-has (benchmarks/NOTES.md); `kernels/tiles.h` says how they are kept busier. Where the library was
-not built, or the CPU or the sizes are of other kinds, another of `encoder.kit.KITS` is chosen.
+At a reranker's sizes oneDNN leaves two thirds of the matrix units' speed unused
+(benchmarks/NOTES.md); `kernels/tiles.h` describes how these kernels do better.
 """
 
 import ctypes
@@ -44,7 +43,7 @@ def amx_layer(source: LayerSource, *, heads: int) -> KernelLayer:
     """Return a layer in bfloat16.
 
     Args:
-        source: What it is made from, tensors in bfloat16.
+        source: Its weights, in bfloat16.
         heads: Number of attention heads.
     """
     tensors = source.tensors
@@ -61,7 +60,7 @@ def amx_layer(source: LayerSource, *, heads: int) -> KernelLayer:
 
 
 class AmxLinear:
-    """A linear layer in bfloat16 whose outputs lie slice by slice."""
+    """A linear layer in bfloat16 whose outputs are stored slice by slice."""
 
     def __init__(self, weight: Tensor, bias: Tensor, *, slice_width: int) -> None:
         """Lay out the weight, shape (outputs, inputs); the original is not kept.
@@ -69,7 +68,7 @@ class AmxLinear:
         Args:
             weight: In bfloat16.
             bias: Shape (outputs,).
-            slice_width: How many outputs lie together, a divisor of their number.
+            slice_width: Number of outputs in a slice, a divisor of their total number.
         """
         self._outputs, self._inputs = weight.shape
         self._weight, self._bias = packed(weight, AMX), bias.float()
@@ -92,7 +91,7 @@ class AmxLinear:
 
 
 class AmxAfterAttention:
-    """What comes after attention in a layer: its output, the feed-forward block and both norms."""
+    """The part of a layer after attention: output projection, feed-forward block and both norms."""
 
     def __init__(
         self,
@@ -102,12 +101,12 @@ class AmxAfterAttention:
         """Lay out the weights; the originals are not kept.
 
         Args:
-            linears: Attention's output, and the feed-forward block's two, weights in bfloat16.
-            norms: After attention, and after the block.
+            linears: The output projection and the two of the feed-forward block, in bfloat16.
+            norms: The norms after attention and after the feed-forward block.
         """
         weights = [packed(weight, AMX) for weight, _ in linears]
         biases = [bias.float() for _, bias in linears]
-        # The kernel has addresses alone.
+        # The kernel gets only addresses, so these tensors must stay alive.
         self._kept = weights, biases
         self._vectors, structures = norm_vectors(norms)
         intermediate, hidden = linears[1][0].shape
@@ -118,7 +117,7 @@ class AmxAfterAttention:
         )
 
     def __call__(self, states: Tensor, attended: Tensor, helpers: Helpers = ALONE) -> Tensor:
-        """Return the layer's output for states and what their attention gave.
+        """Return the layer's output for its input states and the attended values.
 
         All have shape (rows, hidden) and are contiguous.
         """

@@ -1,4 +1,4 @@
-"""An encoder's layers of this package's own kernels for AMX, in bfloat16 and in 8 bits."""
+"""Kits of this package's own kernels for AMX, in bfloat16 and in 8 bits."""
 
 import torch
 
@@ -18,7 +18,7 @@ class AmxKit(KernelKit):
 
     @classmethod
     def lack(cls, request: KitRequest) -> str | None:
-        """Return why these layers do not suit such a model here, or `None` if they do."""
+        """Return why these layers cannot run such a model here, or `None` if they can."""
         if request.dtype != torch.bfloat16:
             return "they are for bfloat16"
         return super().lack(request)

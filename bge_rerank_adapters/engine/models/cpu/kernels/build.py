@@ -1,7 +1,7 @@
-"""Builds the library of kernels from the sources beside this file, by the standard library alone.
+"""Builds the library of kernels from the sources beside this file; needs only a C compiler.
 
-The build hook, the Makefile and the loader all read from here what the sources are, so they agree
-on them. As a script it builds the library in place; with `--list` it prints the sources.
+The build hook, the Makefile and the loader all take the list of sources from here. As a script it
+builds the library in place; with `--list` it prints the sources.
 """
 
 import os
@@ -18,12 +18,12 @@ _FLAGS = "-O3 -std=gnu11 -fno-math-errno -fPIC -shared -fvisibility=hidden"
 
 
 def sources(folder: Path = FOLDER) -> list[Path]:
-    """Return what decides what is in a library, in order: the C files, and this one."""
+    """Return the files that determine a library, in order: the C files, and this one."""
     return [*sorted(folder.glob("*.[ch]")), folder / Path(__file__).name]
 
 
 def checksum(folder: Path = FOLDER) -> int:
-    """Return a number of 32 bits that changes with the sources; a library carries its own."""
+    """Return a 32-bit checksum of the sources; a library stores that of its own."""
     found = 0
     for path in sources(folder):
         found = zlib.crc32(path.read_bytes(), found)
@@ -31,15 +31,15 @@ def checksum(folder: Path = FOLDER) -> int:
 
 
 def build(library: Path = LIBRARY, *, flags: tuple[str, ...] = ()) -> None:
-    """Compile the sources beside this file into a library, by the compiler that `CC` names.
+    """Compile the sources beside this file into a library, with the compiler in `CC`.
 
     Args:
-        library: Where to put it; it appears there complete or not at all.
-        flags: What the compiler is given beside the usual.
+        library: The file to write; it is replaced in one step.
+        flags: Additional compiler flags.
 
     Raises:
         OSError: The compiler does not start, or the library's folder cannot be written.
-        ValueError: `CC` is no command line.
+        ValueError: `CC` is not a valid command line.
         subprocess.CalledProcessError: The compiler fails; `stderr` says why.
     """
     with tempfile.TemporaryDirectory(dir=library.parent) as made:
@@ -51,7 +51,7 @@ def build(library: Path = LIBRARY, *, flags: tuple[str, ...] = ()) -> None:
             *("-o", f"{made}/{library.name}"),
             *(str(path) for path in sources() if path.suffix == ".c"),
         ]
-        subprocess.run(  # noqa: S603 - the compiler that the caller's environment names
+        subprocess.run(  # noqa: S603 - the compiler from the caller's environment
             command, check=True, capture_output=True, encoding="utf-8", errors="replace"
         )
         Path(made, library.name).replace(library)

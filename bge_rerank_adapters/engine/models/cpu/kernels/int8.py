@@ -1,7 +1,7 @@
 """An encoder's layers in 8 bits, by this package's own kernels for several instruction sets.
 
-They make codes, scale sums back, activate and norm beside the products, so each row of states has a
-range of its own, as `int8.Int8Linear` gives it; no range has to be settled.
+The kernels also quantise, dequantise, activate and norm. So each row of states can have its own
+range, and none has to be calibrated as for `onednn.int8.Int8Linear`.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ from bge_rerank_adapters.engine.models.encoder.tensors import LinearTensors, sta
 from bge_rerank_adapters.engine.models.layers.calibration import smoothing
 from bge_rerank_adapters.engine.models.layers.norm import LayerNorm
 
-# Inner numbers of a feed-forward block that are made at a time, and have a range for each row.
+# How many of a feed-forward block's inner values are computed at a time, with a range for each row.
 _CHUNK = 1024
 
 
@@ -58,9 +58,8 @@ def kernel_int8_layer(
     """Return a layer in 8 bits.
 
     Args:
-        source: What it is made from, tensors in float32; its sample tells the channels that reach
-            far.
-        instruction_set: Of the kernels.
+        source: Its weights, in float32, and a sample, from which outlier channels are found.
+        instruction_set: The instruction set of the kernels.
         heads: Number of attention heads.
     """
     tensors, last, sample = source
@@ -89,7 +88,7 @@ def kernel_int8_layer(
 
 
 class _Quantised:
-    """A weight with a step for each output, and what goes with it."""
+    """A weight quantised with a scale for each output, as the kernels read it."""
 
     def __init__(
         self,
@@ -105,9 +104,9 @@ class _Quantised:
         Args:
             weight: In float32.
             bias: Shape (outputs,).
-            instruction_set: Of the kernels.
+            instruction_set: The instruction set of the kernels.
             divisor: What each input is divided by before it is quantised.
-            chunk: How many inputs have a range of their own; all of them unless given.
+            chunk: How many inputs share a range; `None` is all of them.
         """
         exact = weight if divisor is None else weight * divisor
         step = exact.abs().amax(dim=1).clamp_min_(1e-30) / 127.0
@@ -128,7 +127,7 @@ class _Quantised:
 
 
 class KernelInt8Linear:
-    """A linear layer in 8 bits whose outputs lie slice by slice."""
+    """A linear layer in 8 bits whose outputs are stored slice by slice."""
 
     def __init__(
         self,
@@ -144,9 +143,9 @@ class KernelInt8Linear:
         Args:
             weight: In float32.
             bias: Shape (outputs,).
-            instruction_set: Of the kernels.
+            instruction_set: The instruction set of the kernels.
             divisor: What each input is divided by before it is quantised.
-            slice_width: How many outputs lie together, a divisor of their number.
+            slice_width: Number of outputs in a slice, a divisor of their total number.
         """
         self._outputs, self._inputs = weight.shape
         self._weight = _Quantised(weight, bias, instruction_set=instruction_set, divisor=divisor)
@@ -170,7 +169,7 @@ class KernelInt8Linear:
 
 
 class KernelInt8AfterAttention:
-    """What comes after attention in a layer: its output, the feed-forward block and both norms."""
+    """The part of a layer after attention: output projection, feed-forward block and both norms."""
 
     def __init__(
         self,
@@ -182,10 +181,10 @@ class KernelInt8AfterAttention:
         """Quantise the weights; the originals are not kept.
 
         Args:
-            instruction_set: Of the kernels.
-            linears: Attention's output, and the feed-forward block's two, in float32.
+            instruction_set: The instruction set of the kernels.
+            linears: The output projection and the two of the feed-forward block, in float32.
             divisors: What the inputs of the first two are divided by before they are quantised.
-            norms: After attention, and after the block.
+            norms: The norms after attention and after the feed-forward block.
         """
         output, up, down = linears
         self._instruction_set = instruction_set
@@ -194,7 +193,7 @@ class KernelInt8AfterAttention:
             _Quantised(*up, instruction_set=instruction_set, divisor=divisors[1]),
             _Quantised(*down, instruction_set=instruction_set, chunk=_CHUNK),
         )
-        # The kernel has addresses alone.
+        # The kernel gets only addresses, so these tensors must stay alive.
         self._vectors, structures = norm_vectors(norms)
         intermediate, hidden = up[0].shape
         self._layer = _Layer(
@@ -204,7 +203,7 @@ class KernelInt8AfterAttention:
         )
 
     def __call__(self, states: Tensor, attended: Tensor, helpers: Helpers = ALONE) -> Tensor:
-        """Return the layer's output for states and what their attention gave.
+        """Return the layer's output for its input states and the attended values.
 
         All have shape (rows, hidden), are in bfloat16 and contiguous.
         """

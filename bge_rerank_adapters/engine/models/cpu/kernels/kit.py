@@ -1,4 +1,4 @@
-"""What the kits of this package's own kernels share."""
+"""Bases of the kits of this package's own kernels."""
 
 from typing import ClassVar
 
@@ -14,44 +14,44 @@ from bge_rerank_adapters.engine.models.layers.attention import Attention
 
 
 class KernelKit(PlainKit):
-    """Layers by kernels for one instruction set; what runs between them is in bfloat16.
+    """Layers of kernels for one instruction set; the states between them are in bfloat16.
 
     Attributes:
-        instruction_set: Of the kernels.
+        instruction_set: The instruction set of the kernels.
     """
 
     instruction_set: ClassVar[InstructionSet]
 
     def __init__(self, request: KitRequest) -> None:
-        """Take what `lack` has found nothing missing for."""
+        """Make the kit for a request that `lack` has found nothing missing for."""
         super().__init__(request._replace(dtype=torch.bfloat16))
-        # The kernels norm in float32.
+        # The kernels compute norms in float32.
         self.norm_dtype = torch.float32
 
     @classmethod
     def lack(cls, request: KitRequest) -> str | None:
-        """Return why these layers do not suit such a model here, or `None` if they do."""
+        """Return why these layers cannot run such a model here, or `None` if they can."""
         if request.device.type != "cpu":
-            return "they run on CPUs alone"
+            return "they run on CPUs only"
         if not suits(request.config, int8=cls.int8):
             return "they are for the exact GELU, and for sizes that fill tiles"
         return lack(cls.instruction_set)
 
     def attention(self) -> Attention:
-        """Return the kernel that attends to what these layers give, head by head."""
+        """Return the attention kernel for these layers."""
         return attention_by(self.instruction_set)
 
     def pack_rows(self, tokens: int) -> int:
-        """Return the number of tokens itself: one code serves all sizes."""
+        """Return the number of tokens itself: the kernels need no padding."""
         return tokens
 
     def stream_count(self) -> int:
-        """Return a stream for each thread."""
+        """Return one stream for each thread."""
         return one_thread_stream_count()
 
 
 class KernelInt8Kit(KernelKit):
-    """Layers in 8 bits; each row of states has a range of its own."""
+    """Layers in 8 bits; each row of states has its own range."""
 
     int8 = True
 

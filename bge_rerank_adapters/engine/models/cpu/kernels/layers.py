@@ -1,4 +1,4 @@
-"""What an encoder's layers by own kernels share, whatever the instruction set and the dtype."""
+"""An encoder's layers of own kernels: what all instruction sets and dtypes share."""
 
 import ctypes
 from collections.abc import Callable
@@ -13,14 +13,14 @@ from bge_rerank_adapters.engine.models.encoder.config import EncoderConfig
 from bge_rerank_adapters.engine.models.layers.attention import Attention, Layout
 from bge_rerank_adapters.engine.models.layers.norm import LayerNorm
 
-# Bytes that a tile has side by side.
+# Bytes in a row of a tile.
 _TILE_BYTES = 64
-# Weights take as long to be read as so many rows to be multiplied with them.
+# Reading the weights takes as long as multiplying them with about this many rows.
 _LEAST_ROWS = 64
 
 
 def suits(config: EncoderConfig, *, int8: bool) -> bool:
-    """Return whether there are kernels for such a model: with GELU, and sizes that fill tiles."""
+    """Return whether the kernels can run a model: it needs GELU, and sizes that fill tiles."""
     step = _TILE_BYTES // (1 if int8 else 2)
     # Attention is never in 8 bits.
     steps = (config.hidden, step), (config.intermediate, step), (config.hidden // config.heads, 32)
@@ -38,9 +38,9 @@ class KernelLayer:
     """One layer.
 
     Attributes:
-        projections: As in `encoder.layer.LinearLayer`; their outputs lie head by head, shape
+        projections: As in `encoder.layer.LinearLayer`; their outputs are stored head by head, shape
             (outputs / width of a head, rows, width of a head).
-        after: All that comes after attention, from states and what was attended.
+        after: The part after attention, from input states and attended values.
     """
 
     projections: tuple[Callable[[Tensor, Helpers], Tensor], ...]
@@ -60,15 +60,15 @@ class KernelLayer:
         return query(first, layout.helpers), key, value
 
     def after_attention(self, states: Tensor, attended: Tensor, layout: Layout) -> Tensor:
-        """Return the output for states and what their attention gave, both (rows, hidden)."""
+        """Return the output for input states and attended values, both (rows, hidden)."""
         return self.after(states, attended, layout.helpers)
 
 
 def attention_by(instruction_set: InstructionSet) -> Attention:
-    """Return what lets each pair of a pack attend to itself.
+    """Return the attention kernel of an instruction set.
 
-    It is given query, key and value in bfloat16, shape (heads, rows, width of a head), contiguous;
-    the query with a row for each one of key and value, or one for each pair.
+    Query, key and value are in bfloat16, contiguous, of shape (heads, rows, width of a head). The
+    query has as many rows as key and value, or one for each pair.
     """
 
     def attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout, heads: int) -> Tensor:
@@ -91,7 +91,7 @@ def attention_by(instruction_set: InstructionSet) -> Attention:
 
 
 def packed(weight: Tensor, instruction_set: InstructionSet) -> Tensor:
-    """Return a weight of shape (outputs, inputs), of 8 or 16 bits, as the kernels read it."""
+    """Return a weight of shape (outputs, inputs), of 8 or 16 bits, in the kernels' layout."""
     weight = weight.contiguous()
     out = torch.empty_like(weight)
     outputs, inputs = weight.shape
@@ -116,14 +116,14 @@ def by_slices(
     make: Callable[[int, int, Tensor], int],
     helpers: Helpers,
 ) -> Tensor:
-    """Return what a kernel makes of states, of shape (outputs / width, rows, width).
+    """Return a kernel's outputs for states, of shape (outputs / width, rows, width).
 
     Args:
         states: Shape (rows, inputs).
-        outputs: For each row.
-        width: Of a slice.
-        make: Makes those from a row to another, and returns whether it failed.
-        helpers: Threads that make a share of the rows.
+        outputs: Number of outputs of each row.
+        width: Width of a slice.
+        make: Computes the outputs of a range of rows, and returns a status, 0 for success.
+        helpers: Threads that share the rows.
     """
     out = states.new_empty(outputs // width, len(states), width)
     helpers.split(len(states), _LEAST_ROWS, lambda begin, end: check(make(begin, end, out)))
@@ -137,7 +137,7 @@ def by_rows(
     attended: Tensor,
     helpers: Helpers,
 ) -> Tensor:
-    """Return what a kernel for all after attention gives, all of shape (rows, hidden)."""
+    """Return the output of an `after_attention` kernel; all of shape (rows, hidden)."""
     out = torch.empty_like(states)
     row = states.shape[1] * states.element_size()
 
@@ -150,6 +150,6 @@ def by_rows(
 
 
 def check(status: int) -> None:
-    """Raise an error that the engine knows if a kernel has failed."""
+    """Raise `MemoryError`, which the engine handles, if a kernel has failed."""
     if status:
         raise MemoryError("There is not enough memory for a pack's intermediate results.")

@@ -1,7 +1,6 @@
-"""Finds the library of kernels, and which of them this machine runs.
+"""Loads the library of kernels, and finds which of them this machine runs.
 
-A file of kernels is for one instruction set. Each set is there or not for itself: what keeps one
-from running says nothing of another.
+Each file of kernels is for one instruction set, and each set is checked on its own.
 """
 
 import ctypes
@@ -18,7 +17,7 @@ from bge_rerank_adapters.engine.models.cpu.kernels import build
 _log = logging.getLogger(__name__)
 
 _SIZE, _POINTER, _FLAG = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32
-# Of what an instruction set's kernels are called with, by the end of their names.
+# Argument types of the kernels, by the end of their names.
 _ARGUMENTS = {
     "linear": (_POINTER, *[_SIZE] * 5, *[_POINTER] * 3, _SIZE),
     "int8_linear": (_POINTER, _POINTER, *[_SIZE] * 5, _POINTER, _SIZE),
@@ -29,7 +28,7 @@ _ARGUMENTS = {
 
 
 class InstructionSet(StrEnum):
-    """What a CPU may have; its value begins the names of the kernels for it."""
+    """An instruction set; its value is part of the names of its kernels."""
 
     AMX = "amx"
     AVX512_VNNI = "avx512_vnni"
@@ -45,17 +44,17 @@ _KERNELS = {
     AVX512_VNNI: ("int8_linear", "int8_after_attention", "attention"),
     AVX512_BF16: ("attention",),
 }
-# Of oneDNN's limits, those that let a set be used; all its others are below.
+# Values of ONEDNN_MAX_CPU_ISA that allow each set; all others are below it.
 _ALLOWING = {
     AMX: ("AMX",),
     AVX512_VNNI: ("AVX512_CORE_", "AVX10_1_512"),
     AVX512_BF16: ("AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX10_1_512"),
 }
-# What the system's refusal to let a process use a set means, and what to do.
+# Why the system refuses a process the use of AMX, by error number, and what to do.
 _REFUSALS = {
     errno.ENOSPC: (
-        "a thread's alternate signal stack is too small for AMX's registers, so that the system "
-        "refuses them; load the model before what sets such a stack up (a crash reporter, mostly)"
+        "a thread's alternate signal stack is too small for AMX's registers, so the system refuses "
+        "them; load the model before the library that sets up that stack (often a crash reporter)"
     ),
     errno.EINVAL: "this system cannot enable AMX; Linux 5.16 or later can",
     errno.EPERM: "a sandbox around this process forbids arch_prctl, which enables AMX",
@@ -64,19 +63,19 @@ _REFUSALS = {
 
 
 class _Found(NamedTuple):
-    """The library, or why there is none to be used."""
+    """The library, or why there is no usable one."""
 
     library: ctypes.CDLL | None
     lack: str = ""
 
 
 def lack(instruction_set: InstructionSet) -> str | None:
-    """Return why the kernels for a set do not run on this machine, or `None` if they do."""
+    """Return why the kernels of an instruction set do not run here, or `None` if they do."""
     return _lack(instruction_set) or None
 
 
 def kernel(instruction_set: InstructionSet, name: str) -> Callable[..., int]:
-    """Return a kernel by the end of its name, `"linear"` for one; it returns whether it failed.
+    """Return a kernel by the end of its name, such as `"linear"`; its result is 0 for success.
 
     Raises:
         RuntimeError: The set's kernels do not run here; `lack` says why.
@@ -86,7 +85,7 @@ def kernel(instruction_set: InstructionSet, name: str) -> Callable[..., int]:
 
 
 def pack(instruction_set: InstructionSet) -> Callable[[int, int, int, int], None]:
-    """Return what lays out a weight for a set's kernels.
+    """Return the function that packs a weight for the kernels of an instruction set.
 
     Raises:
         RuntimeError: They do not run here; `lack` says why.
@@ -128,7 +127,7 @@ def _found() -> _Found:
         return _Found(None, "they were not built for this system")
     library.bge_sources.restype = ctypes.c_uint32
     if library.bge_sources() != build.checksum():
-        _log.warning("%s is not of the sources beside it: install the package again", build.LIBRARY)
+        _log.warning("%s was built from other sources: install the package again", build.LIBRARY)
         return _Found(None, "they were built from other sources; install the package again")
     library.bge_pack.argtypes, library.bge_pack.restype = (_POINTER, _SIZE, _SIZE, _POINTER), None
     for instruction_set, names in _KERNELS.items():
@@ -138,6 +137,6 @@ def _found() -> _Found:
 
 
 def forget() -> None:
-    """Look for the library again when it is asked for next."""
+    """Load the library again on its next use."""
     _found.cache_clear()
     _lack.cache_clear()

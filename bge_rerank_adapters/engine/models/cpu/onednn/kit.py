@@ -1,4 +1,4 @@
-"""An encoder's layers of oneDNN's products, in floating point and in 8 bits."""
+"""Kits of oneDNN's products, in floating point and in 8 bits."""
 
 from torch.nn import functional
 
@@ -16,15 +16,15 @@ from bge_rerank_adapters.engine.models.layers.linear import PackedLinear, packed
 
 
 class OneDnnKit(PlainKit):
-    """Layers whose weights oneDNN keeps in its own order, in float32 or bfloat16."""
+    """Layers with weights prepacked by oneDNN, in float32 or bfloat16."""
 
     label = "oneDNN's layers"
 
     @classmethod
     def lack(cls, request: KitRequest) -> str | None:
-        """Return why these layers do not suit such a model here, or `None` if they do."""
+        """Return why these layers cannot run such a model here, or `None` if they can."""
         if request.device.type != "cpu":
-            return "they run on CPUs alone"
+            return "they run on CPUs only"
         if not packed_works(request.dtype):
             return f"their product does not run here in {str(request.dtype).removeprefix('torch.')}"
         return None
@@ -35,16 +35,16 @@ class OneDnnKit(PlainKit):
 
 
 class OneDnnInt8Kit(PlainKit):
-    """Layers of oneDNN's 8-bit product, where a timing finds them faster than those in `dtype`."""
+    """Layers of oneDNN's 8-bit product, if a timing finds them faster than those in `dtype`."""
 
     label = "oneDNN's layers in int8"
     int8 = True
 
     @classmethod
     def lack(cls, request: KitRequest) -> str | None:
-        """Return why these layers do not suit such a model here, or `None` if they do."""
+        """Return why these layers cannot run such a model here, or `None` if they can."""
         if request.device.type != "cpu":
-            return "they run on CPUs alone"
+            return "they run on CPUs only"
         if not int8_works():
             return "this build of torch, or this CPU, lacks oneDNN's 8-bit product"
         config = request.config
@@ -57,14 +57,14 @@ class OneDnnInt8Kit(PlainKit):
     def layer(self, source: LayerSource) -> LinearLayer:
         """Return a layer.
 
-        In the last layer nothing but key and value has a settled range: the rest is for first
-        tokens, which are no ordinary ones.
+        In the last layer only key and value have a calibrated range: all else is computed for first
+        tokens, which are outliers.
         """
         tensors, last, sample = source
         if sample is None:
             raise ValueError("Layers in 8 bits need a sample.")
-        # Products have no other activation.
-        settled = not last and self.activation is functional.gelu
+        # The product supports no other activation.
+        calibrated = not last and self.activation is functional.gelu
         query, key_value = tensors.projections
         return LinearLayer(
             projections=(
@@ -77,9 +77,13 @@ class OneDnnInt8Kit(PlainKit):
             ),
             attention_norm=tensors.attention_norm,
             feed_forward=Int8FeedForward(
-                Int8Linear(*tensors.up, self.activation, sample=sample.middle if settled else None),
                 Int8Linear(
-                    *tensors.down, sample=sample.inner if settled else None, after_gelu=settled
+                    *tensors.up, self.activation, sample=sample.middle if calibrated else None
+                ),
+                Int8Linear(
+                    *tensors.down,
+                    sample=sample.inner if calibrated else None,
+                    after_gelu=calibrated,
                 ),
             ),
             output_norm=tensors.output_norm,

@@ -1,4 +1,4 @@
-"""The steps of 8-bit integers, and ranges of numbers that are spread over them."""
+"""Quantisation to 8-bit integers: ranges of numbers, and their steps."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -8,51 +8,51 @@ from torch import Tensor
 
 from bge_rerank_adapters.engine.models.layers.linear import has_onednn
 
-# Added to a float32 below 2**22 in size, it leaves no room for a fraction, so that the sum's last
-# bits are the nearest integer: rounding for the price of an addition, where round() takes ten.
+# Added to a float32 below 2**22, it leaves no bits for a fraction: the last bits of the sum are the
+# nearest integer. This is ten times as fast as round().
 ROUNDING = 1.5 * 2**23
 ROUNDING_BITS = 0x4B400000
-# A settled range reaches so many times as far as the median row of the sample does. With less room
-# some row of most packs is beyond it, with more there are fewer steps for all.
+# A calibrated range is this many times as wide as the median row of the sample needs. With less,
+# most packs have a row beyond it; with more, all rows have fewer steps.
 _ROOM = 2.5
 
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """Steps for all rows: a value is about (code - zero) * scale."""
+    """A range that rows share: a value is about (code - zero) * scale."""
 
     scale: float
     zero: int
 
 
 def ordinary_range(states: Tensor, least: float | None) -> Range | None:
-    """Return a range for ordinary rows like those of a sample; `None` if none are finite.
+    """Return a range for most rows like those of a sample; `None` if none is finite.
 
     Args:
         states: The sample, shape (rows, inputs).
-        least: What no state is below; `None` is for the sample to tell.
+        least: The minimum of all states; `None` estimates it from the sample.
     """
     high = _reach(states.amax(dim=1).float())
     low = _reach(states.amin(dim=1).float().neg_()) if least is None else -least
     if high + low == 0.0:
         return None
-    # The first and the last step are for what is beyond.
+    # The first and the last step are for values beyond the range.
     scale = (high + low) / (steps() - 3)
     return Range(scale, 1 + round(low / scale))
 
 
 def _reach(largest: Tensor) -> float:
-    """Return how far a range should reach for rows that reach so far; 0 if none is finite."""
+    """Return the bound of a range, from the maxima of rows; 0 if none is finite."""
     largest = largest[largest.isfinite()].clamp_min_(0.0)
     return _ROOM * float(largest.median()) if len(largest) else 0.0
 
 
 def quantise(states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Spread each row's range, from its least to its largest value or zero, over the steps.
+    """Quantise each row in its own range, which always contains zero.
 
     Returns:
-        q as uint8, and in float32, of shape (rows, 1), each row's scale and zero, an integer: a
-        state is about (q - zero) * scale. Scale and zero of a row with NaN are NaN.
+        q as uint8; each row's scale and zero in float32, shape (rows, 1). A state is about
+        (q - zero) * scale, and zero is an integer. Scale and zero of a row with NaN are NaN.
     """
     least = states.amin(dim=1, keepdim=True).float().clamp_max(0.0)
     largest = states.amax(dim=1, keepdim=True).float().clamp_min(0.0)
@@ -67,7 +67,7 @@ def quantise(states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @cache
 def int8_works() -> bool:
-    """Return whether the 8-bit product runs here, and is exact."""
+    """Return whether the 8-bit product runs here and is exact."""
     return has_onednn() and _exact_up_to(127)
 
 
@@ -75,8 +75,8 @@ def int8_works() -> bool:
 def steps() -> int:
     """Return how many steps a state may have: 255, or 127 where 255 overflow.
 
-    Processors without VNNI add pairs of 8-bit products in 16 bits, which 255 * 127 * 2 does not
-    fit but 127 * 127 * 2 does (Intel's oneDNN guide, "Nuances of int8 computations").
+    CPUs without VNNI add pairs of 8-bit products in 16 bits: 127 * 127 * 2 fits, 255 * 127 * 2 does
+    not (Intel's oneDNN guide, "Nuances of int8 computations").
     """
     return 255 if _exact_up_to(255) else 127
 

@@ -1,4 +1,4 @@
-"""Whether layers in 8-bit integers are worth their price on this CPU."""
+"""Times whether layers in 8-bit integers are faster on this CPU."""
 
 import time
 from collections.abc import Callable
@@ -12,9 +12,9 @@ from bge_rerank_adapters.engine.models.cpu.onednn.int8 import Int8FeedForward, I
 from bge_rerank_adapters.engine.models.cpu.threads import in_one_thread
 from bge_rerank_adapters.engine.models.layers.linear import Activation, FeedForward, linear_maker
 
-# They cost some exactness, and near the limit a timing falls now here, now there.
+# A smaller gain is not worth the loss of exactness.
 _WORTHWHILE_SPEEDUP = 1.15
-# Of the states that feed-forward blocks are timed on.
+# Rows of the states that feed-forward blocks are timed on.
 _TIMED_ROWS = 512
 
 
@@ -25,15 +25,15 @@ def int8_pays(
     intermediate: int = 3072,
     activation: Activation = functional.gelu,
 ) -> bool:
-    """Return whether 8-bit layers are faster on this CPU than those of the fastest dtype.
+    """Return whether 8-bit layers are faster on this CPU, by timing a feed-forward block.
 
-    It is a timing, of a feed-forward block in one thread.
+    It is timed in one thread. The default sizes are bge-reranker-base's.
 
     Args:
-        dtype: What `"auto"` resolves to.
-        hidden: Width of the model; as the other sizes, bge-reranker-base's unless given.
+        dtype: The dtype to compare with: what `"auto"` resolves to.
+        hidden: Width of the model.
         intermediate: Width of its feed-forward blocks.
-        activation: Of these.
+        activation: Their activation.
     """
 
     def seconds(block: Callable[[Tensor], Tensor], states: Tensor) -> float:
@@ -55,7 +55,7 @@ def int8_pays(
 def _feed_forwards(
     dtype: torch.dtype, hidden: int, intermediate: int, activation: Activation
 ) -> tuple[FeedForward, Int8FeedForward, Tensor]:
-    """Return blocks of equal size of both kinds, and states for them."""
+    """Return feed-forward blocks of equal size of both kinds, and states for them."""
     generator = torch.Generator().manual_seed(0)
     sizes = (_TIMED_ROWS, hidden), (intermediate, hidden), (hidden, intermediate)
     states, up, down = (

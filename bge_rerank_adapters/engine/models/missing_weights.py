@@ -1,4 +1,4 @@
-"""Weights that transformers made up at random, because a checkpoint has none of that name."""
+"""Finds weights that a checkpoint lacks, which transformers initialises at random."""
 
 from pathlib import Path
 from typing import Any
@@ -9,15 +9,14 @@ from bge_rerank_adapters.errors import CheckpointError
 _SHOWN = 3
 
 
-def made_up_weights(model: Any, folder: Path) -> list[str]:
+def missing_weights(model: Any, folder: Path) -> list[str]:
     """Return the names of a loaded model's weights that are not in its files.
 
-    Transformers tells them only as it loads, so it is asked to load once more, to a device that
-    holds no numbers.
+    Transformers reports them only while it loads, so the model is loaded again, to the meta device.
 
     Args:
-        model: Any of transformers' models, loaded from the folder.
-        folder: The checkpoint's.
+        model: A model of transformers, loaded from the folder.
+        folder: The checkpoint's folder.
     """
     _, found = type(model).from_pretrained(
         str(folder),
@@ -30,27 +29,27 @@ def made_up_weights(model: Any, folder: Path) -> list[str]:
     return sorted({*found["missing_keys"], *mismatched})
 
 
-def made_up_error(
+def missing_weights_error(
     names: list[str], folder: Path, *, model: Any, config: dict[str, Any], prefix: str
 ) -> CheckpointError:
-    """Return the error for weights that were made up.
+    """Return the error for missing weights.
 
     Args:
-        names: Of the weights.
-        folder: The checkpoint's.
-        model: What was loaded from it.
+        names: The names of the weights.
+        folder: The checkpoint's folder.
+        model: The model that was loaded from it.
         config: Its `config.json`.
-        prefix: What training left before all names in the files.
+        prefix: The prefix that training left before all names in the files.
     """
     shown = ", ".join(names[:_SHOWN])
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return CheckpointError(
         f"{folder}: the weights lack {shown}{more} of {type(model).__name__}, which transformers "
-        f"would fill with random numbers, other ones at each start; {_way_out(config, prefix)}."
+        f"would fill with random numbers; {_advice(config, prefix)}."
     )
 
 
-def _way_out(config: dict[str, Any], prefix: str) -> str:
+def _advice(config: dict[str, Any], prefix: str) -> str:
     if prefix:
         return (
             f"training left {prefix!r} before all names, which FlagEmbedding does not read: use "
