@@ -1,8 +1,8 @@
 """BGE rerankers for LangChain, LlamaIndex, Milvus and plain Python.
 
 `Reranker` is the scoring engine; `bge_rerank_adapters.langchain`, `.llama_index` and `.milvus`
-fit it into their hosts; `RemoteReranker` asks a server instead. Importing this package loads no
-torch and no httpx: these come with `Reranker` and `RemoteReranker`.
+adapt it to their hosts; `RemoteReranker` asks a server instead. Importing this package imports
+neither torch nor httpx: these come with `Reranker` and `RemoteReranker`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -59,7 +59,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Load the engine and torch, or the remote one and httpx, when it is first asked for."""
+    """Import `Reranker` with torch, or `RemoteReranker` with httpx, on first use."""
     if name == "Reranker":
         from bge_rerank_adapters.engine.reranker import Reranker
 

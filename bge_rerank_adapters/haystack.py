@@ -17,7 +17,6 @@ Haystack reads a pipeline back from YAML with the components of modules that it 
 
 import asyncio
 import copy
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Unpack
 
@@ -30,8 +29,9 @@ except ImportError as error:
         'run: pip install "bge-rerank-adapters[haystack]"'
     ) from error
 
-from bge_rerank_adapters.calls.checks import check_query
+from bge_rerank_adapters.calls.checks import check_host_documents, check_query
 from bge_rerank_adapters.calls.limits import Limits
+from bge_rerank_adapters.calls.metadata import with_metadata
 from bge_rerank_adapters.calls.ranked_document import RankedDocument
 from bge_rerank_adapters.engine.hosted.copies import copied
 from bge_rerank_adapters.engine.hosted.lazy import LazyEngine
@@ -42,14 +42,14 @@ from bge_rerank_adapters.settings.options import check_options, shows_options
 
 @component
 class BGERanker:
-    """Keeps the documents that answer the query best, as Haystack's rankers do.
+    """A Haystack ranker that keeps the documents that best answer the query.
 
-    The model is loaded at `warm_up` or on first use, and shared with all that have equal settings.
+    The model is loaded at `warm_up` or on first use, and shared by all users of equal settings.
 
     Attributes:
-        top_k: How many documents to return where a run does not say; `None` is all.
+        top_k: Maximum number of documents, unless a run gives another; `None` is all.
         score_threshold: Lowest score to keep, in [0, 1] and inclusive.
-        meta_fields_to_embed: Names of metadata whose values go before the text that is scored.
+        meta_fields_to_embed: Names of metadata whose values are put before the scored text.
     """
 
     @shows_options(EngineOptions)
@@ -67,29 +67,29 @@ class BGERanker:
 
         Args:
             model: A folder, a name on the hub, or `"tiny"` for the bundled checkpoint.
-            top_k: Most documents to return; `None` is all.
+            top_k: Maximum number of documents; `None` is all.
             score_threshold: Lowest score to keep, in [0, 1], inclusive; applied before `top_k`.
-            meta_fields_to_embed: Names of metadata whose values go before the text that is scored,
+            meta_fields_to_embed: Names of metadata whose values are put before the scored text,
                 each on a line of its own; those a document lacks are left out.
-            reranker: A ready engine, such as a `RemoteReranker`, to use instead of loading one; it
-                is in no dump.
-            **options: The engine's other settings, as `EngineSettings` describes them; a token is a
+            reranker: A ready engine, such as a `RemoteReranker`, to use instead of loading one; not
+                in dumps.
+            **options: The engine's other settings; a token is a
                 `Secret`, such as `Secret.from_env_var("HF_TOKEN")`.
 
         Raises:
             TypeError: There is no setting of that name.
-            SettingsError: A setting has a value that is not allowed, or stands beside an engine.
+            SettingsError: A setting has a value that is not allowed, or is given together with an
+                engine.
         """
-        # Haystack's metaclass hides the constructor's signature behind one of its own.
+        # Haystack's metaclass replaces the signature of the class.
         check_options(BGERanker.__init__, options)
         limits = Limits(top_k, score_threshold)
         self.top_k, self.score_threshold = limits.top_k, limits.score_threshold
         self.meta_fields_to_embed = list(meta_fields_to_embed or [])
-        given: dict[str, Any] = dict(options)
-        self._token = _checked_token(given.pop("token", None))
-        settings = EngineSettings(model=model, token=_value(self._token), **given)
-        beside = [*options, *(["model"] if model != EngineSettings.model else [])]
-        self._engine = LazyEngine(settings, reranker=reranker, beside=beside)
+        self._token = _checked_token(options.get("token"))
+        if "token" in options:
+            options["token"] = _value(self._token)
+        self._engine = LazyEngine.from_options(model, options, reranker=reranker)
 
     @component.output_types(documents=list[Document])
     def run(
@@ -102,17 +102,18 @@ class BGERanker:
         """Return copies of the best documents, best first.
 
         Args:
-            query: What they should answer.
-            documents: What the first stage found; neither they nor their metadata are changed.
-            top_k: Most documents of this run; `None` is as constructed.
-            score_threshold: Lowest score of this run, likewise.
+            query: The query.
+            documents: The documents of the first stage; neither they nor their metadata are
+                changed.
+            top_k: Maximum number of documents of this run; `None` is as constructed.
+            score_threshold: Lowest score of this run; `None` is as constructed.
 
         Returns:
-            `{"documents": [...]}`, each with its score in [0, 1] as `score`; where its end was cut
-            off, its metadata has `relevance_truncated` (True). The id is kept.
+            `{"documents": [...]}`, each with its id and its score in [0, 1] as `score`. If the end
+            of one was cut off, its metadata has `relevance_truncated` (True).
 
         Raises:
-            InputTypeError: The query is no `str`, or one of the documents no `Document` with text.
+            InputTypeError: The query is not a `str`, or a document is not a `Document` with text.
             SettingsError: `top_k` or `score_threshold` is out of range.
             RerankError: The model could not be loaded, or failed.
         """
@@ -144,9 +145,9 @@ class BGERanker:
         await asyncio.to_thread(self._engine.warm_up)
 
     def close(self) -> None:
-        """Let go of the shared engine, which is freed with its last user; a later use loads again.
+        """Release the shared engine, which is freed with its last user; a later use loads again.
 
-        An engine that was given as `reranker=` stays open: it is its owner's to close.
+        An engine that was given as `reranker=` stays open, since its owner closes it.
         """
         self._engine.close()
 
@@ -155,11 +156,11 @@ class BGERanker:
         self._engine.close()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings for YAML; of a token where it is found, never itself.
+        """Return the settings for YAML; of a token only where it is read from.
 
         Raises:
-            SettingsError: A ready engine was given whose settings are not known.
-            ValueError: The token was given as such, which Haystack does not write.
+            SettingsError: A ready engine of unknown settings was given.
+            ValueError: The token is a plain one, which Haystack does not serialise.
         """
         settings = self._engine.settings
         if settings is None:
@@ -182,7 +183,7 @@ class BGERanker:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "BGERanker":
-        """Return a ranker of what `to_dict` gave."""
+        """Return the ranker that `to_dict` has written."""
         deserialize_secrets_inplace(data.get("init_parameters", {}), keys=["token"])
         made: BGERanker = default_from_dict(cls, data)
         return made
@@ -197,24 +198,14 @@ class BGERanker:
         return check_query(query), _checked_documents(documents), limits.to_dict()
 
     def _text(self, document: Document) -> str:
-        values = (document.meta.get(name) for name in self.meta_fields_to_embed)
-        lines = [str(value) for value in values if value is not None]
-        return "\n".join([*lines, str(document.content)])
+        return with_metadata(str(document.content), document.meta, names=self.meta_fields_to_embed)
 
 
 def _checked_documents(documents: object) -> list[Document]:
-    if isinstance(documents, str | bytes | Document) or not isinstance(documents, Iterable):
-        raise InputTypeError(
-            f"documents must be a list of Document, got {type(documents).__name__}; "
-            "wrap a single document in a list."
-        )
-    found = list(documents)
+    found = check_host_documents(
+        documents, Document, host="Haystack", advice="make it one with Document(content=...)"
+    )
     for index, document in enumerate(found):
-        if not isinstance(document, Document):
-            raise InputTypeError(
-                f"documents[{index}] must be a Haystack Document, got {type(document).__name__}; "
-                "make it one with Document(content=...)."
-            )
         if not isinstance(document.content, str):
             raise InputTypeError(
                 f"documents[{index}] has no text to be scored: its content is "
@@ -229,7 +220,7 @@ def _with_score(document: Document, ranked: RankedDocument) -> Document:
         name=f"documents[{ranked.index}]",
         metadata=document.meta,
     )
-    # An earlier reranking of the same document may have left its own marks.
+    # An earlier reranking of the same document may have left these.
     for mark, cut in (
         ("relevance_truncated", ranked.truncated),
         ("relevance_query_truncated", getattr(ranked, "query_truncated", False)),

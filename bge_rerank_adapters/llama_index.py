@@ -9,7 +9,7 @@ engine = index.as_query_engine(similarity_top_k=20, node_postprocessors=[postpro
 """
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -34,7 +34,7 @@ except ImportError as error:
 
 from pydantic import PlainSerializer, model_validator
 
-from bge_rerank_adapters.calls.checks import check_query
+from bge_rerank_adapters.calls.checks import check_host_documents, check_query
 from bge_rerank_adapters.calls.metadata import ADDED_METADATA, added_metadata
 from bge_rerank_adapters.calls.ranked_document import RankedDocument
 from bge_rerank_adapters.calls.runner import map_in_turns
@@ -43,31 +43,30 @@ from bge_rerank_adapters.engine.hosted.fields import AdapterSettings
 from bge_rerank_adapters.errors import InputTypeError, SettingsError
 
 ADDED_KEYS = (*ADDED_METADATA, "retrieval_score")
-"""The metadata that a reranking adds to a node, for its reader and not for any model."""
+"""The metadata that reranking adds to a node; hidden from embeddings and prompts."""
 
 _dispatcher = get_dispatcher(__name__)
 
 
 class BGENodePostprocessor(AdapterSettings, BaseNodePostprocessor):
-    """Keeps the nodes that answer the query best, as LlamaIndex's node postprocessor.
+    """A LlamaIndex node postprocessor that keeps the nodes that best answer the query.
 
     Takes the settings of `AdapterSettings`, and `callback_manager`; the model is loaded on first
-    use. What comes back are copies with ids and relationships kept: `score` is the relevance
-    score, in [0, 1], and the metadata gains `relevance_score` (the same), `retrieval_index` (int,
-    the place among the nodes that came in), `retrieval_score` (float, the score that the node came
-    with, if any) and, where the end of its text was cut off, `relevance_truncated` (True), or
-    where the query was cut, `relevance_query_truncated` (True). With `long_documents="window"`
-    also `relevance_span_start` and `relevance_span_end` (int): where in the node's text the best
-    window is, in characters. None of these reaches an embedding, a prompt or the text that is
-    scored.
+    use. It returns copies with their ids and relationships. `score` is the relevance score, in
+    [0, 1]. The metadata has also `relevance_score` (the same); `retrieval_index` (int, the index
+    among the given nodes); `retrieval_score` (float, the node's score before, if any);
+    `relevance_truncated` (True), if the end of its text was cut off; `relevance_query_truncated`
+    (True), if the query was cut; and with `long_documents="window"` `relevance_span_start` and
+    `relevance_span_end` (int), the characters of the best window in the node's text. None of these
+    is part of an embedding, a prompt or the scored text.
 
-    LlamaIndex's instrumentation hears of every reranking (`ReRankStartEvent`, `ReRankEndEvent`)
-    and its callbacks (`RERANKING`), in pairs, for no nodes too. When it fails the callback still
-    ends, and an `ExceptionEvent` stands in for the end event.
+    Every reranking, also of no nodes, dispatches `ReRankStartEvent` and `ReRankEndEvent` and runs
+    the `RERANKING` callback. If it fails, the callback still ends, and an `ExceptionEvent` replaces
+    the end event.
 
     Attributes:
-        metadata_mode: Which metadata goes before a node's text when it is scored; by default what
-            LlamaIndex puts there for an embedding.
+        metadata_mode: Which metadata is put before a node's text when it is scored; by default
+            that for embeddings.
     """
 
     metadata_mode: Annotated[
@@ -82,7 +81,7 @@ class BGENodePostprocessor(AdapterSettings, BaseNodePostprocessor):
     @model_validator(mode="before")
     @classmethod
     def _without_class_name(cls, data: Any) -> Any:
-        # LlamaIndex writes it into every dump, and a dump builds an equal adapter.
+        # LlamaIndex writes it into every dump, which must build an equal adapter.
         if isinstance(data, dict) and data.get("class_name") == cls.class_name():
             return {name: value for name, value in data.items() if name != "class_name"}
         return data
@@ -90,12 +89,12 @@ class BGENodePostprocessor(AdapterSettings, BaseNodePostprocessor):
     def _postprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
-        """Return copies of the best nodes, best first; LlamaIndex makes each call a span.
+        """Return copies of the best nodes, best first; the base class makes each call a span.
 
         Raises:
             SettingsError: There is no query.
-            InputTypeError: The query is no `str`, or one of the nodes no `NodeWithScore`, or one
-                of the best has metadata that cannot be copied.
+            InputTypeError: The query is not a `str`, a node is not a `NodeWithScore`, or the
+                metadata of a result cannot be copied.
             RerankError: The model could not be loaded, or failed.
         """
         query, found = _checked_query(query_bundle), _checked_nodes(nodes)
@@ -106,7 +105,7 @@ class BGENodePostprocessor(AdapterSettings, BaseNodePostprocessor):
                 best.extend(_with_score(found[each.index], each) for each in ranked)
         return best
 
-    # The base class asks for the sync method alone, so only that one is made a span by itself.
+    # The base class makes only the sync method a span.
     @_dispatcher.span
     async def _apostprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
@@ -129,7 +128,7 @@ class BGENodePostprocessor(AdapterSettings, BaseNodePostprocessor):
     def _reported(
         self, query: QueryBundle, found: list[NodeWithScore]
     ) -> Iterator[list[NodeWithScore]]:
-        """Tell LlamaIndex of the reranking done inside; its results go into the list yielded."""
+        """Report a reranking to LlamaIndex; its results go into the list that is yielded."""
         best: list[NodeWithScore] = []
         name = self.model or type(self.reranker).__name__
         top_n = len(found) if self.top_k is None else self.top_k
@@ -165,24 +164,18 @@ def _checked_query(query_bundle: object) -> QueryBundle:
 
 
 def _checked_nodes(nodes: object) -> list[NodeWithScore]:
-    # A NodeWithScore is itself iterable, over its fields.
-    if isinstance(nodes, str | bytes | NodeWithScore | BaseNode) or not isinstance(nodes, Iterable):
-        raise InputTypeError(
-            f"nodes must be a list of NodeWithScore, got {type(nodes).__name__}; "
-            "wrap a single node in a list, and give [] for none."
-        )
-    found = list(nodes)
-    for index, each in enumerate(found):
-        if not isinstance(each, NodeWithScore):
-            raise InputTypeError(
-                f"nodes[{index}] must be a llama_index NodeWithScore, got {type(each).__name__}; "
-                "wrap a node with NodeWithScore(node=...)."
-            )
-    return found
+    return check_host_documents(
+        nodes,
+        NodeWithScore,
+        host="llama_index",
+        advice="wrap a node with NodeWithScore(node=...)",
+        name="nodes",
+        single=(BaseNode,),
+    )
 
 
 def _without_added_keys(node: BaseNode) -> BaseNode:
-    """Return the node as it was before an earlier reranking, for reading its text alone."""
+    """Return the node without the metadata of an earlier reranking, for reading its text."""
     if node.metadata.keys().isdisjoint(ADDED_KEYS):
         return node
     kept = {key: value for key, value in node.metadata.items() if key not in ADDED_KEYS}
@@ -193,7 +186,7 @@ def _with_score(found: NodeWithScore, ranked: RankedDocument) -> NodeWithScore:
     scored = copied(
         lambda: _deep_copy(found), name=f"nodes[{ranked.index}]", metadata=found.node.metadata
     )
-    # The best window's characters are told in the node's own text, without its metadata.
+    # The best window's span refers to the node's own text, without its metadata.
     text = found.node.get_content(MetadataMode.NONE)
     added = added_metadata(ranked, start=max(ranked.text.rfind(text), 0), length=len(text))
     if found.score is not None:

@@ -39,13 +39,13 @@ from bge_rerank_adapters.settings.families import FAMILY_SETTINGS
 from bge_rerank_adapters.settings.options import check_options, shows_options
 
 _QUERY_MAX_LENGTH = 256
-# By FlagEmbedding's names.
+# Families by FlagEmbedding's names.
 _FAMILIES = {None: None} | {row.flag_name: row.name for row in FAMILY_SETTINGS.values()}
 
 
 @dataclass(slots=True, repr=False)
 class RerankResult:
-    """One document of a ranking, as pymilvus gives it.
+    """One document of a ranking, as in pymilvus.
 
     Attributes:
         text: The document as it was given.
@@ -58,24 +58,24 @@ class RerankResult:
     index: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Return text, score and index, ready for JSON."""
+        """Return text, score and index as JSON values."""
         return asdict(self)
 
     def __repr__(self) -> str:
-        """Return the form in which pymilvus prints it."""
+        """Return the same text as pymilvus."""
         return f"RerankResult(text={self.text!r}, score={self.score}, index={self.index})"
 
 
 class BGERerankFunction:
-    """Ranks documents with a BGE reranker, called as pymilvus' function of the same name.
+    """Ranks documents with a BGE reranker; a drop-in for pymilvus' class of the same name.
 
-    Pickling carries the settings, never weights or the token; the copy loads on first use.
+    A pickle has the settings, but neither weights nor the token; the copy loads on first use.
 
     Attributes:
-        model_name: As it was given, like the next two.
-        batch_size: Not needed.
+        model_name: As given.
+        batch_size: As given; not needed.
         normalize: Whether `.score` is in [0, 1].
-        device: Where the model runs; `None` where a ready engine does not tell.
+        device: The model's device; `None` if a ready engine has no such attribute.
     """
 
     @shows_options(FurtherOptions)
@@ -110,29 +110,29 @@ class BGERerankFunction:
             batch_size: Accepted and not needed: packs are built by tokens.
             normalize: Whether `.score` is in [0, 1]; `False` gives the logit.
             device: One device or a list; a number is a CUDA device; `None` chooses one.
-            query_max_length: Most tokens of the query.
-            max_length: Most tokens of a pair.
+            query_max_length: Maximum tokens of the query.
+            max_length: Maximum tokens of a pair.
             devices: Overrides `device`.
             dtype: Overrides `use_fp16`.
             trust_remote_code: Must be False.
             model_class: FlagEmbedding's name of the family, such as `"decoder-only-layerwise"`;
                 `None` is found from the checkpoint.
-            query_instruction_for_rerank: Put before the query, in `query_instruction_format`;
+            query_instruction_for_rerank: Text before the query, in `query_instruction_format`;
                 `None` is `"A: "` for decoders.
-            query_instruction_format: With two places: the instruction's and the query's.
+            query_instruction_format: Format string with two fields: the instruction and the query.
             passage_instruction_for_rerank: The same for documents.
             passage_instruction_format: The same for documents.
-            use_bf16: bfloat16, whatever `use_fp16` says.
+            use_bf16: bfloat16; overrides `use_fp16`.
             reranker: A ready engine, such as a `RemoteReranker`, to use instead of loading one;
-                not together with what is about the model.
-            **options: The engine's other settings, as `EngineSettings` describes them.
+                not together with settings of the model.
+            **options: The engine's other settings.
 
         Raises:
             TypeError: There is no option of that name.
-            SettingsError: A setting has a value that is not allowed, or is about the model beside
-                a ready engine.
+            SettingsError: A setting has a value that is not allowed, or is one of the model given
+                together with a ready engine.
             CheckpointError: The checkpoint cannot be found or used.
-            DeviceError: The device is not there.
+            DeviceError: The device does not exist.
         """
         check_options(BGERerankFunction, options)
         check_batch_size(batch_size)
@@ -142,7 +142,7 @@ class BGERerankFunction:
         self._query = Instruction(
             query_instruction_for_rerank,
             query_instruction_format,
-            # So that it stays where the query's beginning is cut off.
+            # Only the engine can keep it while cutting off the query's beginning.
             in_engine=options.get("query_truncation_side") == "left" and reranker is None,
         )
         self._passage = Instruction(passage_instruction_for_rerank, passage_instruction_format)
@@ -162,21 +162,21 @@ class BGERerankFunction:
 
     @property
     def reranker(self) -> Any:
-        """The engine that scores: the one given, or one shared by all with equal settings.
+        """The engine: the one given, or one shared by all users of equal settings.
 
-        It is loaded again where it was let go of, or closed by another who used it.
+        It is loaded again if it was released, or closed by another user.
 
         Raises:
-            SettingsError: A ready engine was given, and left out where this was pickled.
+            SettingsError: The engine was given, and is missing in this unpickled copy.
             RerankError: The model cannot be loaded.
         """
         return self._engine.get()
 
     def close(self) -> None:
-        """Let go of the shared engine, which is freed with its last user; a later use loads again.
+        """Release the shared engine, which is freed with its last user; a later use loads again.
 
-        The same as the other adapters' `close`; it may be repeated. An engine that was given as
-        `reranker=` stays: it is its owner's to close.
+        May be repeated. An engine that was given as `reranker=` stays open, since its owner closes
+        it.
         """
         self._engine.close()
 
@@ -188,7 +188,7 @@ class BGERerankFunction:
         Args:
             query: The question.
             documents: n texts, or objects with one, as `Reranker.rerank` takes them; may be empty.
-            top_k: Most results; a falsy one (0 or `None`) gives all.
+            top_k: Maximum number of results; a falsy value (0 or `None`) is all.
 
         Returns:
             At most `top_k` results; `[]` for no documents.
@@ -196,7 +196,7 @@ class BGERerankFunction:
         Raises:
             InputTypeError: The query is not a `str`, or a document has no text.
             SettingsError: `top_k` is negative or not a whole number, or `normalize` is False and
-                the ready engine tells no logits.
+                the ready engine gives no logits.
             RerankError: The model failed.
         """
         texts = check_documents(documents)
@@ -213,16 +213,16 @@ class BGERerankFunction:
         Args:
             query: The question.
             hits: One query's hits, as `MilvusClient.search` and `hybrid_search` give them:
-                `result[0]`, or the result itself where it is of a single query.
+                `result[0]`, or the result itself if it is of a single query.
             text_field: The field with the text; a search returns it if `output_fields` names it.
-            top_k: Most hits; a falsy one (0 or `None`) gives all.
+            top_k: Maximum number of hits; a falsy value (0 or `None`) is all.
 
         Returns:
-            At most `top_k` copies, to which are added, beside the `distance`, `relevance_score`
-            (float, in [0, 1]) and all else that `calls.metadata` describes.
+            At most `top_k` copies. In addition to `distance` they have `relevance_score` (float, in
+            [0, 1]) and the other keys of `calls.metadata.added_metadata`.
 
         Raises:
-            InputTypeError: The query is no `str`; what was given are no hits, or those of several
+            InputTypeError: The query is not a `str`; the hits are not hits, or those of several
                 queries; or a hit lacks the field, or cannot be copied.
             SettingsError: `top_k` is negative or not a whole number.
             RerankError: The model failed.
@@ -256,7 +256,7 @@ class BGERerankFunction:
         return f"BGERerankFunction({model!r}{more})"
 
     def __copy__(self) -> Self:
-        """Return another one that shares the engine: threads and weights are not copied."""
+        """Return a copy that shares the engine."""
         return copy.deepcopy(self)
 
     def _score(self, ranked: RankedDocument) -> float:
@@ -264,15 +264,15 @@ class BGERerankFunction:
             return ranked.score
         if ranked.logit is None:
             raise SettingsError(
-                "normalize=False gives logits, which this engine does not tell; leave it at True."
+                "normalize=False needs logits, which this engine does not give; leave it at True."
             )
         return ranked.logit
 
 
 def _about_the_model(settings: EngineSettings) -> list[str]:
-    """Return the settings that were given and that a ready engine has decided already."""
+    """Return the given settings that have no effect on a ready engine."""
     usual = EngineSettings(query_max_length=_QUERY_MAX_LENGTH)
-    # Instructions go into the texts here, before any engine gets them.
+    # Instructions are added to the texts before any engine gets them.
     names = set(setting_names()) - {"query_instruction", "passage_instruction"}
     return sorted(name for name in names if getattr(settings, name) != getattr(usual, name))
 
@@ -287,12 +287,12 @@ def _family(model_class: object) -> str | None:
 
 
 def _query_max_length(given: int | None, max_length: object) -> int | None:
-    # The default was made for a max_length of 512; one who asks for less means the pair.
+    # The default is meant for max_length=512; a shorter max_length leaves no room for it.
     short = is_whole(max_length) and max_length <= _QUERY_MAX_LENGTH  # type: ignore[operator]
     return None if short and given == _QUERY_MAX_LENGTH else given
 
 
 def _top_k(value: Any) -> int | None:
-    # Of several numbers numpy does not say whether they are falsy; they are refused.
+    # An array of several numbers has no truth value, and is refused by `Limits`.
     one = getattr(value, "shape", ()) == ()
     return None if one and not value else Limits(value).top_k

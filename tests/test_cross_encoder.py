@@ -190,7 +190,7 @@ def test_causal_models_are_refused(tmp_path):
     [
         ({"num_labels": 3}, SettingsError, "num_labels must be 1, got 3.*sentence_transformers"),
         ({"config_kwargs": {"num_labels": 2}}, SettingsError, "num_labels must be 1"),
-        ({"backend": "onnx"}, SettingsError, "backend is not done here"),
+        ({"backend": "onnx"}, SettingsError, "backend is not supported here"),
         ({"modules": []}, SettingsError, "modules"),
         (
             {"model_kwargs": {"subfolder": "x"}},
@@ -226,7 +226,7 @@ def test_bad_calls_are_named():
         with pytest.raises(error, match=message):
             call()
     for name in ("fit", "save_pretrained", "start_multi_process_pool", "to", "model"):
-        with pytest.raises(AttributeError, match=f"CrossEncoder.{name} is not here.*sentence_tr"):
+        with pytest.raises(AttributeError, match=f"CrossEncoder.{name} is not supp.*sentence_tr"):
             getattr(encoder, name)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         encoder.nothing  # noqa: B018

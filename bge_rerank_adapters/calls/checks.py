@@ -1,10 +1,12 @@
 """Checks queries, documents and pairs, and returns them as plain texts."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from bge_rerank_adapters.calls.documents import is_one_document, kind, text_of
 from bge_rerank_adapters.errors import InputTypeError
+
+T = TypeVar("T")
 
 
 def check_query(query: object) -> str:
@@ -48,6 +50,44 @@ def list_documents(documents: object) -> list[Any]:
             "wrap a single document in a list."
         )
     return list(documents)
+
+
+def check_host_documents(
+    documents: object,
+    kind: type[T],
+    *,
+    host: str,
+    advice: str,
+    name: str = "documents",
+    single: tuple[type, ...] = (),
+) -> list[T]:
+    """Return a host's documents as a new list.
+
+    Args:
+        documents: The documents.
+        kind: The host's class of a document.
+        host: The host's name in errors.
+        advice: How to make a document, for errors.
+        name: The argument's name in errors.
+        single: Other classes of a single document.
+
+    Raises:
+        InputTypeError: They are not a list, or one is not of this class; the message says which.
+    """
+    # A single document may be iterable itself, over its fields.
+    if isinstance(documents, (str, bytes, kind, *single)) or not isinstance(documents, Iterable):
+        raise InputTypeError(
+            f"{name} must be a list of {kind.__name__}, got {type(documents).__name__}; "
+            "wrap a single one in a list, and give [] for none."
+        )
+    found = list(documents)
+    for index, each in enumerate(found):
+        if not isinstance(each, kind):
+            raise InputTypeError(
+                f"{name}[{index}] must be a {host} {kind.__name__}, got {type(each).__name__}; "
+                f"{advice}."
+            )
+    return found
 
 
 def check_ordered(items: object, *, name: str, wanted: str) -> None:

@@ -1,4 +1,7 @@
-"""The metadata that reranking adds to a host's document."""
+"""Metadata of a host's document: what is scored with its text, and what reranking adds."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from bge_rerank_adapters.calls.ranked_document import RankedDocument
 
@@ -11,6 +14,18 @@ ADDED_METADATA = (
     "relevance_span_end",
 )
 """All keys that may be added; an earlier reranking of the same document may have left some."""
+
+
+def with_metadata(text: str, metadata: Mapping[str, Any], *, names: Iterable[str]) -> str:
+    """Return a text after chosen metadata, each value on a line of its own.
+
+    Args:
+        text: The document's text.
+        metadata: The document's metadata.
+        names: Which of it, in this order; values that are missing or `None` are left out.
+    """
+    values = (metadata.get(name) for name in names)
+    return "\n".join([*(str(value) for value in values if value is not None), text])
 
 
 def added_metadata(

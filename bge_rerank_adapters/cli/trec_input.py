@@ -35,7 +35,7 @@ class RunReader:
             SettingsError: One of the files is missing or cannot be read; the message names it.
         """
         corpus, queries = self.files = (folder / "corpus.jsonl", folder / "queries.jsonl")
-        self._places = {row.name: row.place for row in read_rows(corpus)}
+        self._places = {row.name: row.offset for row in read_rows(corpus)}
         self._queries = {row.name: row.values["text"] for row in read_rows(queries)}
         self._corpus = corpus.open("rb")
 

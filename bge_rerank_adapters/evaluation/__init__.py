@@ -1,4 +1,4 @@
-"""Does reranking help on these documents, how deep, with which model, at what cost?
+"""Measures whether reranking helps on given documents, at which depth, and at what cost.
 
 ```python
 from bge_rerank_adapters.evaluation import bm25, evaluate, read_collection
@@ -9,7 +9,7 @@ report = evaluate(collection, bm25(collection, depth=50), {"tiny": EngineSetting
 print(report)
 ```
 
-Metrics are those of trec_eval, by way of ir-measures.
+Metrics are those of trec_eval, computed by ir-measures.
 """
 
 from bge_rerank_adapters.calls.trec import Run, read_run, write_run

@@ -15,10 +15,10 @@ _QRELS = ("qrels.tsv", "qrels/test.tsv")
 
 @dataclass(frozen=True, slots=True)
 class Collection:
-    """Documents, queries, and which of the documents answer which query.
+    """Documents, queries, and judgements of which documents answer which query.
 
     Attributes:
-        name: What reports call it.
+        name: Its name in reports.
         documents: Title and text of each document, joined by a space, by id.
         queries: The queries that have judgements, by id, in the order of their file.
         judgements: For each query the grade of each judged document; above 0 is relevant.
@@ -30,7 +30,7 @@ class Collection:
     judgements: dict[str, dict[str, int]]
 
     def sample(self, queries: int) -> "Collection":
-        """Return the collection with so many of its queries, evenly spread, always the same.
+        """Return the collection with this many of its queries, evenly spread and always the same.
 
         Raises:
             SettingsError: `queries` is below 1.
@@ -41,7 +41,7 @@ class Collection:
         if queries >= len(names):
             return self
         step = (len(names) - 1) / max(queries - 1, 1)
-        kept = dict.fromkeys(names[round(place * step)] for place in range(queries))
+        kept = dict.fromkeys(names[round(step * number)] for number in range(queries))
         return replace(
             self,
             queries={name: self.queries[name] for name in kept},
@@ -49,7 +49,7 @@ class Collection:
         )
 
     def fingerprint(self) -> str:
-        """Return a short text that another content would change."""
+        """Return a short hash of the content."""
         digest = hashlib.sha256()
         for texts in (self.documents, self.queries):
             for name, text in texts.items():
@@ -59,10 +59,10 @@ class Collection:
 
 
 def sample_collection() -> Collection:
-    """Return a small collection that comes with the package, to try things out on.
+    """Return a small collection that comes with the package, for trying things out.
 
-    It is a part of the English XQuAD-R: 600 sentences of Wikipedia, and 260 questions that one of
-    them answers. The README beside its files names its source and licence.
+    It is part of the English XQuAD-R: 600 sentences of Wikipedia, and 260 questions that each have
+    one of them as the answer. The README next to its files names source and licence.
     """
     return read_collection(_SAMPLE)
 
@@ -75,7 +75,7 @@ def read_collection(folder: str | Path) -> Collection:
             `qrels.tsv` or `qrels/test.tsv` (query, document, grade, after a header line).
 
     Returns:
-        All documents, and those queries that have a judgement.
+        All documents, and the queries that have a judgement.
 
     Raises:
         SettingsError: A file is missing, or a line of one cannot be read; the message names it.
@@ -102,23 +102,23 @@ class Row:
     Attributes:
         name: Its `_id`.
         values: All its fields; `text` is a text.
-        place: At which byte of the file it begins.
+        offset: The byte offset in the file where it begins.
     """
 
     name: str
     values: dict[str, Any]
-    place: int
+    offset: int
 
 
 def read_rows(path: Path) -> Iterator[Row]:
     """Yield each line of a JSON Lines file of a BEIR folder that is not blank.
 
     Raises:
-        SettingsError: The file cannot be read, a line of it is no object with `_id` and `text`, or
-            an `_id` came before; the message names the line.
+        SettingsError: The file cannot be read, a line is not an object with `_id` and `text`, or an
+            `_id` is repeated; the message names the line.
     """
     seen: dict[str, int] = {}
-    place = 0
+    offset = 0
     for number, line in _lines(path):
         if line.strip():
             try:
@@ -131,7 +131,7 @@ def read_rows(path: Path) -> Iterator[Row]:
             if not _can_be_named(name):
                 raise SettingsError(
                     f"{path}, line {number}: _id {name!r} has a NUL or half a surrogate pair, "
-                    "which trec_eval cannot read; give the line another."
+                    "which trec_eval cannot read; give the line another _id."
                 )
             if name in seen:
                 raise SettingsError(
@@ -139,8 +139,8 @@ def read_rows(path: Path) -> Iterator[Row]:
                     "each line an _id of its own."
                 )
             seen[name] = number
-            yield Row(name, values, place)
-        place += len(line)
+            yield Row(name, values, offset)
+        offset += len(line)
 
 
 def _can_be_named(name: str) -> bool:
@@ -152,12 +152,12 @@ def parse_row(line: bytes) -> tuple[str, dict[str, Any]]:
 
     Raises:
         ValueError: It is not JSON in UTF-8.
-        TypeError: It is no object, or `_id` or `text` is none.
+        TypeError: It is not an object, or `_id` or `text` has another type.
         KeyError: `_id` or `text` is missing.
     """
     values = json.loads(line)
     name = values["_id"]
-    # Numbers are found in the wild; they are the same in qrels, where all is text.
+    # Some collections use numbers as ids, which are text in qrels.
     if isinstance(name, bool) or not isinstance(name, str | int):
         raise TypeError(f"_id is a {type(name).__name__}")
     if not isinstance(values["text"], str):

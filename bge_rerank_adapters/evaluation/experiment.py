@@ -1,4 +1,4 @@
-"""Scores a first stage's documents with one engine after the other."""
+"""Runs an experiment: scores a first stage's documents with each engine."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ from bge_rerank_adapters.evaluation.timing import time_query, timed_queries
 from bge_rerank_adapters.settings import EngineSettings
 from bge_rerank_adapters.settings.checkpoints import TINY
 
-# Of the files that keep scores; it is raised where what they hold changes.
+# Version of the files with scores; increased when their content changes.
 _LAYOUT = 3
 
 
@@ -44,29 +44,28 @@ def evaluate(
     time_depths: bool = False,
     first_stage_name: str = FIRST_STAGE,
 ) -> Report:
-    """Return what each engine makes of a first stage's documents.
+    """Return a report on reranking a first stage's documents with each engine.
 
-    Queries are scored one after the other, as they would come in one at a time, and each is timed.
+    Queries are scored and timed one at a time.
 
     Args:
         collection: Documents, queries and judgements.
-        first_stage: For each query the documents to rerank, best first; others are ignored.
-        engines: What is compared, by the name it has in reports: settings, of which an engine is
-            loaded and closed again, or a ready engine.
-            With `folder`, a scorer that is not this package's must have a `repr` that tells all
-            that its scores depend on.
-        depth: How many documents of each query are reranked; `None` is all there are.
-        folder: Where scores are kept, so that a run that was killed continues; `None` for nowhere.
-            It is made if need be.
+        first_stage: For each query the documents to rerank, best first; other queries are ignored.
+        engines: The engines to compare, by their names in reports: settings, from which an engine
+            is loaded and closed again, or a ready engine. With `folder`, the `repr` of a scorer of
+            another package must contain everything that its scores depend on.
+        depth: How many documents of each query are reranked; `None` is all.
+        folder: Where scores are kept, so that an interrupted run can continue; created if it is
+            missing. `None` keeps none.
         progress: Whether to show a bar on standard error.
-        time_depths: Whether to time fewer candidates as well, on up to 20 queries: what
-            `plot_quality_and_time` draws.
-        first_stage_name: What tables and pictures call the first stage, "BM25" for example.
+        time_depths: Whether to time fewer candidates as well, on up to 20 queries, for
+            `plot_quality_and_time`.
+        first_stage_name: The name of the first stage in tables and pictures, such as "BM25".
 
     Raises:
-        SettingsError: A value is out of range or no engine, two names would be one in files, the
-            run names a document that the collection lacks, or the folder cannot be used or holds
-            another experiment under the same name.
+        SettingsError: A value is out of range or is not an engine, two names would be the same in
+            files, the run has a document that the collection lacks, or the folder cannot be used
+            or has another experiment under the same name.
         RerankError: A model cannot be loaded, or failed.
     """
     depth = check_top_k(depth, name="depth")
@@ -112,13 +111,12 @@ def _check_engine(name: str, engine: object) -> None:
 
 
 def _check_identity(name: str, engine: EngineSettings | Scorer) -> None:
-    """Refuse to keep scores of a scorer that nothing tells from another of its class."""
+    """Refuse to keep scores of a scorer that cannot be distinguished from another one."""
     known = isinstance(getattr(engine, "settings", engine), EngineSettings)
     if not known and type(engine).__repr__ is object.__repr__:
         raise SettingsError(
-            f"The engine {name!r}, a {type(engine).__name__}, does not tell what its scores depend "
-            "on, so kept scores might be another's; give its class a __repr__ that does, or leave "
-            "folder out."
+            f"The engine {name!r}, a {type(engine).__name__}, has no __repr__ that says what its "
+            "scores depend on, so kept scores might be another's; add one, or leave folder out."
         )
 
 
@@ -142,7 +140,7 @@ def _candidates(collection: Collection, first_stage: Run, depth: int | None) -> 
 
 
 class _Kept:
-    """Rows of queries, in memory and, where there is a folder, in its file."""
+    """Rows of queries, in memory and, if there is a folder, in its file."""
 
     def __init__(self, state: State | None) -> None:
         self._state = state
@@ -197,14 +195,14 @@ def _header(
     collection: Collection, candidates: Run, engine: EngineSettings | Scorer
 ) -> dict[str, Any]:
     settings = engine if isinstance(engine, EngineSettings) else getattr(engine, "settings", None)
-    asked, model = repr(engine), ""
+    described, model = repr(engine), ""
     if isinstance(settings, EngineSettings):
-        asked = json.dumps(settings.to_dict())
+        described = json.dumps(settings.to_dict())
         model = str(TINY_FOLDER) if settings.model == TINY else settings.model
     found = json.dumps([[query, *names] for query, names in candidates.items()])
     return {
         "layout": _LAYOUT,
-        "settings": asked,
+        "settings": described,
         "weights": [list(each) for each in weights_stamp(model)] if model else [],
         "collection": collection.fingerprint(),
         "first_stage": hashlib.sha256(found.encode()).hexdigest()[:16],

@@ -1,10 +1,10 @@
-"""The packages that only evaluation needs."""
+"""Checks for the optional packages of evaluation."""
 
 from importlib import import_module
 
 
 def require(*modules: str) -> None:
-    """Raise `ImportError` with the pip command that mends it if a module is missing."""
+    """Raise `ImportError` with the pip command to run if a module is missing."""
     for name in modules:
         try:
             import_module(name)

@@ -14,13 +14,13 @@ def bm25(collection: Collection, *, depth: int = 100, language: str | None = "en
     """Return BM25's best documents of each query.
 
     Args:
-        collection: What is searched.
-        depth: How many documents for each query at most.
-        language: Whose Snowball stems words are cut to; `None` for none.
+        collection: The collection to search.
+        depth: Maximum number of documents of each query.
+        language: The language of Snowball's stemmer; `None` is no stemming.
 
     Returns:
-        Documents best first; equal scores in the collection's order. Documents that share no word
-        with the query are left out, and so a query without words finds none.
+        Documents best first, equal scores in the collection's order. Documents without a word of
+        the query are left out.
 
     Raises:
         SettingsError: There is no stemmer for the language, or `depth` is below 1.

@@ -1,4 +1,4 @@
-"""trec_eval's numbers of a run, and whether two runs differ."""
+"""Metrics of a run, as trec_eval computes them, and significance tests."""
 
 import math
 from collections.abc import Iterable
@@ -14,17 +14,17 @@ _RR_CUTOFF = 10
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """A run's numbers, each in [0, 1].
+    """A run's metrics, each in [0, 1].
 
     Attributes:
-        per_query: For each metric's name, each judged query's value.
+        per_query: The value of each judged query, by the metric's name.
     """
 
     per_query: dict[str, dict[str, float]]
 
     @property
     def mean(self) -> dict[str, float]:
-        """Each metric's mean over the judged queries; those the run has nothing for count as 0."""
+        """Each metric's mean over the judged queries; those without results count as 0."""
         return {
             name: math.fsum(values.values()) / len(values)
             for name, values in self.per_query.items()
@@ -39,9 +39,9 @@ class Comparison:
         difference: Mean of after minus before.
         low: Lower end of its 95% confidence interval.
         high: Upper end.
-        p_value: How likely such a difference is by chance; 1 where there is none at all.
+        p_value: The test's p-value; 1 if there is no difference.
         better: Queries with a higher value after.
-        worse: Queries with a lower one.
+        worse: Queries with a lower value after.
     """
 
     difference: float
@@ -62,7 +62,7 @@ def measure(
     Args:
         judgements: For each query the grade of each judged document.
         run: For each query the score of each document found.
-        recall_at: At how many documents recall is taken.
+        recall_at: Cutoffs for recall.
     """
     require("ir_measures")
     from ir_measures import AP, RR, Qrel, R, ScoredDoc, iter_calc, nDCG
@@ -82,7 +82,7 @@ def measure(
     per_query = {name: dict.fromkeys(judgements, 0.0) for name in names.values()}
     for each in iter_calc(list(names), qrels, found):
         per_query[names[each.measure]][each.query_id] = float(each.value)
-    # The library's own RR@10 orders equal scores otherwise than trec_eval does.
+    # The library's own RR@10 orders equal scores differently than trec_eval.
     first = per_query[MRR]
     per_query[MRR] = {
         query: value if value * _RR_CUTOFF >= 1 - 1e-9 else 0.0 for query, value in first.items()
@@ -93,7 +93,7 @@ def measure(
 def compare(before: Metrics, after: Metrics, *, metric: str = NDCG) -> Comparison:
     """Return whether a metric changed, by a paired t-test over the queries.
 
-    With fewer than two queries nothing can be said: the interval is infinite and `p_value` is 1.
+    With fewer than two queries the interval is infinite and `p_value` is 1.
     """
     require("scipy")
     from scipy.stats import ttest_rel

@@ -1,4 +1,4 @@
-"""Pictures of a report, with matplotlib."""
+"""Plots of a report, with matplotlib."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,19 +17,19 @@ from bge_rerank_adapters.evaluation.report import Report, best_threshold
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Colours that stay apart for most colour-blind eyes (Okabe and Ito, 2008).
+# Colours that most colour-blind people can distinguish (Okabe and Ito, 2008).
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _FIRST_STAGE_COLOUR = "#777777"
 _MARKERS = ("o", "s", "^", "D", "v")
 _DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 _INCHES = (6.4, 4.0)
-# From here on times of two engines are drawn on a logarithmic scale.
-_TOO_UNLIKE = 10
+# If times differ by more than this factor, their scale is logarithmic.
+_LOG_SCALE_FACTOR = 10
 _BINS = 30
 
 
 def plot_gain_per_query(report: Report, axes: "Axes | None" = None) -> "Axes":
-    """Draw what each query gained in nDCG@10, worst to best; one line for each engine."""
+    """Draw the gain of each query in nDCG@10, worst to best; one line for each engine."""
     axes = axes or _new_axes()
     before = report.before.per_query[NDCG]
     for name, style in _styled(report):
@@ -56,10 +56,10 @@ def plot_gain_per_query(report: Report, axes: "Axes | None" = None) -> "Axes":
 def plot_depth(report: Report, axes: "Axes | None" = None) -> "Axes":
     """Draw nDCG@10 against the number of candidates that are reranked, with 95% intervals.
 
-    An interval is that of the difference from the first stage, which stands at 0 candidates.
+    An interval is that of the difference from the first stage, which is drawn at 0 candidates.
     """
     axes = axes or _new_axes()
-    # At equal distances: few candidates are where most happens.
+    # At equal distances, since most changes happen at few candidates.
     depths = [0, *report.depths()]
     for name, style in _styled(report):
         gains = report.gain_by_depth(name)
@@ -72,10 +72,10 @@ def plot_depth(report: Report, axes: "Axes | None" = None) -> "Axes":
 
 
 def plot_quality_and_time(report: Report, axes: "Axes | None" = None) -> "Axes":
-    """Draw nDCG@10 against the median time of a query, with 95% intervals; times are measured.
+    """Draw nDCG@10 against the median measured time of a query, with 95% intervals.
 
     With `evaluate(..., time_depths=True)` there is a point for each number of candidates that was
-    timed, and otherwise one for all.
+    timed, otherwise one for all candidates.
     """
     axes = axes or _new_axes()
     slowest = []
@@ -88,7 +88,7 @@ def plot_quality_and_time(report: Report, axes: "Axes | None" = None) -> "Axes":
         for depth, (x, gain) in zip(times, curve, strict=True):
             _number_point(axes, depth, x, report.before.mean[NDCG] + gain.difference)
     _first_stage_line(axes, report)
-    if max(slowest) > _TOO_UNLIKE * min(slowest):
+    if max(slowest) > _LOG_SCALE_FACTOR * min(slowest):
         _plain_log_scale(axes)
     else:
         axes.set_xlim(0, 1.05 * max(slowest))
@@ -119,7 +119,7 @@ def _draw_curve(
     x, middle, low, high = zip(*points, strict=True)
     axes.plot(x, middle, label=name, **style)
     if not all(map(math.isfinite, (*low, *high))):
-        return  # of a single query there is no interval
+        return  # a single query has no interval
     if band:
         axes.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
     else:
@@ -136,9 +136,9 @@ def plot_scores(report: Report, name: str, axes: "Axes | None" = None) -> "Axes"
     """Draw the scores of relevant and other documents, and the threshold with the highest F1.
 
     Args:
-        report: What was measured.
-        name: Which engine's scores.
-        axes: Where to draw; `None` makes a picture of its own.
+        report: The report.
+        name: The engine's name.
+        axes: Where to draw; `None` makes a new figure.
     """
     axes = axes or _new_axes()
     relevant, other = report.scores(name)
@@ -164,17 +164,17 @@ def plot_scores(report: Report, name: str, axes: "Axes | None" = None) -> "Axes"
 
 
 def save_plots(report: Report, folder: str | Path) -> list[Path]:
-    """Write every picture of a report as PNG.
+    """Write all plots of a report as PNG.
 
     Args:
-        report: What was measured.
-        folder: Where to; it is made if need be.
+        report: The report.
+        folder: The folder, created if it is missing.
 
     Returns:
         The files written.
 
     Raises:
-        SettingsError: The folder cannot be made, or two engines' files would be one.
+        SettingsError: The folder cannot be created, or two engines' files would be the same.
     """
     check_file_names(each.name for each in report.scored)
     target = make_folder(folder)
@@ -198,7 +198,7 @@ def _scores_picture(report: Report, name: str) -> "Callable[[], Axes]":
 
 
 def _new_axes() -> "Axes":
-    """Return the axes of a picture that no window and no global state of pyplot holds."""
+    """Return the axes of a new figure, made without pyplot and its global state."""
     require("matplotlib")
     from matplotlib.figure import Figure
 
@@ -206,7 +206,7 @@ def _new_axes() -> "Axes":
 
 
 def _plain_log_scale(axes: "Axes") -> None:
-    """Scale the times by their logarithm, and write 20, 50, 100 instead of powers of ten."""
+    """Make the scale of times logarithmic, labelled 20, 50, 100 instead of powers of ten."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     axes.set_xscale("log")
@@ -216,9 +216,9 @@ def _plain_log_scale(axes: "Axes") -> None:
 
 
 def _styled(report: Report) -> list[tuple[str, dict[str, Any]]]:
-    """Return each engine's colour, marker, dashes and width: lines that coincide are all seen.
+    """Return the line style of each engine.
 
-    Later lines lie over earlier ones, and are thinner.
+    Later lines are drawn over earlier ones and are thinner, so that equal lines are all visible.
     """
     count = len(report.scored)
     return [

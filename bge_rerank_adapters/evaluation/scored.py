@@ -1,4 +1,4 @@
-"""What one engine said of a first stage's documents."""
+"""The scores of one engine for a first stage's documents."""
 
 import math
 import statistics
@@ -13,19 +13,18 @@ from bge_rerank_adapters.calls.trec import Run, best_first
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """What one engine said of a first stage's documents.
+    """The scores of one engine for a first stage's documents.
 
     Attributes:
-        name: What reports call the engine.
-        engine: Its model, device and dtype, as the engine itself told them.
-        logits: For each query its documents with their logits, best first; where a scorer tells
-            scores alone, these.
-        scores: For each query its documents with their scores, in [0, 1].
-        seconds: For each query how long its reranking took.
+        name: The engine's name in reports.
+        engine: The engine's `repr`, with its model, device and dtype.
+        logits: For each query the logits of its documents, best first; scores, if the engine gives
+            no logits.
+        scores: For each query the scores of its documents, in [0, 1].
+        seconds: For each query the time of its reranking.
         truncated: How many pairs had their document cut.
         queries_truncated: How many queries were cut.
-        depth_seconds: For numbers of candidates that were timed, the median seconds of a query;
-            empty where they were not.
+        depth_seconds: The median seconds of a query by number of candidates; empty if not timed.
     """
 
     name: str
@@ -41,7 +40,7 @@ class Scored:
     def from_rows(
         cls, name: str, rows: Iterable[dict[str, Any]], timed: Iterable[dict[str, Any]] = ()
     ) -> "Scored":
-        """Put together what was kept of each query, and of those that were timed."""
+        """Return the scores from the rows of all queries and of the timed ones."""
         kept = list(rows)
         return cls(
             name=name,
@@ -61,12 +60,12 @@ class Scored:
 
     @property
     def passages_per_s(self) -> float:
-        """Pairs by the seconds that they took; 0 for none."""
+        """Scored pairs per second; 0 without pairs."""
         total = sum(self.seconds.values())
         return self.passages / total if total else 0.0
 
     def latency_s(self, part: float = 0.5) -> float:
-        """Return the seconds within which that part of the queries was done; 0.5 is the median."""
+        """Return a quantile of the queries' times in seconds; 0.5 is the median."""
         times = sorted(self.seconds.values())
         if len(times) < 2:
             return times[0] if times else 0.0
@@ -75,13 +74,13 @@ class Scored:
         return times[max(math.ceil(part * len(times)) - 1, 0)]
 
     def run(self, first_stage: Run, *, depth: int | None = None) -> Run:
-        """Return the ranking where only so many documents of the first stage are reranked.
+        """Return the ranking with only `depth` documents of each query reranked.
 
-        The others follow in the order in which they came, with scores below.
+        The others follow in the first stage's order, with lower scores.
 
         Args:
             first_stage: The documents that were scored, best first.
-            depth: How many of each query; `None` is all.
+            depth: How many documents of each query are reranked; `None` is all.
         """
         ranking: Run = {}
         for query, found in first_stage.items():

@@ -1,4 +1,4 @@
-"""What an experiment has scored so far, in a file that a killed run continues from."""
+"""Keeps the rows of an experiment in a file, so that an interrupted run can continue."""
 
 import json
 import os
@@ -10,14 +10,14 @@ from bge_rerank_adapters.errors import SettingsError
 
 
 class State:
-    """A file of JSON lines: first what was asked for, then one line for each scored query."""
+    """A file of JSON lines: a header that identifies the experiment, then a row for each query."""
 
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
-        """Open the file for continuing, or begin it.
+        """Open the file to continue it, or create it.
 
         Args:
             path: The file; its folder exists.
-            header: What must be the same for the lines to be of use.
+            header: Must be equal for the rows to be used.
 
         Raises:
             SettingsError: The file is of an experiment with another header, is damaged, or cannot
@@ -29,8 +29,7 @@ class State:
             self._open(header)
         except OSError as error:
             raise SettingsError(
-                f"{path} cannot be used for what was scored ({error.strerror}); choose another "
-                "folder."
+                f"{path} cannot be used for scores ({error.strerror}); choose another folder."
             ) from error
 
     def _open(self, header: dict[str, Any]) -> None:
@@ -48,11 +47,11 @@ class State:
                 "choose another folder, or delete the file to begin anew."
             )
         self.rows = lines[1:]
-        # A line that a killed run did not finish is done again.
+        # Drop a line that an interrupted run did not finish.
         os.truncate(path, len(whole) + 1)
 
     def add(self, row: dict[str, Any]) -> None:
-        """Keep a row for good, before this returns."""
+        """Add a row to the file."""
         self.rows.append(row)
         self._append(row)
 
@@ -64,7 +63,7 @@ class State:
         lines: list[dict[str, Any]] = []
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
-                # Neither JSON's error nor that of a list: both are no object.
+                # Raises ValueError if it is not JSON, TypeError if it is not an object.
                 lines.append({**json.loads(line)})
             except (ValueError, TypeError) as error:
                 raise SettingsError(
@@ -75,7 +74,7 @@ class State:
 
 
 def weights_stamp(model: str) -> Iterator[tuple[str, int, int]]:
-    """Yield name, size and time of the weights in a folder: other weights are another model."""
+    """Yield name, size and time of the weights in a folder, which identify them."""
     for path in sorted(Path(model).expanduser().glob("*.safetensors")):
         status = path.stat()
         yield path.name, status.st_size, status.st_mtime_ns

@@ -1,32 +1,29 @@
-"""A report as people read it: what the answer is, and a table that names things in words."""
+"""Shows a report: a sentence for each engine, and a table, as text or HTML."""
 
 import math
 import textwrap
 from html import escape
-from typing import TYPE_CHECKING
 
+from bge_rerank_adapters.evaluation.measurements import Measurements
 from bge_rerank_adapters.evaluation.metrics import NDCG
 
-if TYPE_CHECKING:
-    from bge_rerank_adapters.evaluation.report import Report
-
 _COLUMNS = 80
-# Names of engines are folded, so that several stand beside each other in 80 columns.
+# Engines' names are wrapped, so that several fit side by side into 80 columns.
 _MOST_NAME, _LEAST_NAME = 22, 8
 _CELL = "style='text-align:right'"
 _LABEL = "style='text-align:left'"
 
 
-def title(report: "Report") -> str:
-    """Return what was searched, and how much of it there is."""
+def title(report: Measurements) -> str:
+    """Return the name and size of the collection."""
     return (
         f"{report.collection.name}: {len(report.collection.queries)} queries, "
         f"{len(report.collection.documents)} documents, {report.depth} candidates"
     )
 
 
-def answer(report: "Report", name: str) -> str:
-    """Return in a sentence whether reranking helps; see `Report.answer`."""
+def answer(report: Measurements, name: str) -> str:
+    """Return a sentence that says whether reranking helps; see `Report.answer`."""
     test = report.comparison(name)
     queries = len(report.collection.queries)
     before, after = report.before.mean[NDCG], report.after[name].mean[NDCG]
@@ -51,8 +48,8 @@ def answer(report: "Report", name: str) -> str:
     )
 
 
-def rows(report: "Report") -> list[list[str]]:
-    """Return the table: a head with the names of first stage and engines, then a row a number."""
+def rows(report: Measurements) -> list[list[str]]:
+    """Return the table: a header with the names of first stage and engines, then a row each."""
     engines = [each.name for each in report.scored]
     table = [["", report.first_stage_name, *engines]]
     for metric, value in report.before.mean.items():
@@ -76,7 +73,7 @@ def rows(report: "Report") -> list[list[str]]:
     return table
 
 
-def to_text(report: "Report", *, width: int = _COLUMNS) -> str:
+def to_text(report: Measurements, *, width: int = _COLUMNS) -> str:
     """Return the answers and the table as plain text."""
     head, *body = rows(report)
     label = max(len(row[0]) for row in body)
@@ -98,7 +95,7 @@ def to_text(report: "Report", *, width: int = _COLUMNS) -> str:
     return "\n".join([title(report), "", *answers, "", *text])
 
 
-def to_html(report: "Report") -> str:
+def to_html(report: Measurements) -> str:
     """Return the answers and the table for a notebook."""
     head, *body = rows(report)
     answers = "".join(f"<p>{escape(answer(report, each.name))}</p>" for each in report.scored)

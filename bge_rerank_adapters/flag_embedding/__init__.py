@@ -8,14 +8,14 @@ scores = reranker.compute_score([["Who wrote Faust?", "Goethe did."], ["Who?", "
 ```
 
 Constructors, `compute_score`, defaults and results follow FlagEmbedding 1.4.2, which need not be
-installed. Where a default of its own harms, ours differs:
+installed. There are these differences:
 
-- `devices=None` is one device, not all there are; several are a list.
+- `devices=None` is one device, not all of them; a list is several.
 - `trust_remote_code=True` runs no code of a checkpoint: none is needed.
 - `compute_score([])` is `[]`, not an IndexError, and there are no progress bars.
 - `use_fp16` and `use_bf16` are the fastest half precision that the device runs, or float32 where
   that is faster; without them it is float32, in the layerwise and lightweight classes as well.
-- An argument that is not known, and a layer that the model does not have, is an error.
+- An unknown argument, or a layer that the model does not have, is an error.
 """
 
 from bge_rerank_adapters.flag_embedding.auto import FlagAutoReranker

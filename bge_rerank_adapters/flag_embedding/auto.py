@@ -1,4 +1,4 @@
-"""FlagEmbedding's choice of a class by the checkpoint."""
+"""FlagEmbedding's class that chooses the class for a checkpoint."""
 
 from typing import Any
 
@@ -18,12 +18,14 @@ class FlagAutoReranker:
     """Chooses the class that runs a checkpoint; see `from_finetuned`."""
 
     def __init__(self) -> None:
-        """Refuse to be made, as FlagEmbedding does.
+        """Refuse to be constructed, as in FlagEmbedding.
 
         Raises:
             TypeError: Always.
         """
-        raise TypeError("FlagAutoReranker is not made; use FlagAutoReranker.from_finetuned(model).")
+        raise TypeError(
+            "FlagAutoReranker has no instances; use FlagAutoReranker.from_finetuned(model)."
+        )
 
     @classmethod
     def from_finetuned(
@@ -39,14 +41,14 @@ class FlagAutoReranker:
         Args:
             model_name_or_path: A folder, a name on the hub, or `"tiny"` for the bundled checkpoint.
             model_class: FlagEmbedding's name of the class, such as `"encoder-only-base"`, or its
-                enum; `None` is found from the checkpoint, whatever it is called.
-            use_fp16: As of the class.
+                enum; `None` chooses by the checkpoint's config.
+            use_fp16: As for the class.
             trust_remote_code: No code of a checkpoint is run.
             **kwargs: Further arguments of the class.
 
         Raises:
             TypeError: The class has no such argument.
-            RerankError: As of the class.
+            RerankError: As for the class.
         """
         family = _named_family(model_class) or _found_family(model_name_or_path, kwargs)
         return _CLASSES[family](

@@ -1,6 +1,7 @@
-"""What FlagEmbedding's classes have in common: the engine, and the settings of each call."""
+"""The base of FlagEmbedding's classes: the engine, and the settings of each call."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Self, TypedDict
 
@@ -26,7 +27,7 @@ _AUTO = "use FlagAutoReranker.from_finetuned(), which finds the class"
 
 
 class FlagOptions(TypedDict, total=False):
-    """Settings that FlagEmbedding has no name for, by those that they have here."""
+    """The engine's settings that FlagEmbedding's constructors do not have."""
 
     revision: str | None
     local_files_only: bool
@@ -36,14 +37,14 @@ class FlagOptions(TypedDict, total=False):
 
 
 class FlagBase:
-    """What FlagEmbedding's classes have in common.
+    """The base of FlagEmbedding's classes.
 
-    Attributes that a constructor sets may be assigned, as there, and hold for the calls that
-    follow. Pickling carries the settings, never weights or the token; a copy loads on first use.
+    As in FlagEmbedding, the attributes that a constructor sets may be assigned, for later calls. A
+    pickle has the settings, but neither weights nor the token; the copy loads on first use.
     """
 
     family: ClassVar[str]
-    # Those that the engine puts before texts by itself.
+    # The instructions that the engine adds by default.
     instructions: ClassVar[tuple[str | None, str | None]] = ("A: ", "B: ")
     prompt: str | None = None
 
@@ -51,9 +52,11 @@ class FlagBase:
         self,
         model_name_or_path: str,
         *,
-        half: bool,
-        query_instruction: tuple[str | None, str],
-        passage_instruction: tuple[str | None, str],
+        use_fp16: bool,
+        query_instruction_for_rerank: str | None,
+        query_instruction_format: str,
+        passage_instruction_for_rerank: str | None,
+        passage_instruction_format: str,
         cache_dir: str | None,
         devices: Devices,
         batch_size: int,
@@ -61,22 +64,25 @@ class FlagBase:
         max_length: int,
         normalize: bool,
         options: FlagOptions,
+        use_bf16: bool = False,
         peft_path: str | None = None,
         prompt: str | None = None,
     ) -> None:
         check_options(type(self), options)
         check_batch_size(batch_size)
         _check_no_adapter(peft_path)
-        self.model_name_or_path, self.prompt = model_name_or_path, prompt
-        self.query_instruction_for_rerank, self.query_instruction_format = query_instruction
-        self.passage_instruction_for_rerank, self.passage_instruction_format = passage_instruction
+        self.model_name_or_path, self.use_fp16, self.prompt = model_name_or_path, use_fp16, prompt
+        self.query_instruction_for_rerank = query_instruction_for_rerank
+        self.query_instruction_format = query_instruction_format
+        self.passage_instruction_for_rerank = passage_instruction_for_rerank
+        self.passage_instruction_format = passage_instruction_format
         self.batch_size, self.normalize = batch_size, normalize
         self.query_max_length, self.max_length = query_max_length, max_length
         self._engine = LazyEngine(
             EngineSettings(
                 model=model_name_or_path,
                 family=family_setting(model_name_or_path, self.family, instead=_AUTO),
-                dtype="auto" if half else "float32",
+                dtype="auto" if use_fp16 or use_bf16 else "float32",
                 device=engine_devices(devices),
                 cache_dir=cache_dir,
                 **self._text_settings(),
@@ -87,7 +93,7 @@ class FlagBase:
 
     @property
     def reranker(self) -> Any:
-        """The engine that scores, shared by all with equal settings, and loaded again if need be.
+        """The engine, shared by all users of equal settings, and loaded again if it was closed.
 
         Raises:
             RerankError: The model cannot be loaded.
@@ -95,7 +101,7 @@ class FlagBase:
         return self._engine.get()
 
     def stop_self_pool(self) -> None:
-        """Let go of the shared engine, which is freed with its last user; a later use loads again.
+        """Release the shared engine, which is freed with its last user; a later use loads again.
 
         FlagEmbedding's name of `close`. May be repeated.
         """
@@ -114,7 +120,7 @@ class FlagBase:
         layers: tuple[int, ...] = (),
         **changes: Any,
     ) -> Any:
-        """Return the scores of pairs, as this call's arguments and otherwise the attributes say."""
+        """Return the scores of pairs; arguments that are `None` are taken from the attributes."""
         from bge_rerank_adapters.engine.models.reading import Reading
 
         check_batch_size(self.batch_size if batch_size is None else batch_size)
@@ -127,11 +133,11 @@ class FlagBase:
         scores = [list(layer) for layer in zip(*rows, strict=True)]
         if self.normalize if normalize is None else normalize:
             scores = [list(map(sigmoid, layer)) for layer in scores]
-        # Of no pairs there are no layers either.
+        # Without pairs there are no layers either.
         return scores if len(scores) > 1 else [each for layer in scores for each in layer]
 
     def _text_settings(self, **changes: Any) -> dict[str, Any]:
-        """Return how texts are read: as `changes` say where they are not `None`."""
+        """Return the settings for reading texts; `changes` override attributes unless `None`."""
         query, passage = self._instructions()
         settings = {
             "max_length": self.max_length,
@@ -160,6 +166,12 @@ class FlagBase:
         self.close()
 
 
+def shared_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of a constructor's arguments, its `locals()`, that `FlagBase` takes."""
+    taken = inspect.signature(FlagBase.__init__).parameters.keys() - {"self"}
+    return {name: value for name, value in given.items() if name in taken}
+
+
 def _check_no_adapter(peft_path: object) -> None:
     if peft_path is not None:
         raise SettingsError(
@@ -169,6 +181,6 @@ def _check_no_adapter(peft_path: object) -> None:
 
 
 def _pairs(pairs: Any) -> Any:
-    """Return a list of pairs, of a single one as well."""
+    """Return a list of pairs, also for a single pair."""
     single = isinstance(pairs, list | tuple) and pairs and isinstance(pairs[0], str)
     return [pairs] if single else pairs

@@ -5,13 +5,19 @@ from typing import Any, Unpack
 
 from bge_rerank_adapters.engine.hosted.flag_arguments import Devices
 from bge_rerank_adapters.errors import SettingsError
-from bge_rerank_adapters.flag_embedding.base import FlagBase, FlagOptions, Pairs, Scores
+from bge_rerank_adapters.flag_embedding.base import (
+    FlagBase,
+    FlagOptions,
+    Pairs,
+    Scores,
+    shared_arguments,
+)
 from bge_rerank_adapters.settings import checks
 from bge_rerank_adapters.settings.options import shows_options
 
 Layers = int | Sequence[int] | None
 
-# FlagEmbedding's default, which counts for nothing in a model with fewer layers.
+# FlagEmbedding's default, which is ignored by models with fewer layers.
 _COMPRESS_LAYERS = (8,)
 
 
@@ -32,7 +38,7 @@ class FlagLLMReranker(FlagBase):
         passage_instruction_for_rerank: str | None = "B: ",
         passage_instruction_format: str = "{}{}",
         cache_dir: str | None = None,
-        trust_remote_code: bool = False,  # noqa: ARG002 - accepted, see the module
+        trust_remote_code: bool = False,
         devices: Devices = None,
         prompt: str | None = None,
         batch_size: int = 128,
@@ -43,26 +49,11 @@ class FlagLLMReranker(FlagBase):
     ) -> None:
         """Load the model, or share the one that is loaded with equal settings.
 
-        Arguments and errors as of `FlagReranker`. `use_bf16` is what `use_fp16` is, `prompt` what
-        the model is asked after the document, and `peft_path` is refused: the folder of an adapter
-        is a checkpoint by itself here.
+        Arguments and errors as for `FlagReranker`, and: `use_bf16` means the same as `use_fp16`,
+        `prompt` is the text after the document, and `peft_path` is refused, since the folder of an
+        adapter is given as the model here.
         """
-        self.use_fp16 = use_fp16
-        super().__init__(
-            model_name_or_path,
-            half=use_fp16 or use_bf16,
-            query_instruction=(query_instruction_for_rerank, query_instruction_format),
-            passage_instruction=(passage_instruction_for_rerank, passage_instruction_format),
-            cache_dir=cache_dir,
-            devices=devices,
-            batch_size=batch_size,
-            query_max_length=query_max_length,
-            max_length=max_length,
-            normalize=normalize,
-            options=options,
-            peft_path=peft_path,
-            prompt=prompt,
-        )
+        super().__init__(**shared_arguments(locals()))
 
     def compute_score(
         self,
@@ -73,20 +64,13 @@ class FlagLLMReranker(FlagBase):
         max_length: int | None = None,
         prompt: str | None = None,
         normalize: bool | None = None,
-        use_dataloader: bool = False,  # noqa: ARG002 - how it is done there
+        use_dataloader: bool = False,  # noqa: ARG002 - accepted, not needed
         num_workers: int | None = None,  # noqa: ARG002
     ) -> Scores:
         """Return the pairs' logits or scores, as `FlagReranker.compute_score`.
 
-        Args:
-            sentence_pairs: (query, document) pairs, or a single one; may be empty.
-            batch_size: Accepted and not needed, like the last two.
-            query_max_length: For this call, like the next three; `None` is as constructed.
-            max_length: Most tokens of a pair, to which separator and prompt are added.
-            prompt: What the model is asked after the document.
-            normalize: Whether scores are in [0, 1].
-            use_dataloader: Not needed.
-            num_workers: Not needed.
+        Its arguments too, and: `prompt` is the text after the document, which comes on top of
+        `max_length`; `use_dataloader` and `num_workers` are not needed.
         """
         scores: Scores = self._compute(
             sentence_pairs,
@@ -100,7 +84,7 @@ class FlagLLMReranker(FlagBase):
 
 
 class LayerWiseFlagLLMReranker(FlagBase):
-    """bge-reranker-v2-minicpm-layerwise, all of whose layers are loaded."""
+    """bge-reranker-v2-minicpm-layerwise, with all its layers loaded."""
 
     family = "layerwise"
 
@@ -116,7 +100,7 @@ class LayerWiseFlagLLMReranker(FlagBase):
         passage_instruction_for_rerank: str | None = "B: ",
         passage_instruction_format: str = "{}{}",
         cache_dir: str | None = None,
-        trust_remote_code: bool = False,  # noqa: ARG002 - accepted, see the module
+        trust_remote_code: bool = False,
         devices: Devices = None,
         cutoff_layers: Layers = None,
         prompt: str | None = None,
@@ -126,28 +110,13 @@ class LayerWiseFlagLLMReranker(FlagBase):
         normalize: bool = False,
         **options: Unpack[FlagOptions],
     ) -> None:
-        """Load the model; arguments and errors as of `FlagLLMReranker`.
+        """Load the model; arguments and errors as for `FlagLLMReranker`, and `cutoff_layers`.
 
-        `cutoff_layers` says after which layers a score is read, ascending; `None` is the last. All
-        layers are loaded, so that each call may read others.
+        These are the layers whose scores are read, ascending; `None` is the last. All layers are
+        loaded, since each call may read others.
         """
         self.cutoff_layers = cutoff_layers
-        self.use_fp16 = use_fp16
-        super().__init__(
-            model_name_or_path,
-            half=use_fp16 or use_bf16,
-            query_instruction=(query_instruction_for_rerank, query_instruction_format),
-            passage_instruction=(passage_instruction_for_rerank, passage_instruction_format),
-            cache_dir=cache_dir,
-            devices=devices,
-            batch_size=batch_size,
-            query_max_length=query_max_length,
-            max_length=max_length,
-            normalize=normalize,
-            options=options,
-            peft_path=peft_path,
-            prompt=prompt,
-        )
+        super().__init__(**shared_arguments(locals()))
 
     def compute_score(
         self,
@@ -159,26 +128,16 @@ class LayerWiseFlagLLMReranker(FlagBase):
         cutoff_layers: Layers = None,
         prompt: str | None = None,
         normalize: bool | None = None,
-        use_dataloader: bool = False,  # noqa: ARG002 - how it is done there
+        use_dataloader: bool = False,  # noqa: ARG002 - accepted, not needed
         num_workers: int | None = None,  # noqa: ARG002
     ) -> Scores | list[Scores]:
         """Return the pairs' logits or scores; for several layers a list of them for each layer.
 
-        Arguments as of `FlagLLMReranker.compute_score`, and:
-
-        Args:
-            sentence_pairs: (query, document) pairs, or a single one; may be empty.
-            batch_size: Not needed.
-            query_max_length: For this call, like the next four; `None` is as constructed.
-            max_length: Most tokens of a pair, to which separator and prompt are added.
-            cutoff_layers: After which layers a score is read, ascending; all come from one pass.
-            prompt: What the model is asked after the document.
-            normalize: Whether scores are in [0, 1].
-            use_dataloader: Not needed.
-            num_workers: Not needed.
+        Arguments as for `FlagLLMReranker.compute_score`, and: `cutoff_layers` are the layers whose
+        scores are read, ascending, all from one forward pass.
 
         Raises:
-            SettingsError: The model gives no score after one of the layers.
+            SettingsError: The model has no score for one of the layers.
         """
         scores: Scores | list[Scores] = self._compute(
             sentence_pairs,
@@ -193,7 +152,7 @@ class LayerWiseFlagLLMReranker(FlagBase):
 
 
 class LightWeightFlagLLMReranker(FlagBase):
-    """bge-reranker-v2.5-gemma2-lightweight, all of whose layers are loaded."""
+    """bge-reranker-v2.5-gemma2-lightweight, with all its layers loaded."""
 
     family = "lightweight"
 
@@ -209,7 +168,7 @@ class LightWeightFlagLLMReranker(FlagBase):
         passage_instruction_for_rerank: str | None = "B: ",
         passage_instruction_format: str = "{}{}",
         cache_dir: str | None = None,
-        trust_remote_code: bool = False,  # noqa: ARG002 - accepted, see the module
+        trust_remote_code: bool = False,
         devices: Devices = None,
         cutoff_layers: Layers = None,
         compress_layers: Layers = _COMPRESS_LAYERS,
@@ -221,29 +180,14 @@ class LightWeightFlagLLMReranker(FlagBase):
         normalize: bool = False,
         **options: Unpack[FlagOptions],
     ) -> None:
-        """Load the model; arguments and errors as of `LayerWiseFlagLLMReranker`.
+        """Load the model; arguments and errors as for `LayerWiseFlagLLMReranker`, and compression.
 
-        `compress_ratio` says how many of a document's tokens become one, 1, 2, 4 or 8, and
-        `compress_layers` before which layers, counted from 0.
+        `compress_ratio` tokens of a document (1, 2, 4 or 8) are merged into one before each of
+        `compress_layers`, counted from 0.
         """
         self.cutoff_layers, self.compress_layers = cutoff_layers, compress_layers
         self.compress_ratio = compress_ratio
-        self.use_fp16 = use_fp16
-        super().__init__(
-            model_name_or_path,
-            half=use_fp16 or use_bf16,
-            query_instruction=(query_instruction_for_rerank, query_instruction_format),
-            passage_instruction=(passage_instruction_for_rerank, passage_instruction_format),
-            cache_dir=cache_dir,
-            devices=devices,
-            batch_size=batch_size,
-            query_max_length=query_max_length,
-            max_length=max_length,
-            normalize=normalize,
-            options=options,
-            peft_path=peft_path,
-            prompt=prompt,
-        )
+        super().__init__(**shared_arguments(locals()))
 
     def compute_score(
         self,
@@ -261,20 +205,11 @@ class LightWeightFlagLLMReranker(FlagBase):
     ) -> Scores | list[Scores]:
         """Return the pairs' logits or scores; for several layers a list of them for each layer.
 
-        Args:
-            sentence_pairs: (query, document) pairs, or a single one; may be empty.
-            batch_size: Not needed.
-            query_max_length: For this call, like all that follow; `None` is as constructed.
-            max_length: Most tokens of a pair, to which separator and prompt are added.
-            cutoff_layers: After which layers a score is read, ascending; all come from one pass.
-            compress_layer: The old name of `compress_layers`.
-            compress_layers: Before which layers documents are compressed.
-            compress_ratio: How many of a document's tokens become one: 1, 2, 4 or 8.
-            prompt: What the model is asked after the document.
-            normalize: Whether scores are in [0, 1].
+        Arguments as for `LayerWiseFlagLLMReranker.compute_score`, and those of the constructor for
+        compression; `compress_layer` is an old name of `compress_layers`.
 
         Raises:
-            SettingsError: The model gives no score after one of the layers.
+            SettingsError: The model has no score for one of the layers.
         """
         scores: Scores | list[Scores] = self._compute(
             sentence_pairs,
@@ -290,7 +225,7 @@ class LightWeightFlagLLMReranker(FlagBase):
         return scores
 
     def _text_settings(self, **changes: Any) -> dict[str, Any]:
-        """Return how texts are read, compression included."""
+        """Return the settings for reading texts, with those of compression."""
         own = {"compress_ratio": self.compress_ratio, "compress_layers": self.compress_layers}
         settings = own | super()._text_settings(**changes)
         if settings["compress_layers"] in (_COMPRESS_LAYERS, list(_COMPRESS_LAYERS)):
@@ -298,10 +233,10 @@ class LightWeightFlagLLMReranker(FlagBase):
         return settings
 
 
-def _layers(asked: Layers) -> tuple[int, ...]:
-    if asked is None:
+def _layers(given: Layers) -> tuple[int, ...]:
+    if given is None:
         return ()
-    layers = tuple(asked) if isinstance(asked, Sequence) else (asked,)
+    layers = tuple(given) if isinstance(given, Sequence) else (given,)
     if not layers:
         raise SettingsError("cutoff_layers must name at least one layer, got []; None is the last.")
     return tuple(checks.count("cutoff_layers", layer) for layer in layers)

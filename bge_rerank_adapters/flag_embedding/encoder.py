@@ -3,12 +3,18 @@
 from typing import Unpack
 
 from bge_rerank_adapters.engine.hosted.flag_arguments import Devices
-from bge_rerank_adapters.flag_embedding.base import FlagBase, FlagOptions, Pairs, Scores
+from bge_rerank_adapters.flag_embedding.base import (
+    FlagBase,
+    FlagOptions,
+    Pairs,
+    Scores,
+    shared_arguments,
+)
 from bge_rerank_adapters.settings.options import shows_options
 
 
 class FlagReranker(FlagBase):
-    """Encoders: bge-reranker-base, -large and -v2-m3, and models that were made from them."""
+    """Encoders: bge-reranker-base, -large and -v2-m3, and models fine-tuned from them."""
 
     family = "encoder"
     instructions = (None, None)
@@ -22,7 +28,7 @@ class FlagReranker(FlagBase):
         query_instruction_format: str = "{}{}",
         passage_instruction_for_rerank: str | None = None,
         passage_instruction_format: str = "{}{}",
-        trust_remote_code: bool = False,  # noqa: ARG002 - accepted, see the module
+        trust_remote_code: bool = False,
         cache_dir: str | None = None,
         devices: Devices = None,
         batch_size: int = 128,
@@ -37,39 +43,26 @@ class FlagReranker(FlagBase):
             model_name_or_path: A folder, a name on the hub, or `"tiny"` for the bundled checkpoint.
             use_fp16: The fastest half or full precision that the device runs natively; `False` is
                 float32.
-            query_instruction_for_rerank: Put before the query, in `query_instruction_format`.
-            query_instruction_format: With two places: the instruction's and the query's.
+            query_instruction_for_rerank: Text before the query, in `query_instruction_format`.
+            query_instruction_format: Format string with two fields: the instruction and the query.
             passage_instruction_for_rerank: The same for documents.
             passage_instruction_format: The same for documents.
             trust_remote_code: No code of a checkpoint is run, whatever this says.
             cache_dir: Folder of the hub's cache.
             devices: One device or a list; a number is a CUDA device; `None` chooses one.
             batch_size: Accepted and not needed: packs are built by tokens.
-            query_max_length: Most tokens of the query; `None` is three quarters of `max_length`.
-            max_length: Most tokens of a pair.
+            query_max_length: Maximum tokens of the query; `None` is three quarters of `max_length`.
+            max_length: Maximum tokens of a pair.
             normalize: Whether scores are in [0, 1]; else they are logits.
-            **options: The engine's other settings, as `EngineSettings` describes them.
+            **options: The engine's other settings.
 
         Raises:
             TypeError: There is no argument of that name.
             SettingsError: An argument has a value that is not allowed.
             CheckpointError: The checkpoint cannot be found or used.
-            DeviceError: The device is not there.
+            DeviceError: The device does not exist.
         """
-        self.use_fp16 = use_fp16
-        super().__init__(
-            model_name_or_path,
-            half=use_fp16,
-            query_instruction=(query_instruction_for_rerank, query_instruction_format),
-            passage_instruction=(passage_instruction_for_rerank, passage_instruction_format),
-            cache_dir=cache_dir,
-            devices=devices,
-            batch_size=batch_size,
-            query_max_length=query_max_length,
-            max_length=max_length,
-            normalize=normalize,
-            options=options,
-        )
+        super().__init__(**shared_arguments(locals()))
 
     def compute_score(
         self,
@@ -85,8 +78,8 @@ class FlagReranker(FlagBase):
         Args:
             sentence_pairs: (query, document) pairs, or a single one; may be empty.
             batch_size: Accepted and not needed: packs are built by tokens.
-            query_max_length: Most tokens of the query for this call; `None` is as constructed.
-            max_length: Most tokens of a pair, likewise.
+            query_max_length: Maximum tokens of the query for this call; `None` is as constructed.
+            max_length: Maximum tokens of a pair, likewise.
             normalize: Whether scores are in [0, 1], likewise.
 
         Raises:

@@ -1,10 +1,10 @@
-"""The packages that only the server needs."""
+"""Checks for the optional packages of the server."""
 
 from importlib import import_module
 
 
 def require(*modules: str, extra: str = "serve") -> None:
-    """Raise `ImportError` with the pip command that mends it if a module is missing."""
+    """Raise `ImportError` with the pip command to run if a module is missing."""
     for name in modules:
         try:
             import_module(name)

@@ -1,7 +1,7 @@
 """The engine of an adapter: loaded on first use, or given."""
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 from bge_rerank_adapters.calls.ranking import Scorer
@@ -47,6 +47,19 @@ class LazyEngine:
         self._loaded: Scorer | None = None
         if reranker is None:
             _check_without_weights(self._settings_to_load())
+
+    @classmethod
+    def from_options(cls, model: str, options: Mapping[str, Any], *, reranker: object) -> Self:
+        """Return the engine for the arguments of an adapter's constructor; errors as there.
+
+        Args:
+            model: The `model` setting.
+            options: The other settings that the user gave.
+            reranker: A ready engine, or `None`.
+        """
+        settings = EngineSettings(model=model, **options)
+        beside = [*options, *(["model"] if model != EngineSettings.model else [])]
+        return cls(settings, reranker=reranker, beside=beside)
 
     def get(self) -> Scorer:
         """Return the engine; load it if it is not loaded, or was closed by another user.

@@ -13,8 +13,8 @@ retriever = compressor.wrap(first_stage)  # the same, on langchain-core alone
 ```
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Any, Unpack
+from collections.abc import Sequence
+from typing import Any
 
 try:
     from langchain_core.callbacks import (
@@ -22,7 +22,6 @@ try:
         CallbackManagerForRetrieverRun,
         Callbacks,
     )
-    from langchain_core.cross_encoders import BaseCrossEncoder
     from langchain_core.documents import BaseDocumentCompressor, Document
     from langchain_core.retrievers import BaseRetriever, RetrieverLike
     from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda
@@ -39,29 +38,29 @@ except ImportError as error:
 
 from pydantic import ConfigDict, Field, field_validator
 
-from bge_rerank_adapters.calls.checks import check_query
+from bge_rerank_adapters.calls.checks import check_host_documents, check_query
 from bge_rerank_adapters.calls.limits import check_top_k
-from bge_rerank_adapters.calls.metadata import ADDED_METADATA, added_metadata
+from bge_rerank_adapters.calls.metadata import ADDED_METADATA, added_metadata, with_metadata
 from bge_rerank_adapters.calls.ranked_document import RankedDocument
 from bge_rerank_adapters.calls.runner import map_in_turns
 from bge_rerank_adapters.engine.hosted.copies import copied
 from bge_rerank_adapters.engine.hosted.fields import AdapterSettings
-from bge_rerank_adapters.engine.hosted.lazy import LazyEngine
 from bge_rerank_adapters.errors import InputTypeError
-from bge_rerank_adapters.settings import EngineOptions, EngineSettings
-from bge_rerank_adapters.settings.options import check_options, shows_options
+from bge_rerank_adapters.langchain.cross_encoder import BGECrossEncoder
+
+__all__ = ["BGECrossEncoder", "BGEDocumentCompressor", "RerankingRetriever"]
 
 
 class BGEDocumentCompressor(AdapterSettings, BaseDocumentCompressor):
-    """Keeps the documents that answer the query best, as LangChain's document compressor.
+    """A LangChain document compressor that keeps the documents that best answer the query.
 
     Takes the settings of `AdapterSettings`; the model is loaded on first use. A call is traced as
     a run of the class's name, with the query, the number of documents and the scores.
 
     Attributes:
-        metadata_fields: Names of metadata whose values go before the text that is scored, each on
-            a line of its own, in this order; those a document lacks (or has as `None`) are left
-            out. What is returned keeps its text as it was.
+        metadata_fields: Names of metadata whose values are put before the scored text, each on a
+            line, in this order; those missing or `None` are left out. Returned documents keep their
+            own text.
     """
 
     metadata_fields: list[str] = Field(default_factory=list)
@@ -72,21 +71,22 @@ class BGEDocumentCompressor(AdapterSettings, BaseDocumentCompressor):
         """Return copies of the best documents, best first, with their scores in the metadata.
 
         Args:
-            documents: What the first stage found; neither they nor their metadata are changed.
-            query: What they should answer.
-            callbacks: What follows the run; `None` is those of the run that this happens in.
+            documents: The documents of the first stage; neither they nor their metadata are
+                changed.
+            query: The query.
+            callbacks: Callbacks of the run; `None` is those of the surrounding run.
 
         Returns:
-            At most `top_k` documents with ids and metadata kept, to which are added
-            `relevance_score` (float, in [0, 1]), `retrieval_index` (int, the place in `documents`)
-            and, where its end was cut off, `relevance_truncated` (True), or where the query was
-            cut, `relevance_query_truncated` (True). With `long_documents="window"` also
-            `relevance_span_start` and `relevance_span_end` (int): where in `page_content` the best
-            window is, in characters. `[]` for no documents.
+            At most `top_k` documents with their ids and metadata, and in the metadata also
+            `relevance_score` (float, in [0, 1]); `retrieval_index` (int, the index in `documents`);
+            `relevance_truncated` (True), if the end of the document was cut off;
+            `relevance_query_truncated` (True), if the query was cut; and with
+            `long_documents="window"` `relevance_span_start` and `relevance_span_end` (int), the
+            characters of the best window in `page_content`. `[]` for no documents.
 
         Raises:
-            InputTypeError: The query is no `str`, or one of the documents no `Document` with text,
-                or one of the best has metadata that cannot be copied.
+            InputTypeError: The query is not a `str`, a document is not a `Document` with text, or
+                the metadata of a result cannot be copied.
             RerankError: The model could not be loaded, or failed.
         """
         query, found = check_query(query), _checked_documents(documents)
@@ -124,14 +124,14 @@ class BGEDocumentCompressor(AdapterSettings, BaseDocumentCompressor):
         return best
 
     def wrap(self, retriever: RetrieverLike) -> "RerankingRetriever":
-        """Return a retriever that fetches with `retriever` and keeps the best of what it found."""
+        """Return a retriever that reranks the documents of `retriever` and keeps the best."""
         return RerankingRetriever(base_retriever=retriever, compressor=self)
 
     def as_runnable(self) -> Runnable[dict[str, Any], list[Document]]:
-        """Return a runnable from `{"query": str, "documents": [Document, ...]}` to the best.
+        """Return a runnable from `{"query": str, "documents": [Document, ...]}` to documents.
 
         Raises:
-            InputTypeError: On use, where the input lacks one of the two keys.
+            InputTypeError: When it runs on an input without these keys.
         """
 
         def rerank(inputs: dict[str, Any]) -> list[Document]:
@@ -143,19 +143,17 @@ class BGEDocumentCompressor(AdapterSettings, BaseDocumentCompressor):
         return RunnableLambda(rerank, arerank, name=f"{type(self).__name__}.as_runnable")
 
     def _text(self, document: Document) -> str:
-        values = (document.metadata.get(name) for name in self.metadata_fields)
-        lines = [str(value) for value in values if value is not None]
-        return "\n".join([*lines, document.page_content])
+        return with_metadata(document.page_content, document.metadata, names=self.metadata_fields)
 
 
 class RerankingRetriever(BaseRetriever):
-    """A retriever whose documents are those of another one, reranked and cut to the best.
+    """A retriever that reranks the documents of another one and keeps the best.
 
     Attributes:
         base_retriever: The first stage, which should find more than `compressor.top_k`.
-        compressor: What reranks and cuts.
-        top_k: How many documents to return; `None` is as the compressor says. `invoke` takes it as
-            well, for one call.
+        compressor: Reranks its documents.
+        top_k: Maximum number of documents; `None` is the compressor's. `invoke` also takes it, for
+            one call.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
@@ -181,7 +179,7 @@ class RerankingRetriever(BaseRetriever):
         found = self.base_retriever.invoke(query, config, **kwargs)
         compressor = self.compressor
         if (most := self._most(top_k)) is not None and found:
-            # Loaded first, so that the copy shares an engine which is there for the next call too.
+            # Load the engine first: a copy that loaded it would not share it with later calls.
             compressor.scorer  # noqa: B018
             compressor = compressor.model_copy(update={"top_k": most})
         return compressor.compress_documents(found, query, run_manager.get_child())
@@ -206,81 +204,20 @@ class RerankingRetriever(BaseRetriever):
         return self.top_k if top_k is None else check_top_k(top_k)
 
 
-class BGECrossEncoder(BaseCrossEncoder):
-    """Scores pairs of texts, as LangChain's interface of cross-encoders.
-
-    For what takes such a model, langchain-classic's `CrossEncoderReranker` for one, in place of
-    `HuggingFaceCrossEncoder`. `BGEDocumentCompressor` does more: it keeps scores, traces its runs
-    and does not block event loops. The model is loaded on first use.
-    """
-
-    @shows_options(EngineOptions)
-    def __init__(
-        self,
-        model: str = EngineSettings.model,
-        *,
-        reranker: Any = None,
-        **options: Unpack[EngineOptions],
-    ) -> None:
-        """Check the settings.
-
-        Args:
-            model: A folder, a name on the hub, or `"tiny"` for the bundled checkpoint.
-            reranker: A ready engine, such as a `RemoteReranker`, to use instead of loading one; not
-                together with engine settings.
-            **options: The engine's settings by their names, as `EngineSettings` describes them.
-
-        Raises:
-            TypeError: There is no setting of that name.
-            SettingsError: A setting has a value that is not allowed, or stands beside an engine.
-        """
-        check_options(BGECrossEncoder, options)
-        beside = [*options, *(["model"] if model != EngineSettings.model else [])]
-        settings = EngineSettings(model=model, **options)
-        self._engine = LazyEngine(settings, reranker=reranker, beside=beside)
-
-    def score(self, text_pairs: list[tuple[str, str]]) -> list[float]:
-        """Return the scores of (query, document) pairs in input order: in [0, 1], `[]` for none.
-
-        Raises:
-            InputTypeError: A pair is not two `str`; the message names which.
-            RerankError: The model could not be loaded, or failed.
-        """
-        engine: Any = self._engine.get()
-        return [float(score) for score in engine.score_pairs(text_pairs)]
-
-    def warm_up(self) -> None:
-        """Load the model now and run it once, so that the first query does not wait for it."""
-        self._engine.warm_up()
-
-    def close(self) -> None:
-        """Let go of the shared engine, which is freed with its last user; a later use loads again.
-
-        An engine that was given as `reranker=` stays open: it is its owner's to close.
-        """
-        self._engine.close()
-
-
 def _config(callbacks: Callbacks | None) -> RunnableConfig:
-    """Return the config of the run that this happens in, with `callbacks` instead if given."""
+    """Return the config of the surrounding run, with `callbacks` in place of its own if given."""
     return ensure_config(None if callbacks is None else RunnableConfig(callbacks=callbacks))
 
 
 def _checked_documents(documents: object) -> list[Document]:
-    # A Document is itself iterable, over its fields.
-    if isinstance(documents, str | bytes | Document) or not isinstance(documents, Iterable):
-        raise InputTypeError(
-            f"documents must be a list of Document, got {type(documents).__name__}; "
-            "wrap a single document in a list."
-        )
-    found = list(documents)
+    found = check_host_documents(
+        documents,
+        Document,
+        host="langchain_core",
+        advice="make it one with Document(page_content=...)",
+    )
     for index, document in enumerate(found):
-        if not isinstance(document, Document):
-            raise InputTypeError(
-                f"documents[{index}] must be a langchain_core Document, "
-                f"got {type(document).__name__}; make it one with Document(page_content=...)."
-            )
-        # The metadata of such a document would hide it from the engine's own check.
+        # `_text` would hide it from the engine's own check.
         if not isinstance(document.page_content, str):
             raise InputTypeError(
                 f"documents[{index}].page_content must be a str, "
