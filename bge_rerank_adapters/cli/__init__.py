@@ -53,7 +53,7 @@ def demo(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     *,
-    engine: options.Asked,
+    engine: options.Given,
 ) -> None:
     """Rerank real documents: the engine, a LangChain chain, a LlamaIndex query engine."""
     from bge_rerank_adapters.cli.demo import run
@@ -69,7 +69,7 @@ def verify(
     device: options.Device = "auto",
     dtype: options.Dtype = "float32",
     *,
-    engine: options.Asked,
+    engine: options.Given,
 ) -> None:
     """Compare this installation's scores with those that authors published."""
     from bge_rerank_adapters.cli.verification import run
@@ -94,12 +94,12 @@ app.command()(info)
 
 
 def main() -> None:
-    """Run the command line; every error is told in one line, in the words of a shell."""
+    """Run the command line; errors are printed in one line, with the names of options."""
     try:
         app()
     except SystemExit as end:
         if end.code == INTERRUPTED:
-            _leave_at_once()
+            _exit_at_once()
         raise
     except (RerankError, ImportError) as error:
         _fail(in_shell_words(str(error)), error)
@@ -112,14 +112,14 @@ def main() -> None:
         _fail(f"{kind}: {error} (this is a bug; {_TRACEBACK}=1 shows where)", error)
 
 
-def _leave_at_once() -> NoReturn:
-    # A model may be loading in another thread, and C++ aborts a process that ends under it.
+def _exit_at_once() -> NoReturn:
+    # If a model is loading in another thread, C++ may abort a process that ends normally.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(INTERRUPTED)
 
 
 def _fail(text: str, error: Exception) -> NoReturn:
-    told = f"[red]error:[/red] {escape(text)}"
-    Console(stderr=True).print(told, highlight=False, soft_wrap=True)
+    line = f"[red]error:[/red] {escape(text)}"
+    Console(stderr=True).print(line, highlight=False, soft_wrap=True)
     raise SystemExit(1) from error

@@ -1,4 +1,4 @@
-"""How far a run over a file is, on standard error: how many of how many, how fast, how long yet."""
+"""The progress bar of a run over a file: count, speed and remaining time, on standard error."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, Self
@@ -11,39 +11,38 @@ from rich.progress import TimeRemainingColumn as TimeLeft
 class RunBar:
     """Counts the queries of a run; a context manager.
 
-    It moves while the model works, not only when a chunk is done: of a chunk under way it counts
-    the part of its pairs that the engine has scored.
+    It also moves within a chunk, by the pairs of it that the engine has scored.
     """
 
     def __init__(self, *, total: int | None, done: int, shown: bool) -> None:
-        """Begin a count.
+        """Start counting.
 
         Args:
-            total: Queries of the whole run; `None` where nobody knows, as of a stream.
-            done: How many of these an earlier run did.
-            shown: Whether there is a bar at all.
+            total: Number of queries of the whole run; `None` if unknown, as for a stream.
+            done: How many of them an earlier run did.
+            shown: Whether a bar is shown.
         """
         self.done = done
         self.total = total
-        self._under_way: Callable[[], float] = float
+        self._in_progress: Callable[[], float] = float
         self._bar = _Bar(self._move) if shown else None
         if self._bar is not None:
             self._task = self._bar.add_task("Loading the model", total=total, completed=done)
 
     def begin(self, queries: int, pairs: int, scored: Callable[[], int]) -> None:
-        """Tell what is under way.
+        """Begin a chunk.
 
         Args:
-            queries: How many of the input are scored next.
-            pairs: Pairs of these.
+            queries: Number of its queries.
+            pairs: Number of its pairs.
             scored: Returns how many pairs the engine has scored since it was loaded.
         """
         before = scored()
-        self._under_way = lambda: queries * min((scored() - before) / max(pairs, 1), 1.0)
+        self._in_progress = lambda: queries * min((scored() - before) / max(pairs, 1), 1.0)
 
     def advance(self, queries: int) -> None:
         """Count finished queries."""
-        self._under_way = float
+        self._in_progress = float
         self.done += queries
 
     def __enter__(self) -> Self:
@@ -57,12 +56,12 @@ class RunBar:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Leave the bar as it stands."""
+        """Stop updating the bar."""
         if self._bar is not None:
             self._bar.stop()
 
     def ready(self) -> None:
-        """Tell that the model is loaded, from where on time counts."""
+        """Start measuring time, once the model is loaded."""
         if self._bar is not None:
             self._bar.reset(
                 self._task, total=self.total, completed=self.done, description="Reranking"
@@ -70,14 +69,14 @@ class RunBar:
 
     def _move(self) -> None:
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done + self._under_way())
+            self._bar.update(self._task, completed=self.done + self._in_progress())
 
 
 class _Bar(Progress):
-    """Asks for the state of things whenever it is drawn, ten times a second."""
+    """A bar that updates its count whenever it is drawn, ten times a second."""
 
-    def __init__(self, ask: Callable[[], None]) -> None:
-        self._ask: Callable[[], None] | None = None
+    def __init__(self, update_count: Callable[[], None]) -> None:
+        self._update_count: Callable[[], None] | None = None
         super().__init__(
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
@@ -85,14 +84,14 @@ class _Bar(Progress):
             _Speed(""),
             TimeLeft(elapsed_when_finished=True),
             console=Console(stderr=True),
-            # Results go to standard output, which is none of its business.
+            # Standard output is for results.
             redirect_stdout=False,
         )
-        self._ask = ask
+        self._update_count = update_count
 
     def get_renderables(self) -> Iterable[Any]:
-        if self._ask is not None:
-            self._ask()
+        if self._update_count is not None:
+            self._update_count()
         return super().get_renderables()
 
 

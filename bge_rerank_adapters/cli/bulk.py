@@ -1,4 +1,4 @@
-"""A file or a stream of queries with documents, reranked in chunks."""
+"""Reranks a file or a stream of queries with documents, in chunks."""
 
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -19,15 +19,15 @@ from bge_rerank_adapters.cli.journal import Journal, Mark
 from bge_rerank_adapters.errors import RerankError, SettingsError
 from bge_rerank_adapters.settings import EngineSettings
 
-# What is read before anything is scored; memory is bounded by it, and by the longest line.
+# Size of a chunk, in pairs and characters; it bounds memory, as does the longest line.
 _CHUNK_PAIRS = 1024
 _CHUNK_SIZE = 4_000_000
 INTERRUPTED = 130
-"""Exit code of a run that Ctrl-C ended, as shells have it."""
+"""Exit code of a run that was ended by Ctrl-C, as usual in shells."""
 
 
 class OnError(StrEnum):
-    """What becomes of a run that meets a bad line."""
+    """What to do at a bad line."""
 
     STOP = "stop"
     SKIP = "skip"
@@ -35,7 +35,7 @@ class OnError(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What to do with the items, and how to tell it."""
+    """The options of a run."""
 
     settings: EngineSettings
     limits: Limits
@@ -45,16 +45,16 @@ class Task:
     cluster: str | None
     actors: int | None
     count: Callable[[], int | None]
-    """How many queries there are in all, where that can be counted."""
+    """Returns the number of all queries, if they can be counted."""
 
 
 Chunk = list[Item | Bad]
-# Yields each chunk with what to write for its items, or why there is nothing to write.
+# Yields each chunk with the bytes to write for its items, or why there are none.
 _Rank = Callable[[Iterator[Chunk]], Iterator[tuple[Chunk, list[bytes | Bad]]]]
 
 
 def count_queries(path: Path, *, is_run: bool) -> int:
-    """Return how many queries a file holds: lines that are not blank, or groups of a TREC run."""
+    """Return the number of queries in a file of JSON lines, or in a TREC run."""
     with path.open("rb") as lines:
         filled = (line for line in lines if line.strip())
         if not is_run:
@@ -63,8 +63,8 @@ def count_queries(path: Path, *, is_run: bool) -> int:
 
 
 def run_into_stream(task: Task, items: Iterator[Item | Bad]) -> bool:
-    """Rerank into standard output; return whether anything was bad."""
-    # Bar and results in one terminal would be written over each other.
+    """Rerank to standard output; return whether there were bad lines."""
+    # In one terminal the bar and the results would overwrite each other.
     shown = _watched(task) and not sys.stdout.isatty()
     bar = _bar(task, done=0, shown=shown)
     try:
@@ -75,9 +75,9 @@ def run_into_stream(task: Task, items: Iterator[Item | Bad]) -> bool:
 
 
 def run_into_file(task: Task, items: Iterator[Item | Bad], journal: Journal) -> bool:
-    """Rerank what the journal has not; return whether anything was ever put aside."""
+    """Rerank what the journal does not have yet; return whether anything was put aside."""
     if journal.finished:
-        _tell(
+        _say(
             task,
             f"{journal.output} is complete already{journal.same_settings()}; delete it to rerank "
             "anew.",
@@ -94,7 +94,7 @@ def run_into_file(task: Task, items: Iterator[Item | Bad], journal: Journal) -> 
         with bar:
             _fill_file(task, items, journal, bar)
     except KeyboardInterrupt:
-        _stop(task, _how_to_go_on(journal, bar.total))
+        _stop(task, _how_to_continue(journal, bar.total))
     bad = journal.mark.bad_bytes > 0
     if not bad:
         journal.bad.unlink()
@@ -103,14 +103,14 @@ def run_into_file(task: Task, items: Iterator[Item | Bad], journal: Journal) -> 
 
 
 def _fill_file(task: Task, items: Iterator[Item | Bad], journal: Journal, bar: RunBar) -> None:
-    # The model comes first: one that cannot be loaded must not cost an earlier output.
+    # Load the model first: if that fails, an earlier output must stay.
     with _ranker(task, bar) as rank:
         journal.begin()
         with journal.output.open("ab") as results, journal.bad.open("ab") as put_aside:
             _run(task, rank(_chunks(items)), bar, _Sink(results, put_aside, journal))
 
 
-def _how_to_go_on(journal: Journal, total: int | None) -> str:
+def _how_to_continue(journal: Journal, total: int | None) -> str:
     if not journal.begun:
         return f"Stopped before anything was done; {journal.output} is as it was."
     of_all = "" if total is None else f" of {total:,}"
@@ -121,7 +121,7 @@ def _how_to_go_on(journal: Journal, total: int | None) -> str:
 
 
 def _stop(task: Task, text: str) -> NoReturn:
-    _tell(task, text)
+    _say(task, text)
     raise typer.Exit(code=INTERRUPTED)
 
 
@@ -130,7 +130,7 @@ def _watched(task: Task) -> bool:
 
 
 def _bar(task: Task, *, done: int, shown: bool) -> RunBar:
-    # Counting reads a file once more, which nobody needs who sees no bar.
+    # Counting reads the whole file, so it is done only for a bar.
     return RunBar(total=task.count() if shown else None, done=done, shown=shown)
 
 
@@ -141,7 +141,7 @@ def _ranker(task: Task, bar: RunBar) -> Generator[_Rank, None, None]:
         # Imported here, since it is an extra.
         from bge_rerank_adapters.ray.cluster import chunk_ranker, connected
 
-        # Ray tells of its troubles on standard output, where only results belong.
+        # Ray writes messages to standard output, which is for results only.
         with (
             redirect_stdout(sys.stderr),
             connected(task.cluster),
@@ -168,20 +168,20 @@ def _ranker(task: Task, bar: RunBar) -> Generator[_Rank, None, None]:
 
 @dataclass(frozen=True, slots=True)
 class _Sink:
-    """Where results go, and with a file what could not be ranked, and how far the run is."""
+    """Where results go; for a file also bad lines, and the journal."""
 
     results: IO[bytes]
     put_aside: IO[bytes] | None = None
     journal: Journal | None = None
 
-    def write(self, told: bytes | Bad) -> None:
-        if isinstance(told, bytes):
-            self.results.write(told)
+    def write(self, outcome: bytes | Bad) -> None:
+        if isinstance(outcome, bytes):
+            self.results.write(outcome)
         elif self.put_aside is not None:
-            self.put_aside.write(told.to_json())
+            self.put_aside.write(outcome.to_json())
 
-    def keep(self, items: int) -> None:
-        """Note that so many more items are done."""
+    def record(self, items: int) -> None:
+        """Record that this many more items are done."""
         self.results.flush()
         if self.journal is not None and self.put_aside is not None:
             self.put_aside.flush()
@@ -195,16 +195,16 @@ def _run(
     """Rerank all items; return how many were bad."""
     bad = pairs = count = 0
     for chunk, lines in ranked:
-        for told in lines:
-            if isinstance(told, Bad):
+        for outcome in lines:
+            if isinstance(outcome, Bad):
                 bad += 1
-                _refuse_or_report(task, told)
-            sink.write(told)
-        sink.keep(len(chunk))
+                _refuse_or_report(task, outcome)
+            sink.write(outcome)
+        sink.record(len(chunk))
         count += len(chunk)
         pairs += _pairs(chunk)
         bar.advance(len(chunk))
-    _tell(task, f"{count} queries, {pairs} pairs" + (f", {bad} put aside" if bad else "") + ".")
+    _say(task, f"{count} queries, {pairs} pairs" + (f", {bad} put aside" if bad else "") + ".")
     return bad
 
 
@@ -228,13 +228,13 @@ def _chunks(items: Iterator[Item | Bad]) -> Iterator[Chunk]:
 
 
 def _refuse_or_report(task: Task, bad: Bad) -> None:
-    told = f"line {bad.line}: {bad.reason}"
+    message = f"line {bad.line}: {bad.reason}"
     if task.on_error is OnError.STOP:
-        raise RerankError(f"{told} (--on-error skip puts such lines aside and goes on.)")
+        raise RerankError(f"{message} (--on-error skip puts such lines aside and goes on.)")
     if not task.quiet:
-        typer.echo(told, err=True)
+        typer.echo(message, err=True)
 
 
-def _tell(task: Task, text: str) -> None:
+def _say(task: Task, text: str) -> None:
     if not task.quiet:
         typer.echo(text, err=True)

@@ -61,7 +61,7 @@ def evaluate_folder(
     device: options.Device = "auto",
     quiet: options.Quiet = False,
     *,
-    engine: options.Asked,
+    engine: options.Given,
 ) -> None:
     """Measure what reranking changes on a test collection: quality, significance, speed."""
     if plots and output is None:
@@ -104,7 +104,7 @@ def _engines(
 
 
 def _save(report: Report, folder: Path, *, plots: bool, quiet: bool) -> None:
-    """Write the results, and tell where they are."""
+    """Write the results, and list the files."""
     paths = report.save(folder)
     if plots:
         from bge_rerank_adapters.evaluation.plots import save_plots
@@ -117,7 +117,7 @@ def _save(report: Report, folder: Path, *, plots: bool, quiet: bool) -> None:
 
 
 def _show(console: Console, report: Report) -> None:
-    """Print the answers, and the table as wide as its names need; narrow terminals fold these."""
+    """Print the sentences and the table; narrow terminals wrap the engines' names."""
     console.print(escape(title(report)), highlight=False)
     console.print()
     for each in report.scored:

@@ -1,4 +1,4 @@
-"""`bge-rerank info`: what this machine has, and what "auto" makes of it."""
+"""`bge-rerank info`: this machine's devices, and what "auto" chooses."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -40,8 +40,8 @@ def info() -> None:
     console.print(f'dtype "auto":  {picked} ({reason})', highlight=False)
     console.print(_timings(dtype_timings(device), picked))
     console.print(
-        "The device's capability flags pick the dtype, unless timings clearly say the opposite; "
-        "int8 is picked only where it is asked for.\n",
+        "The device's capability flags pick the dtype, unless timings clearly contradict them; "
+        "int8 is never picked automatically.\n",
         highlight=False,
     )
     console.print(_kits(describe_kits(device, dtype)))

@@ -1,4 +1,4 @@
-"""How far a run has come, in a file beside its output, so that a killed run can continue."""
+"""Records a run's progress in a file next to its output, so that it can be continued."""
 
 import json
 import os
@@ -12,12 +12,12 @@ from bge_rerank_adapters.errors import SettingsError
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A moment when output and input were in step.
+    """A consistent state of a run.
 
     Attributes:
-        items: How many of the input are done.
-        bytes: How long the output was then.
-        bad_bytes: How long the file of what was put aside was.
+        items: Number of items that are done.
+        bytes: Length of the output then.
+        bad_bytes: Length of the file with bad lines then.
     """
 
     items: int = 0
@@ -26,29 +26,29 @@ class Mark:
 
 
 class Journal:
-    """Keeps the last mark of a run in a file that is replaced as a whole.
+    """Keeps the last mark of a run in a file that is replaced atomically.
 
-    When the run is finished, `output` with ".settings.json" tells what it was asked for.
+    After the run, the file `output` + ".settings.json" has its options.
 
     Attributes:
-        output: What the run writes.
-        bad: What is put aside: `output` with ".bad.jsonl".
-        mark: How far an earlier run came; the beginning where there is none to be continued.
-        begun: Whether there is anything of the run yet.
-        finished: Whether there is nothing to continue, as the output is whole.
+        output: The file that the run writes.
+        bad: The file for bad lines: `output` + ".bad.jsonl".
+        mark: The last mark of an earlier run, or the beginning.
+        begun: Whether the run has been begun.
+        finished: Whether the output is complete.
     """
 
-    def __init__(self, output: Path, *, asked: dict[str, Any], resume: bool) -> None:
+    def __init__(self, output: Path, *, options: dict[str, Any], resume: bool) -> None:
         """Look for an earlier run's mark; nothing is written before `begin`.
 
         Args:
-            output: What the run writes; `output` with ".progress" is the journal.
-            asked: What must be the same for a run to be continued.
+            output: The file that the run writes; `output` + ".progress" is the journal.
+            options: Must be the same for a run to be continued.
             resume: Whether to continue.
 
         Raises:
-            SettingsError: The output cannot be where it is asked for, or there is an unfinished
-                run, and it is not to be continued, or was asked for otherwise.
+            SettingsError: The output cannot be written there, or there is an unfinished run, and
+                `resume` is false or the options differ.
         """
         self.output = output
         self._check_folder()
@@ -56,19 +56,19 @@ class Journal:
         self._made_with = output.with_name(output.name + ".settings.json")
         self._path = output.with_name(output.name + ".progress")
         self._following = output.with_name(output.name + ".progress.new")
-        self._asked = json.loads(json.dumps(asked))
+        self._options = json.loads(json.dumps(options))
         self.begun = self._path.exists()
         self.finished = resume and output.exists() and not self.begun
         self.mark = self._kept(resume=resume) if self.begun else Mark()
 
     def refuse_inputs(self, inputs: Iterable[os.stat_result]) -> None:
-        """Refuse to write over what is read.
+        """Refuse to overwrite input files.
 
         Args:
-            inputs: Of each file that is read, what the system says of it.
+            inputs: The `os.stat` of each file that is read.
 
         Raises:
-            SettingsError: A file that the run would write, cut or delete is one of them.
+            SettingsError: The run would write, truncate or delete one of them.
         """
         read = list(inputs)
         for path in (self.output, self.bad, self._path, self._following):
@@ -79,7 +79,7 @@ class Journal:
                 )
 
     def begin(self) -> None:
-        """Empty the output, or cut what an earlier run wrote after its last mark.
+        """Empty the output, or truncate it to the last mark of an earlier run.
 
         Raises:
             SettingsError: A file cannot be written, or is shorter than the mark says.
@@ -89,7 +89,7 @@ class Journal:
                 _cut(self.output, self.mark.bytes)
                 _cut(self.bad, self.mark.bad_bytes)
                 return
-            # The journal first: an output without one is that of a finished run.
+            # The journal first: an output without a journal counts as finished.
             self.set(self.mark)
             self.begun = True
             self.output.write_bytes(b"")
@@ -102,31 +102,31 @@ class Journal:
             ) from error
 
     def set(self, mark: Mark) -> None:
-        """Keep a mark; what it speaks of must have been written before."""
+        """Store a mark; everything before it must have been written."""
         self.mark = mark
         kept = {
-            "asked": self._asked,
+            "asked": self._options,
             "mark": {"items": mark.items, "bytes": mark.bytes, "bad_bytes": mark.bad_bytes},
         }
         self._following.write_text(json.dumps(kept), encoding="utf-8")
         self._following.replace(self._path)
 
     def finish(self) -> None:
-        """Forget the journal, as the output is complete; keep what it was asked for."""
-        self._made_with.write_text(json.dumps(self._asked, indent=1) + "\n", encoding="utf-8")
+        """Remove the journal of a complete output, and store the options."""
+        self._made_with.write_text(json.dumps(self._options, indent=1) + "\n", encoding="utf-8")
         self._path.unlink(missing_ok=True)
 
     def same_settings(self) -> str:
-        """Return what to tell of the settings of an output that is finished.
+        """Return a clause about the options of a complete output.
 
         Raises:
-            SettingsError: It was asked for otherwise than now.
+            SettingsError: The options differ.
         """
         try:
             made_with = dict(json.loads(self._made_with.read_bytes()))
         except (OSError, ValueError, TypeError):
             return ", whatever its options were"
-        changed = _differences(made_with, self._asked)
+        changed = _differences(made_with, self._options)
         if changed:
             raise SettingsError(
                 f"{self.output} is complete, but was made with another {', '.join(changed)}; "
@@ -151,13 +151,13 @@ class Journal:
             )
         try:
             kept = json.loads(self._path.read_bytes())
-            mark, asked = Mark(**kept["mark"]), dict(kept["asked"])
+            mark, options = Mark(**kept["mark"]), dict(kept["asked"])
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise SettingsError(
                 f"{self._path} is damaged ({type(error).__name__}: {error}), so the run cannot be "
                 "continued; delete it to begin anew."
             ) from error
-        changed = _differences(asked, self._asked)
+        changed = _differences(options, self._options)
         if changed:
             raise SettingsError(
                 f"{self.output} is of a run that differs in {', '.join(changed)}; give the same "
@@ -167,14 +167,14 @@ class Journal:
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return by name what was asked for otherwise, and of the engine's settings each."""
+    """Return the names of options that differ, with each of the engine's settings."""
     before, now = _flat(before), _flat(now)
     return sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
 
 
-def _flat(asked: dict[str, Any]) -> dict[str, Any]:
-    settings = asked.get("settings")
-    return {**asked, "settings": None, **(settings if isinstance(settings, dict) else {})}
+def _flat(options: dict[str, Any]) -> dict[str, Any]:
+    settings = options.get("settings")
+    return {**options, "settings": None, **(settings if isinstance(settings, dict) else {})}
 
 
 def _cut(path: Path, length: int) -> None:

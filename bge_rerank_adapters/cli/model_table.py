@@ -1,4 +1,4 @@
-"""The published rerankers as a table: what each needs, and how it is run."""
+"""Prints the published rerankers as a table."""
 
 from itertools import groupby
 
@@ -9,7 +9,7 @@ from bge_rerank_adapters.settings.checkpoints import CHECKPOINTS, DEFAULT_MODEL,
 
 _DTYPES = ("float32", "bfloat16", "int8")
 _NOTES = (
-    "GB are those of the weights; packs come on top. float16 takes what bfloat16 takes.",
+    "GB are for the weights; packs need more. float16 needs the same as bfloat16.",
     "With --cutoff-layers only the layers up to that one are loaded.",
     f"The default is {DEFAULT_MODEL}.",
 )
@@ -17,7 +17,7 @@ _NUMBERS = ("parameters", "tokens", *(f"GB {dtype}" for dtype in _DTYPES))
 
 
 def run(console: Console) -> None:
-    """Print each checkpoint of the table, in a pipe or a wide terminal as one line."""
+    """Print the checkpoints: one line each in a pipe or a wide terminal."""
     lines = _lines()
     if console.is_terminal and console.width < max(map(len, lines)):
         console.print(_narrow())
@@ -46,7 +46,7 @@ def _lines() -> list[str]:
 
 
 def _narrow() -> Table:
-    """Return a table for 80 columns: what many have in common stands above them."""
+    """Return a table for 80 columns, grouped by family and languages."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("model", no_wrap=True)
     for heading in _NUMBERS:

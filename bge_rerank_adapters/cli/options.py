@@ -1,4 +1,4 @@
-"""Options that several commands have; those of the engine come from the table of its settings."""
+"""Options of several commands; the engine's are made from the table of its settings."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -11,8 +11,8 @@ from bge_rerank_adapters.settings.options import keyword, with_keywords
 from bge_rerank_adapters.settings.table import Row, rows
 
 _ROWS = rows(EngineSettings)
-Asked = dict[str, Any]
-"""Engine settings by their names, as the shell gave them."""
+Given = dict[str, Any]
+"""Engine settings by name, from command-line options."""
 
 
 def _help(row: Row) -> str:
@@ -28,7 +28,7 @@ Device = Annotated[str, typer.Option(help=_help(_ROWS["device"]))]
 Dtype = Annotated[str, typer.Option(help=_help(_ROWS["dtype"]))]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on standard error but errors.")]
 
-# Commands place model, device and dtype themselves; a secret has no place in a shell's history.
+# Commands list model, device and dtype themselves; secrets must not get into a shell's history.
 _ADDED = {
     name: row
     for name, row in _ROWS.items()
@@ -40,19 +40,19 @@ def with_engine_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command an option for each engine setting but model, device, dtype and secrets.
 
     Args:
-        command: Has a parameter `engine`, which gets those that the shell gives, by their names.
+        command: Has a parameter `engine`, which gets the given ones by name.
     """
 
     @wraps(command)
     def run(**given: Any) -> None:
         values = {name: given.pop(name) for name in _ADDED}
-        # No option is false, zero or empty unless it was not given, but a text may be empty.
-        asked = {
+        # None, False and [] mean not given; an empty text is a value.
+        given_settings = {
             name: read(name, value)
             for name, value in values.items()
             if value is not None and value is not False and value != []
         }
-        command(**given, engine=asked)
+        command(**given, engine=given_settings)
 
     # Typer reads a command's options from its signature.
     added = [_parameter(row) for row in _ADDED.values()]
@@ -68,7 +68,7 @@ def _parameter(row: Row) -> Any:
     option = typer.Option(
         *names,
         help=_help(row),
-        # The command gets None unless the shell gives one, so that the default is the engine's.
+        # None if not given, so that the engine's own default applies.
         show_default=not is_flag and _default(row),
         min=row.format.least,
         rich_help_panel="Engine settings",
@@ -78,10 +78,10 @@ def _parameter(row: Row) -> Any:
 
 
 def read(name: str, value: object) -> Any:
-    """Return the value that an option's text stands for; what is no text stays as it is.
+    """Return the value of an option, parsed if it is a text.
 
     Raises:
-        typer.BadParameter: It stands for none.
+        typer.BadParameter: It cannot be parsed.
     """
     if not isinstance(value, str):
         return value
@@ -93,8 +93,8 @@ def read(name: str, value: object) -> Any:
         ) from error
 
 
-def engine_settings(model: str, *, device: str, dtype: str, engine: Asked) -> EngineSettings:
-    """Return the settings that the options name.
+def engine_settings(model: str, *, device: str, dtype: str, engine: Given) -> EngineSettings:
+    """Return the engine's settings from options.
 
     Raises:
         SettingsError: One of them is not allowed.

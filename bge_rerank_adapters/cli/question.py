@@ -1,4 +1,4 @@
-"""`bge-rerank rerank --query`: one question's documents, ranked as a table."""
+"""`bge-rerank rerank --query`: ranks the documents of one query."""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -15,7 +15,7 @@ from bge_rerank_adapters.settings import EngineSettings
 
 
 def documents_of(arguments: Sequence[str]) -> list[str]:
-    """Return the documents given, or where there is none the lines of standard input."""
+    """Return the given documents, or the lines of standard input if there are none."""
     if arguments:
         return list(arguments)
     lines: Iterable[bytes] = sys.stdin.buffer
@@ -31,7 +31,7 @@ def answer(
     limits: Limits,
     as_json: bool,
 ) -> None:
-    """Print the ranking: a table, in which no text is cut, or a line of JSON.
+    """Print the ranking: a table with whole texts, or a line of JSON.
 
     Raises:
         RerankError: The model cannot be loaded, or failed.
@@ -50,7 +50,7 @@ def answer(
     if console.is_terminal:
         console.print(_table(query, ranking))
     else:
-        # Not every stream can show every letter.
+        # Not every encoding has every character.
         encoding = sys.stdout.encoding or "utf-8"
         sys.stdout.buffer.write(_columns(ranking).encode(encoding, "replace"))
         sys.stdout.buffer.flush()
@@ -74,6 +74,6 @@ def _columns(ranking: Ranking) -> str:
 def _rows(ranking: Ranking) -> Iterable[tuple[str, str, str, str]]:
     for rank, each in enumerate(ranking, start=1):
         places = places_up(rank, each.index)
-        # A document of a line of its own: no end of a line may part the table's rows.
+        # One line for each document, without line ends in its text.
         text = " ".join(each.text.encode("utf-8", "replace").decode().split())
         yield str(rank), f"{places:+d}" if places else "=", f"{each.score:.3f}", text

@@ -1,4 +1,4 @@
-"""`bge-rerank rerank`: a file or a stream of queries with documents, or one question, reranked."""
+"""`bge-rerank rerank`: reranks a file or a stream of queries with documents, or one query."""
 
 import os
 import sys
@@ -28,7 +28,7 @@ from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.settings.checkpoints import DEFAULT_MODEL
 
 PUT_ASIDE = 3
-"""Exit code of a run that finished, but put something aside."""
+"""Exit code of a run that finished, but put bad lines aside."""
 
 EXAMPLES = """
 Examples:
@@ -116,7 +116,7 @@ def rerank(
         ),
     ] = None,
     *,
-    engine: options.Asked,
+    engine: options.Given,
 ) -> None:
     """Rerank the documents of one question, or of each query of a file or a stream."""
     _check_usage(resume, output, actors, cluster)
@@ -153,14 +153,14 @@ def rerank(
         if output is None:
             bad = run_into_stream(task, items)
         else:
-            asked = {
+            settled = {
                 "settings": settings.to_dict(),
                 "format": str(kind),
                 "input": _named(source),
                 "collection": _named(collection),
                 **limits.to_dict(),
             }
-            journal = Journal(output, asked=asked, resume=resume)
+            journal = Journal(output, options=settled, resume=resume)
             journal.refuse_inputs(_inputs(lines, run))
             bad = run_into_file(task, items, journal)
     if bad:
@@ -188,7 +188,7 @@ def _refuse_beside_query(given: Mapping[str, object], output_format: Format | No
 
 
 def _checked_input(arguments: list[str] | None) -> list[str]:
-    """Return the arguments; refuse to wait for a person to type what belongs into a file."""
+    """Return the arguments; refuse to read from a terminal."""
     if not arguments and sys.stdin.isatty():
         raise typer.BadParameter(
             "nothing to rerank: give a file, or --query QUERY and documents, or pipe lines in; "
@@ -221,7 +221,7 @@ def _limits(top_k: int | None, score_threshold: float | None) -> Limits:
 
 
 def _named(path: Path | None) -> str | None:
-    """Return what a journal calls an input; `None` for a stream, or for none."""
+    """Return an input's path for the journal; `None` for a stream, or for none."""
     return None if path is None else str(path.resolve())
 
 
@@ -235,8 +235,8 @@ def _opened(source: Path | None, files: ExitStack) -> IO[bytes]:
 
 
 def _inputs(lines: IO[bytes], run: RunReader | None) -> Iterator[os.stat_result]:
-    """Yield what the system says of each file that is read, standard input among them."""
-    # What stands for standard input in another program's test may be no file.
+    """Yield the `os.stat` of each file that is read, including standard input."""
+    # Standard input may be replaced by something that is not a file.
     with suppress(OSError):
         yield os.fstat(lines.fileno())
     for path in run.files if run is not None else ():

@@ -24,8 +24,8 @@ Examples:
     BGE_RERANK_API_KEY=... bge-rerank serve --model BAAI/bge-reranker-v2-m3 --host 0.0.0.0
 
 Settings that are not given here are taken from the environment, BGE_RERANK_MODEL for --model and
-so on; the API key from there alone. It ends when it is interrupted or told to terminate, once the
-requests that it has are answered.
+so on; the API key only from there. On SIGINT or SIGTERM it answers the requests that it has, and
+ends.
 """
 
 
@@ -66,12 +66,12 @@ def serve(
         bool, typer.Option("--access-log", help="Log a line for each request.")
     ] = False,
     *,
-    engine: options.Asked,
+    engine: options.Given,
 ) -> None:
     """Serve the model over HTTP: the rerank APIs of Cohere, Jina and text-embeddings-inference."""
     from bge_rerank_adapters.serve import ServerSettings
 
-    own: options.Asked = {
+    own: options.Given = {
         "model": model,
         "device": options.read("device", device),
         "dtype": dtype,
@@ -97,29 +97,29 @@ def _serve(settings: Any, listener: socket.socket, *, access_log: bool) -> None:
     from bge_rerank_adapters.serve.transport.server import server_of
 
     _keep_to_quota()
-    # Uvicorn raises the signal that ended it once more, so that it ends the program too.
+    # Uvicorn raises the signal that ended it again, to end the program too.
     signal.signal(signal.SIGTERM, _end)
-    # Loaded here and not by the app, so that a model that is not there is told in one line.
+    # Loaded here and not by the app, so that a missing model is reported in one line.
     with ExitStack() as stack:
-        if tracing.is_asked_for():
+        if tracing.is_requested():
             stack.callback(tracing.export())
         engine = stack.enter_context(Reranker.from_settings(settings.engine))
         engine.warm_up()
         server = server_of(create_app(settings, engine=engine), access_log=access_log)
         _warn_if_open(settings, listener)
-        told = f"Serving {settings.model_name} on {_address(listener)}, described at /docs"
-        Console(stderr=True).print(escape(told), highlight=False, soft_wrap=True)
+        message = f"Serving {settings.model_name} on {_address(listener)}, described at /docs"
+        Console(stderr=True).print(escape(message), highlight=False, soft_wrap=True)
         with suppress(KeyboardInterrupt):
             server.run(sockets=[listener])
 
 
 def _keep_to_quota() -> None:
-    """Start no more threads than the container's quota of processor time has work for."""
+    """Limit threads to the container's CPU quota."""
     from bge_rerank_adapters.engine.models.cpu.threads import use_at_most
     from bge_rerank_adapters.serve.container import cpu_quota, whole_cpus
 
     quota = cpu_quota()
-    # Who sets the number knows better.
+    # A number that the user has set is kept.
     if quota is not None and "OMP_NUM_THREADS" not in os.environ:
         use_at_most(whole_cpus(quota))
 
@@ -135,7 +135,7 @@ def _warn_if_open(settings: Any, listener: socket.socket) -> None:
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    """Return a socket that will listen; binding comes first, since loading takes its time."""
+    """Return a bound socket; binding comes before loading, which takes long."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]

@@ -1,4 +1,4 @@
-"""TREC runs as what `bge-rerank rerank` reads, with the texts of a BEIR folder."""
+"""Reads TREC runs for `bge-rerank rerank`, with the texts of a BEIR folder."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from bge_rerank_adapters.evaluation.collection import document_text, parse_row, 
 
 @dataclass(slots=True)
 class _Group:
-    """The lines of one query that stand together, those that could be read."""
+    """The consecutive readable lines of one query."""
 
     number: int
     query: str
@@ -22,20 +22,20 @@ class _Group:
 
 
 class RunReader:
-    """Reads a TREC run, with the texts of a BEIR folder, a query at a time.
+    """Reads a TREC run with the texts of a BEIR folder, one query at a time.
 
-    Of the corpus only ids and places in the file are held in memory; its file is open until
-    `close`, or the end of a `with`.
+    Only ids and offsets of the corpus are held in memory; its file is open until `close`, or the
+    end of a `with` block.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Find every document of `corpus.jsonl`, and read `queries.jsonl`.
+        """Index the documents of `corpus.jsonl`, and read `queries.jsonl`.
 
         Raises:
             SettingsError: One of the files is missing or cannot be read; the message names it.
         """
         corpus, queries = self.files = (folder / "corpus.jsonl", folder / "queries.jsonl")
-        self._places = {row.name: row.offset for row in read_rows(corpus)}
+        self._offsets = {row.name: row.offset for row in read_rows(corpus)}
         self._queries = {row.name: row.values["text"] for row in read_rows(queries)}
         self._corpus = corpus.open("rb")
 
@@ -48,13 +48,13 @@ class RunReader:
         self.close()
 
     def close(self) -> None:
-        """Close the corpus; nothing can be read after."""
+        """Close the corpus; nothing can be read afterwards."""
         self._corpus.close()
 
     def read(self, lines: Iterable[bytes]) -> Iterator[Item | Bad]:
-        """Yield the item of each query; the lines of a query must stand together.
+        """Yield the item of each query, whose lines must be consecutive.
 
-        A line that cannot be read is yielded by itself, and parts nothing.
+        An unreadable line is yielded by itself, and does not separate the lines around it.
         """
         seen: set[str] = set()
         for group in _groups(lines):
@@ -71,7 +71,7 @@ class RunReader:
             return f"query {group.query} came before; sort the run by query."
         if group.query not in self._queries:
             return f"query {group.query} is not in queries.jsonl."
-        unknown = next((name for name in group.names if name not in self._places), None)
+        unknown = next((name for name in group.names if name not in self._offsets), None)
         if unknown is None:
             return ""
         return f"document {unknown} of query {group.query} is not in corpus.jsonl."
@@ -89,12 +89,12 @@ class RunReader:
         )
 
     def _text(self, name: str) -> str:
-        self._corpus.seek(self._places[name])
+        self._corpus.seek(self._offsets[name])
         return document_text(parse_row(self._corpus.readline())[1])
 
 
 def _groups(lines: Iterable[bytes]) -> Iterator[_Group | Bad]:
-    """Yield the lines of each query together, and before them those that cannot be read."""
+    """Yield the lines of each query together, and unreadable lines before them."""
     group: _Group | None = None
     for number, line in enumerate(lines, start=1):
         text = line.decode("utf-8", "replace").rstrip("\r\n")

@@ -14,18 +14,18 @@ from bge_rerank_adapters.engine.reranker import Reranker
 from bge_rerank_adapters.errors import CheckpointNotFoundError
 from bge_rerank_adapters.settings import EngineSettings
 
-# How far a logit may move in other dtypes, beside what the source's own rounding allows. Measured
-# as the largest difference from float32 on a processor: on 120 real pairs the bundled checkpoint's
-# logits moved by 0.003 in float16 and 0.031 in bfloat16, on 240 by 0.24 in int8; on 16 those of a
-# model of base's size with random weights by 0.27 in bfloat16. Above that is room for deeper ones.
+# How far a logit may differ in other dtypes, in addition to the source's own rounding. Measured
+# maximum differences from float32 on a CPU, bundled checkpoint: 0.003 in float16 and 0.031 in
+# bfloat16 on 120 real pairs, 0.24 in int8 on 240. A model of base's size with random weights: 0.27
+# in bfloat16 on 16 pairs. Deeper models may differ more, so the tolerances are larger.
 LOGIT_TOLERANCE = {"float32": 0.0, "float16": 0.05, "bfloat16": 0.3, "int8": 0.6}
-# A sigmoid is nowhere steeper, so a score moves by that part of its logit at most.
+# The maximum slope of the sigmoid: a score differs at most by this fraction of its logit.
 _STEEPEST = 0.25
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One published figure beside the one computed here.
+    """One published figure and the one computed here.
 
     Attributes:
         source: Where the figure was published.
@@ -34,7 +34,7 @@ class Comparison:
         document: The pair's document.
         expected: The published figure.
         got: The one computed here.
-        tolerance: How far they may be apart.
+        tolerance: How far they may differ.
     """
 
     source: str
@@ -52,7 +52,7 @@ class Comparison:
 
 
 def compare(reranker: Reranker, published: Iterable[PublishedScores]) -> list[Comparison]:
-    """Return every published figure beside the engine's own.
+    """Return every published figure with the engine's own.
 
     Raises:
         RerankError: The engine fails.
@@ -91,21 +91,21 @@ def published_for(model: str) -> list[PublishedScores]:
 def run(console: Console, settings: EngineSettings) -> bool:
     """Print a table of published figures and an engine's own; return whether all agree.
 
-    Where nothing was published for the model, or its weights are not to be had, it says so and
-    returns False.
+    If nothing was published for the model, or its weights are not found, it says so and returns
+    False.
     """
     model = settings.model
     published = published_for(model)
     if not published:
         known = ", ".join(sorted({entry.model for entry in PUBLISHED_SCORES}))
-        told = f"No scores were published for {model!r}; there are some for {known}."
-        console.print(escape(told))
+        message = f"No scores were published for {model!r}; there are some for {known}."
+        console.print(escape(message))
         return False
     try:
         reranker = Reranker.from_settings(settings)
     except CheckpointNotFoundError as error:
-        told = f"Nothing was compared, for want of the weights: {error}"
-        console.print(escape(told), highlight=False)
+        message = f"Nothing was compared, since the weights are missing: {error}"
+        console.print(escape(message), highlight=False)
         return False
     with reranker:
         compared = compare(reranker, published)

@@ -1,4 +1,4 @@
-"""Errors in the words of a shell: options instead of Python's arguments."""
+"""Rewrites errors for the command line: options instead of Python's arguments."""
 
 import re
 
@@ -8,7 +8,7 @@ _OPTIONS = {*setting_names(), "top_k", "score_threshold"} - {"token"}
 _NAME = r"(?<![\w/.'\"-])([a-z]+(?:_[a-z]+)*)"
 _GIVEN = re.compile(_NAME + r"=(\"[^\"]*\"|'[^']*'|[\w.:/-]*\w)")
 _NAMED = re.compile(_NAME + r"(?![\w/=-])")
-# A hub token is no option: it would stand in the shell's history.
+# The hub token is not an option, which would be kept in the shell's history.
 _TOKEN = (
     "give a token= with the right to read it, or set HF_TOKEN",
     "set HF_TOKEN to one that may read it",
@@ -18,8 +18,8 @@ _TOKEN = (
 def in_shell_words(message: str) -> str:
     """Return a message in which `max_length=256` is `--max-length 256`, and so on.
 
-    Other words stay as they are, also those that are an option's name and English too, such as
-    "model" and "device".
+    Other words stay as they are, also names of options that are English words, such as "model" and
+    "device".
     """
     return _NAMED.sub(_named, _GIVEN.sub(_given, message.replace(*_TOKEN)))
 

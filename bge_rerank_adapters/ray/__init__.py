@@ -10,11 +10,11 @@ ranked = rerank_dataset(questions, model="BAAI/bge-reranker-v2-m3", top_k=10, nu
 explode(ranked).write_parquet("ranked")  # a row for each result
 ```
 
-`rerank_files` does the same from files to files, and goes on where a killed job ended.
+`rerank_files` does the same from files to files, and can continue an interrupted job.
 """
 
 try:
-    import ray.data as _ray_data  # noqa: F401 - a bare `ray` lacks what this needs
+    import ray.data as _ray_data  # noqa: F401 - `ray` alone lacks its dependencies
 except ImportError as error:
     raise ImportError(
         'bge_rerank_adapters.ray needs ray[data]; run: pip install "bge-rerank-adapters[ray]"'

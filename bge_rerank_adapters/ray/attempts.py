@@ -1,7 +1,7 @@
-"""What was begun and never finished: how rows that end their actor's process are found, and left.
+"""Finds rows on which their actor's process dies, and puts them aside.
 
-Ray Data starts an actor that died again, and gives it the same rows again, without end. A row on
-which the actor dies each time, for want of memory, say, would keep the job from ending.
+Ray Data restarts an actor that has died and gives it the same rows again, without end. A row that
+kills the actor each time, for example for lack of memory, would keep the job from ending.
 """
 
 import hashlib
@@ -15,20 +15,20 @@ from bge_rerank_adapters.calls.limits import Limits
 from bge_rerank_adapters.calls.ranking import Ranking
 from bge_rerank_adapters.ray.rows import rank_all
 
-# So often rows are tried together; from then on one by one, which shows the row to blame.
+# How often rows are tried together; afterwards one by one, to find the row that fails.
 _TRIES_TOGETHER = 2
-# So often an actor may die on a row alone: once may have been the machine's fault.
+# How often an actor may die on a single row: once may be the machine's fault.
 _TRIES_ALONE = 2
 
 
 class Unfinished:
-    """Counts, in an actor of its own, how often each piece of work was begun and not finished."""
+    """An actor that counts how often each piece of work was begun and not finished."""
 
     def __init__(self) -> None:
         self._begun: dict[str, int] = {}
 
     def begin(self, work: str) -> int:
-        """Count a beginning; return how many before it were never finished."""
+        """Count an attempt; return how many earlier ones were not finished."""
         before = self._begun.get(work, 0)
         self._begun[work] = before + 1
         return before
@@ -40,10 +40,10 @@ class Unfinished:
 
 
 class Attempts:
-    """What the actors of a job tell of the work that they begin and finish."""
+    """Ranks rows for the actors of a job, and counts attempts that do not finish."""
 
     def __init__(self) -> None:
-        """Start the actor that counts; it ends with the last who holds this."""
+        """Start the actor that counts; it ends with the last reference to this object."""
         self._counts: Any = ray.remote(Unfinished).options(num_cpus=0, max_restarts=-1).remote()
 
     def rank(
@@ -51,15 +51,15 @@ class Attempts:
     ) -> list[Ranking | Bad]:
         """Return the ranking of each item, in order, or why there is none.
 
-        Items on which the process ended before are ranked one by one, and one on which it ended
-        again is put aside.
+        Items on which the process died before are ranked one by one, and one on which it dies again
+        is put aside.
 
         Args:
-            engine: What ranks.
-            items: n items; may be none.
-            limits: Of each ranking.
+            engine: The reranker.
+            items: n items; may be empty.
+            limits: The limits of each ranking.
         """
-        # An actor keeps its id when it is started again, and does one thing at a time.
+        # An actor keeps its id when it is restarted, and runs one call at a time.
         work = f"{ray.get_runtime_context().get_actor_id()}:{_digest(items)}"
         if self._begin(work) < _TRIES_TOGETHER:
             rankings = rank_all(engine, items, limits=limits)
@@ -75,7 +75,7 @@ class Attempts:
         self, engine: Any, item: Item | Bad, *, limits: Limits, work: str
     ) -> Ranking | Bad:
         if isinstance(item, Item) and self._begin(work) >= _TRIES_ALONE:
-            # Not finished, so that it stays aside if another row ends the process after it.
+            # Not finished, so that it stays aside if another row kills the process later.
             return Bad(
                 item.line,
                 f"the process that ranked it ended, each of {_TRIES_ALONE} times that it was "
@@ -90,12 +90,12 @@ class Attempts:
         try:
             return int(ray.get(self._counts.begin.remote(work)))
         except ray.exceptions.RayActorError:
-            return 0  # its machine was lost, and with it the counts
+            return 0  # its machine was lost, with the counts
 
     def _finish(self, work: str) -> None:
         self._counts.finish.remote(work)
 
 
 def _digest(items: Sequence[Item | Bad]) -> str:
-    told = [(each.query, each.texts) if isinstance(each, Item) else each.line for each in items]
-    return hashlib.blake2b(repr(told).encode("utf-8", "backslashreplace")).hexdigest()
+    content = [(each.query, each.texts) if isinstance(each, Item) else each.line for each in items]
+    return hashlib.blake2b(repr(content).encode("utf-8", "backslashreplace")).hexdigest()

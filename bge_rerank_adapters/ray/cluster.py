@@ -1,4 +1,4 @@
-"""A cluster as what ranks for a program that reads and writes by itself, in order."""
+"""Ranks on a cluster for a program that reads and writes itself, in order."""
 
 import logging
 import os
@@ -26,10 +26,10 @@ _ANSWER_S = 10.0
 # The first actor may have to wait for a machine, and to fetch the model.
 _PATIENCE_S = 30.0
 _START_S = 900.0
-# One chunk is ranked while the next is on its way.
+# One chunk is ranked while the next is being sent.
 _CHUNKS_OF_ACTOR = 2
 _RETRIES = 3
-# Clusters speak gRPC, and so HTTP/2: either side begins with a frame of settings, RFC 9113, 3.4.
+# Clusters use gRPC over HTTP/2, where each side begins with a SETTINGS frame (RFC 9113, 3.4).
 _HTTP2_SETTINGS = b"\x04"
 _HTTP2_HEADER_BYTES = 9
 _HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + _HTTP2_SETTINGS + bytes(5)
@@ -37,11 +37,11 @@ _HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + _HTTP2_SETTIN
 
 @contextmanager
 def connected(address: str) -> Generator[None, None, None]:
-    """Connect this program to a cluster, for as long as a `with` lasts.
+    """Connect this program to a cluster within a `with` block.
 
     Args:
-        address: `"local"` for a cluster on this machine that ends with it, `"auto"` for the one
-            that runs on this machine, `"host:port"` of a head node, or `"ray://host:port"`.
+        address: `"local"` for a new cluster on this machine that ends with the block, `"auto"` for
+            the one that runs on it, `"host:port"` of a head node, or `"ray://host:port"`.
 
     Raises:
         SettingsError: No cluster answers there.
@@ -55,11 +55,11 @@ def connected(address: str) -> Generator[None, None, None]:
             include_dashboard=False if address == "local" else None,
         )
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        told = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise SettingsError(
-            f'No Ray cluster answers at {address!r}: {told.rstrip(".")}. Give "local", "auto", '
-            '"host:port" or "ray://host:port"; where the cluster asks for a token, set '
-            "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to it, as well."
+            f'No Ray cluster answers at {address!r}: {reason.rstrip(".")}. Give "local", "auto", '
+            '"host:port" or "ray://host:port"; if the cluster needs a token, also set '
+            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN."
         ) from error
     try:
         yield
@@ -71,14 +71,13 @@ def connected(address: str) -> Generator[None, None, None]:
 def chunk_ranker(
     settings: EngineSettings, *, limits: Limits, write: Write, actors: int | None
 ) -> Generator["ChunkRanker", None, None]:
-    """Load engines in the cluster that this program is connected to; they end with the `with`.
+    """Load engines in the connected cluster; they end with the `with` block.
 
     Args:
-        settings: Of every engine.
-        limits: Of each ranking.
-        write: Makes bytes of an item and its ranking.
-        actors: How many engines; `None` is one for each GPU, or, where there are none, for each
-            machine.
+        settings: The settings of the engines.
+        limits: The limits of each ranking.
+        write: Serialises an item and its ranking.
+        actors: Number of engines; `None` is one for each GPU, or without GPUs one for each machine.
 
     Raises:
         RerankError: The model cannot be loaded, or the cluster has no room.
@@ -93,32 +92,31 @@ def chunk_ranker(
 
 
 def share(nodes: list[dict[str, float]], actors: int | None) -> tuple[int, Resources]:
-    """Return how many actors there are, and what each gets.
+    """Return the number of actors, and the resources of each.
 
     Args:
         nodes: The resources of each machine.
-        actors: How many are asked for.
+        actors: The number that the user wants, or `None`.
     """
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
     if gpus:
         return actors or gpus, Resources(num_gpus=1, num_cpus=1)
-    processors = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
-    count = actors or max(1, len(processors))
-    of_a_node = -(-count // max(1, len(processors)))
-    return count, Resources(num_cpus=max(1, min(processors, default=1) // of_a_node))
+    cpus = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
+    count = actors or max(1, len(cpus))
+    of_a_node = -(-count // max(1, len(cpus)))
+    return count, Resources(num_cpus=max(1, min(cpus, default=1) // of_a_node))
 
 
 class ChunkRanker:
-    """Engines in the cluster, which rank chunks of items; results come in the chunks' order."""
+    """Engines in the cluster that rank chunks of items, with results in order."""
 
     def __init__(self, recipe: Recipe, write: Write, *, count: int, resources: Resources) -> None:
-        """Load the engines; the first to be ready is waited for.
+        """Load the engines, and wait until the first is ready.
 
         Raises:
             RerankError: The model cannot be loaded, or no engine was ready in time.
         """
-        # An actor that dies is started again and does its chunk again; one that dies of the same
-        # chunk each time must not do so for ever.
+        # An actor that dies is restarted and repeats its chunk, but not for ever.
         remote = ray.remote(
             max_restarts=-1,
             max_task_retries=_RETRIES,
@@ -145,30 +143,32 @@ class ChunkRanker:
         self._note(ready)
 
     def rank(self, chunks: Iterator[Chunk]) -> Iterator[tuple[Chunk, list[bytes | Bad]]]:
-        """Yield each chunk with what to write for its items, or why there is nothing.
+        """Yield each chunk with the bytes to write for its items, or why there are none.
 
         Raises:
-            RerankError: The model cannot be loaded, or an actor died of a chunk again and again.
+            RerankError: The model cannot be loaded, or an actor died repeatedly on a chunk.
         """
-        under_way: deque[tuple[Chunk, Any]] = deque()
+        in_progress: deque[tuple[Chunk, Any]] = deque()
         busy: dict[Any, Any] = {}
         more = True
-        while more or under_way:
-            while more and self._free and len(under_way) < 2 * _CHUNKS_OF_ACTOR * len(self._actors):
+        while more or in_progress:
+            while (
+                more and self._free and len(in_progress) < 2 * _CHUNKS_OF_ACTOR * len(self._actors)
+            ):
                 chunk = next(chunks, None)
                 more = chunk is not None
                 if chunk is not None:
-                    # The one that has least to do.
+                    # The actor with the least work.
                     actor = max(self._free, key=self._free.count)
                     self._free.remove(actor)
-                    told = actor.rank.remote(chunk)
-                    busy[told] = actor
-                    under_way.append((chunk, told))
+                    result = actor.rank.remote(chunk)
+                    busy[result] = actor
+                    in_progress.append((chunk, result))
             if busy:
                 self._note_done(busy)
-            while under_way and under_way[0][1] not in busy:
-                chunk, told = under_way.popleft()
-                yield chunk, _got(told)
+            while in_progress and in_progress[0][1] not in busy:
+                chunk, result = in_progress.popleft()
+                yield chunk, _got(result)
 
     def close(self) -> None:
         """End the actors."""
@@ -176,7 +176,7 @@ class ChunkRanker:
             ray.kill(actor)
 
     def _note_done(self, busy: dict[Any, Any]) -> None:
-        """Wait until an actor is done with something."""
+        """Wait until an actor has finished loading or a chunk."""
         done, _ = ray.wait([*self._loading, *busy])
         self._note([each for each in done if each in self._loading])
         for each in done:
@@ -190,14 +190,14 @@ class ChunkRanker:
 
 
 class _Ranker:
-    """What each actor is."""
+    """An actor with an engine."""
 
     def __init__(self, recipe: Recipe, write: Write) -> None:
         self._recipe, self._write = recipe, write
         self._engine: Any = None
 
     def load(self) -> None:
-        # Not in the constructor, whose errors reach nobody as they are.
+        # Not in the constructor, whose errors Ray does not pass on.
         self._engine = self._engine or self._recipe.load()
 
     def rank(self, chunk: Chunk) -> list[bytes | Bad]:
@@ -205,10 +205,10 @@ class _Ranker:
         return rank_and_write(self._engine, chunk, limits=self._recipe.limits, write=self._write)
 
 
-def _got(told: Any) -> Any:
-    """Return what an actor answered; its own error is raised as if it had been made here."""
+def _got(result: Any) -> Any:
+    """Return an actor's result, or raise its error."""
     try:
-        return ray.get(told)
+        return ray.get(result)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, RerankError | ImportError):
             raise error.cause from None
@@ -230,18 +230,18 @@ def _free() -> Any:
 
 
 def _check_answers(address: str) -> None:
-    """Refuse an address where no cluster answers, which Ray itself would wait for by minutes."""
+    """Refuse an address where no cluster answers; Ray itself would wait for minutes."""
     if address in {"local", "auto"}:
         return
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
         with socket.create_connection((host, int(port)), timeout=_ANSWER_S) as connection:
             if os.environ.get("RAY_USE_TLS", "0") not in {"", "0"}:
-                return  # nobody answers a greeting in the clear
+                return  # an unencrypted greeting would get no answer
             connection.sendall(_HTTP2_GREETING)
             answer = connection.makefile("rb").read(_HTTP2_HEADER_BYTES)
         if answer[3:4] != _HTTP2_SETTINGS:
-            raise ConnectionError("what listens there is no head node")
+            raise ConnectionError("it is not a head node")
     except (OSError, ValueError, OverflowError) as error:
         raise SettingsError(
             f'No Ray cluster answers at {address!r} ({error}); give "local", "auto", "host:port" '

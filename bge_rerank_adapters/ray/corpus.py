@@ -1,4 +1,4 @@
-"""Documents that rows name by their ids: in memory, or in a database file on each machine."""
+"""Documents that rows refer to by id, in memory or in a database file on each machine."""
 
 import hashlib
 import json
@@ -24,38 +24,38 @@ from bge_rerank_adapters.ray.storage import (
 )
 
 IDS = "document_ids"
-# Another actor of the machine may be filling the database.
+# How long to wait while another actor of the machine fills the database.
 _FILLING_S = 24 * 3600
 _LINES_BYTES = 16_000_000
 _AT_ONCE = 500
 
 
 class Corpus(Protocol):
-    """Knows the texts of documents by their ids."""
+    """The texts of documents by id."""
 
     def find(self, ids: list[str]) -> Mapping[str, str]:
-        """Return the texts of those ids that it knows."""
+        """Return the texts of known ids."""
         ...
 
 
 class CorpusSource(Protocol):
-    """What travels to the actors and becomes a corpus there."""
+    """What is sent to the actors, which open a corpus from it."""
 
     def open(self) -> Corpus:
         """Return the corpus."""
         ...
 
-    def told(self) -> Any:
-        """Return what tells it from another, as plain values for JSON."""
+    def identity(self) -> Any:
+        """Return JSON values that identify the corpus."""
         ...
 
 
 def corpus_source(corpus: object) -> CorpusSource | None:
-    """Return where the actors get documents from that rows name by their ids.
+    """Return the source of documents that rows refer to by id.
 
     Args:
-        corpus: A dict of texts by id; or a path of Parquet or JSONL files with `doc_id` and
-            `text`, which every machine must see; or `None`.
+        corpus: A dict of texts by id; a path of Parquet or JSONL files with `doc_id` and `text`,
+            accessible from every machine; or `None`.
 
     Raises:
         SettingsError: It is none of these, or there are no such files.
@@ -78,7 +78,7 @@ def with_texts(row: Any, corpus: Corpus) -> Any:
     """Return a row with `documents` in place of `document_ids`.
 
     Raises:
-        InputTypeError: The ids are no list of them, or one of them is not in the corpus.
+        InputTypeError: The ids are not a list, or one of them is not in the corpus.
     """
     if not isinstance(row, dict):
         return row
@@ -96,7 +96,7 @@ def with_texts(row: Any, corpus: Corpus) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class TextsInMemory:
-    """A dict of texts; every actor has a copy of it."""
+    """A dict of texts, copied to every actor."""
 
     texts: dict[str, str]
 
@@ -104,11 +104,11 @@ class TextsInMemory:
         """Return itself."""
         return self
 
-    def find(self, ids: list[str]) -> Mapping[str, str]:  # noqa: ARG002 - as of any corpus
+    def find(self, ids: list[str]) -> Mapping[str, str]:  # noqa: ARG002 - the protocol's
         """Return all texts."""
         return self.texts
 
-    def told(self) -> Any:
+    def identity(self) -> Any:
         """Return a digest of ids and texts."""
         digest = hashlib.sha256()
         for name in sorted(self.texts):
@@ -118,20 +118,20 @@ class TextsInMemory:
 
 @dataclass(frozen=True, slots=True)
 class CorpusFiles:
-    """Files with the texts, which each machine copies into a database file of its own once.
+    """Files with the texts, which each machine copies into its own database file once.
 
     Attributes:
-        system: Where the files are.
-        files: Path, size and time of the last change of each.
+        system: The files' file system.
+        files: Path, size and modification time of each.
     """
 
     system: fs.FileSystem
     files: tuple[tuple[Any, ...], ...]
 
     def open(self) -> "TextsInFile":
-        """Return the texts in this machine's database, which is filled if need be.
+        """Return the texts in this machine's database, which is filled if it is empty.
 
-        Its other actors wait meanwhile; what a killed one began is undone by SQLite.
+        Other actors of the machine wait meanwhile. SQLite rolls back what an interrupted one began.
 
         Raises:
             SettingsError: A file has no `doc_id` and `text`, or two documents have one id.
@@ -144,12 +144,12 @@ class CorpusFiles:
             database.execute("COMMIT")
         return TextsInFile(path)
 
-    def told(self) -> Any:
+    def identity(self) -> Any:
         """Return the files' paths, sizes and times."""
         return [list(each) for each in self.files]
 
     def _key(self) -> str:
-        return hashlib.sha256(json.dumps(self.told()).encode()).hexdigest()[:32]
+        return hashlib.sha256(json.dumps(self.identity()).encode()).hexdigest()[:32]
 
     def _fill(self, database: sqlite3.Connection) -> None:
         database.execute("CREATE TABLE documents (id TEXT NOT NULL, text TEXT NOT NULL)")
@@ -166,7 +166,7 @@ class CorpusFiles:
 
 
 class TextsInFile:
-    """Texts in a database file, of which only what is asked for is held in memory."""
+    """Texts in a database file, of which only the requested ones are held in memory."""
 
     def __init__(self, path: Path) -> None:
         self._database = sqlite3.connect(f"file:{path}?mode=ro", uri=True, check_same_thread=False)
@@ -177,7 +177,7 @@ class TextsInFile:
         for start in range(0, len(ids), _AT_ONCE):
             some = ids[start : start + _AT_ONCE]
             marks = ",".join("?" * len(some))
-            # The text of the statement has question marks alone of the ids.
+            # The statement has only placeholders for the ids.
             statement = f"SELECT id, text FROM documents WHERE id IN ({marks})"  # noqa: S608
             found.update(self._database.execute(statement, some))
         return found
@@ -216,7 +216,7 @@ def _parsed(line: bytes, place: str) -> Any:
 
 
 def _own_folder() -> Path:
-    """Return this user's folder for databases, which nobody else can have put files into."""
+    """Return this user's folder for databases, in which no other user can have put files."""
     user = os.getuid() if hasattr(os, "getuid") else "user"
     folder = Path(tempfile.gettempdir()) / f"bge-rerank-corpus-{user}"
     folder.mkdir(mode=0o700, exist_ok=True)

@@ -1,4 +1,4 @@
-"""`rerank_dataset`: a Ray dataset of questions with documents, ranked by a pool of actors."""
+"""`rerank_dataset`: ranks a Ray dataset of queries with documents by a pool of actors."""
 
 import logging
 from typing import Any
@@ -54,32 +54,32 @@ def rerank_dataset(
 ) -> Dataset:
     """Return a dataset of the rows' rankings, one row for each row of the input.
 
-    Lazy, as all of Ray Data: nothing runs before the result is read or written. Each actor loads
-    the model once. A batch is all that an actor holds; how many wait between reading, ranking and
-    writing is bounded by Ray's object store. An actor that dies is started again, and its rows are
-    given out again: none is lost, none is doubled. A row on which they die each time is put aside.
+    It is lazy, like all of Ray Data: nothing runs before the result is read or written. Each actor
+    loads the model once and holds one batch at a time; Ray's object store limits what waits between
+    reading, ranking and writing. An actor that dies is restarted and its rows are repeated: none is
+    lost or duplicated. A row on which actors die each time is put aside.
 
     Args:
-        dataset: Rows of `query`, and `documents`: a list of texts, or of objects with a `text` and
-            perhaps an `id`; with a `corpus`, `document_ids` instead: a list of ids. All other
-            columns are kept as they are, `query_id` among them.
+        dataset: Rows of `query` and `documents`: a list of texts, or of objects with a `text` and
+            an optional `id`. With a `corpus`, `document_ids` instead: a list of ids. All other
+            columns, such as `query_id`, are kept.
         model: A checkpoint, as in `Reranker`.
-        settings: All engine settings, in place of `model`. A device of "auto" becomes "cuda" where
-            the actors have a GPU, and "cpu" where they have none.
-        top_k: Most results of a row; `None` is all.
+        settings: All engine settings, in place of `model`. The device "auto" becomes "cuda" if the
+            actors have a GPU, otherwise "cpu".
+        top_k: Maximum number of results of a row; `None` is all.
         score_threshold: Lowest score to keep, in [0, 1], inclusive.
-        corpus: Texts by id: a dict, of which every actor has a copy; or the path of Parquet or
-            JSONL files with `doc_id` and `text`, which each machine copies into a database file in
-            its temporary folder once, and of which it holds in memory what a row asks for.
+        corpus: Texts by id: a dict, which is copied to every actor; or the path of Parquet or JSONL
+            files with `doc_id` and `text`, which each machine copies into a database file in its
+            temporary folder once.
         with_text: Whether results have the document's text.
-        concurrency: How many actors, or the least and the most.
+        concurrency: Number of actors, or their minimum and maximum.
         num_gpus: GPUs of each actor.
-        num_cpus: Processors of each actor, and threads that it computes with.
+        num_cpus: CPUs of each actor, and its number of threads.
         batch_size: Rows that an actor ranks at a time.
 
     Returns:
-        The columns of the input without the documents, in whatever order Ray finishes the rows,
-        unless `DataContext` says `execution_options.preserve_order`; and besides:
+        The columns of the input without the documents, in the order in which Ray finishes the rows,
+        unless `execution_options.preserve_order` is set in `DataContext`; and also:
 
         - `results`: a list, best first, of `rank` (from 1), `index` (from 0, in the row's own
           documents), `id` (as a text; null if it has none), `score`, `logit`, `truncated`,
@@ -126,8 +126,8 @@ def explode(ranked: Dataset) -> Dataset:
     Returns:
         The ranked dataset's columns without `results` and `error`, and those of a result: `rank`,
         `index`, `id`, `score`, `logit`, `truncated`, `query_truncated`, `span` and `text`. Rows
-        without results, which those that were put aside are, give none. A column of the dataset
-        that has the name of one of these must be renamed before, or the job fails with that reason.
+        without results, such as those put aside, give none. The dataset must not have columns with
+        these names, or the job fails.
     """
     return ranked.map_batches(exploded_table, batch_format="pyarrow")
 
@@ -135,12 +135,12 @@ def explode(ranked: Dataset) -> Dataset:
 def split_errors(ranked: Dataset) -> tuple[Dataset, Dataset]:
     """Return the rows that were ranked, and those that were put aside.
 
-    The ranking runs now, once, and stays in Ray's object store, on disk where there is too little
-    memory. For results larger than that, write the dataset, and split what was written.
+    The ranking runs now, once, and is kept in Ray's object store, which spills to disk. For larger
+    results write the dataset, and split what was written.
 
     Returns:
-        Two datasets: of the rows whose `error` is null, without that column, and of the others,
-        without `results`.
+        Two datasets: the rows whose `error` is null, without that column, and the others, without
+        `results`.
     """
     whole = ranked.materialize()
     return (
@@ -150,7 +150,7 @@ def split_errors(ranked: Dataset) -> tuple[Dataset, Dataset]:
 
 
 class RowRanker:
-    """What each actor is: an engine, and perhaps a corpus."""
+    """An actor with an engine, and perhaps a corpus."""
 
     def __init__(
         self,
@@ -163,8 +163,8 @@ class RowRanker:
         """Load the model; errors as in `Reranker`.
 
         Args:
-            recipe: How to make the engine.
-            source: Where documents are that rows name by id.
+            recipe: The settings for the engine.
+            source: Documents that rows refer to by id, if any.
             with_text: Whether results have the document's text.
             attempts: Finds rows on which actors die; `None` looks for none.
         """
@@ -181,7 +181,7 @@ class RowRanker:
 
 
 def preparation(source: CorpusSource | None) -> Prepare | None:
-    """Return what gives rows their documents, or `None` where they have them."""
+    """Return the function that adds documents to rows, or `None` if they have them."""
     if source is None:
         return None
     corpus = source.open()
@@ -189,7 +189,7 @@ def preparation(source: CorpusSource | None) -> Prepare | None:
 
 
 def _check_columns(dataset: Dataset, documents: str) -> None:
-    """Refuse a dataset without the columns, where that is known without reading it."""
+    """Refuse a dataset without the columns, if they are known without reading it."""
     names = dataset.columns(fetch_if_missing=False)
     if names is None:
         return
@@ -208,16 +208,16 @@ def _check_columns(dataset: Dataset, documents: str) -> None:
 
 
 def _warn_of_full_cluster(dataset: Dataset, cpus: float) -> None:
-    """Tell of actors that leave no processor to the tasks that read the dataset.
+    """Log a warning if the actors leave no CPU to the tasks that read the dataset.
 
-    Ray would wait for one without end. A cluster may grow, so it is no error.
+    Ray would wait for one without end. It is not an error, since a cluster may grow.
     """
     if isinstance(dataset, MaterializedDataset) or not ray.is_initialized():
         return
     there = ray.cluster_resources().get("CPU", 0.0)  # type: ignore[no-untyped-call]
     if cpus and there - cpus < 1:
         _log.warning(
-            "The actors take %g of the cluster's %g processors; if it cannot grow, none is left to "
+            "The actors take %g of the cluster's %g CPUs; if it cannot grow, none is left to "
             "read the dataset with, and the job waits for ever. Take fewer actors, or a smaller "
             "num_cpus.",
             cpus,

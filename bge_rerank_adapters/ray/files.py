@@ -1,4 +1,4 @@
-"""`rerank_files`: files to ranked files, by a job that can be killed and goes on."""
+"""`rerank_files`: ranks files into files, by a job that can be interrupted and continued."""
 
 import os
 from dataclasses import asdict, dataclass
@@ -29,20 +29,20 @@ from bge_rerank_adapters.ray.writing import aside_jsonl, ranked_jsonl, ranked_pa
 from bge_rerank_adapters.settings import EngineSettings
 
 FORMATS = ("parquet", "jsonl")
-# What Ray's driver keeps account of; with more parts than that a block has several.
+# Maximum number of Ray's blocks; with more parts a block has several.
 _MOST_BLOCKS = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class FilesReport:
-    """What a job has done, earlier runs of it included.
+    """What a job has done, including its earlier runs.
 
     Attributes:
-        parts: Into how many parts the input was cut.
+        parts: Number of parts of the input.
         parts_before: How many of them an earlier run had finished.
-        queries: Rows that were ranked.
-        pairs: Their documents.
-        put_aside: Rows that have no results; they are in the output's folder `_put_aside`.
+        queries: Number of ranked rows.
+        pairs: Number of their documents.
+        put_aside: Number of rows without results; they are in the output's folder `_put_aside`.
     """
 
     parts: int
@@ -71,40 +71,40 @@ def rerank_files(
 ) -> FilesReport:
     """Rank the rows of files, and write the rankings to files, each row exactly once.
 
-    The input is cut into parts. An actor reads, ranks and writes a part by itself, under a name
-    that is the part's, so a job that was killed and is started again does what is not done, and
-    nothing else. An actor holds one part at a time. A row on which actors die each time is put
-    aside.
+    The input is cut into parts. An actor reads, ranks and writes one part at a time, to a file
+    named after the part. So a job that was interrupted and is started again does only what is not
+    done. A row on which actors die each time is put aside.
 
     Args:
-        source: A Parquet or JSONL file, or a folder of them; a path that every machine sees, or a
-            URI that pyarrow opens.
-        output: A folder, likewise; new, or that of the same job.
+        source: A Parquet or JSONL file, or a folder of them: a path that is accessible from every
+            machine, or a URI that pyarrow can open.
+        output: A folder, given likewise: a new one, or that of the same job.
         model: A checkpoint, as in `Reranker`.
         settings: All engine settings, in place of `model`; see `rerank_dataset`.
-        top_k: Most results of a row; `None` is all.
+        top_k: Maximum number of results of a row; `None` is all.
         score_threshold: Lowest score to keep, in [0, 1], inclusive.
         corpus: Texts by id, for rows that have `document_ids`; see `rerank_dataset`.
         with_text: Whether results have the document's text.
         output_format: `"parquet"` or `"jsonl"`; `None` is that of the input.
-        part_bytes: How much of the input makes a part, as it lies in memory.
-        concurrency: How many actors, or the least and the most.
+        part_bytes: Size of a part of the input in memory.
+        concurrency: Number of actors, or their minimum and maximum.
         num_gpus: GPUs of each actor.
-        num_cpus: Processors of each actor, and threads that it computes with.
+        num_cpus: CPUs of each actor, and its number of threads.
         progress: Whether Ray shows its bar.
 
     Returns:
-        What was done, earlier runs included. In the folder are `part-000000.parquet` or `.jsonl`
-        and so on, in the order of the input; a part of which nothing was ranked has no file.
-        JSONL has the lines of `bge-rerank rerank`. Parquet has the input's columns and `results`,
-        as `rerank_dataset` gives them; where the input is JSONL, `query_id`, `query`, `results`,
-        and `rest`: all else as a JSON text. `_put_aside` has a JSONL file for each part with bad
-        rows: each row's `file` and `row` or `byte`, its `error`, and the `input` itself.
+        What was done, including earlier runs. The folder has `part-000000.parquet` or `.jsonl` and
+        so on, in the order of the input; a part without ranked rows has no file. JSONL has the
+        lines of `bge-rerank rerank`. Parquet has the input's columns and `results`, as
+        `rerank_dataset` has them; from JSONL input, it has `query_id`, `query`, `results`, and
+        `rest`: all other fields as JSON. `_put_aside` has a JSONL file for each part with bad rows:
+        each row's `file` and `row` or `byte`, its `error`, and the `input` itself.
 
     Raises:
-        SettingsError: A setting is not allowed; the input cannot be read or has changed since the
-            job began; or the output is of another job.
-        RerankError: The job ended early, as the model cannot be loaded, say; the message says why.
+        SettingsError: A setting is not allowed, the input cannot be read or has changed since the
+            job began, or the output is of another job.
+        RerankError: The job ended early, for example because the model cannot be loaded; the
+            message says why.
     """
     actors = check_concurrency(concurrency)
     resources = Resources(num_gpus, num_cpus)
@@ -126,18 +126,18 @@ def rerank_files(
         with_text=with_text,
         attempts=Attempts(),
     )
-    asked = {
+    options = {
         **recipe.settings.to_dict(),
         **recipe.limits.to_dict(),
         "source": fingerprint(files),
-        "corpus": texts.told() if texts else None,
+        "corpus": texts.identity() if texts else None,
         "output_format": job.output_format,
         "with_text": with_text,
         "part_bytes": check_count("part_bytes", part_bytes),
     }
     parts = cut(system, files, part_bytes=part_bytes, documents=IDS if texts else DOCUMENTS)
     with storage_errors("output", output):
-        todo = folder.begin(asked, parts)
+        todo = folder.begin(options, parts)
     if todo:
         _run(job, todo, actors, resources, progress=progress)
     folder.finish()
@@ -146,13 +146,13 @@ def rerank_files(
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What all actors of a job are told.
+    """The description of a job that all its actors get.
 
     Attributes:
-        recipe: How to make the engine.
-        corpus: Where documents are that rows name by id.
-        system: Where the input is.
-        folder: Where the output goes.
+        recipe: The settings for the engine.
+        corpus: Documents that rows refer to by id, if any.
+        system: The input's file system.
+        folder: The output.
         output_format: `"parquet"` or `"jsonl"`.
         with_text: Whether results have the document's text.
         attempts: Finds rows on which actors die; `None` looks for none.
@@ -168,7 +168,7 @@ class Job:
 
 
 class PartRanker:
-    """What each actor is: an engine that ranks whole parts."""
+    """An actor with an engine, which ranks whole parts."""
 
     def __init__(self, job: Job) -> None:
         """Load the model; errors as in `Reranker`."""
@@ -177,9 +177,9 @@ class PartRanker:
         self._engine = job.recipe.load()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Rank a part and write it, unless that is done; return which it was."""
+        """Rank a part and write it, unless that is done; return its row."""
         part = Part(**row)
-        # What Ray gives out again, after an actor died, may be done already.
+        # Rows that Ray repeats after an actor died may be done already.
         if self._job.folder.counts(part) is None:
             self._rank(part)
         return row
@@ -214,7 +214,7 @@ def _run(
     progress: bool,
 ) -> None:
     least, most = concurrency
-    # Blocks of few parts, so that what is left at the end is shared by all actors.
+    # Blocks of few parts, so that all actors share the last ones.
     blocks = min(len(parts), _MOST_BLOCKS)
     dataset = ray.data.from_items([asdict(part) for part in parts], override_num_blocks=blocks)
     dataset.context.enable_progress_bars = progress
@@ -229,7 +229,7 @@ def _run(
         for _ in ranked.iter_rows():
             pass
     except ray.exceptions.RayError as error:
-        # Of a trace through Ray's own code the last line is the reason.
+        # The last line of Ray's traceback is the reason.
         reason = str(error).strip().splitlines()[-1]
         raise RerankError(
             f"The job ended early: {reason} What was finished stays; start it again once that is "
@@ -263,6 +263,6 @@ def _check_format(output_format: str | None) -> str | None:
 
 
 def _refuse_inside(output: str, source: str) -> None:
-    """Refuse an output that the next run would take for input."""
+    """Refuse an output within the input, which the next run would read."""
     if output == source or output.startswith(f"{source}/"):
         raise SettingsError(f"output {output} is within the input {source}; give another folder.")

@@ -1,4 +1,4 @@
-"""What a job was asked, kept in its output folder: which parts there are, and which are done."""
+"""The state of a job in its output folder: its options, and which parts are done."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -25,12 +25,12 @@ PUT_ASIDE = "_put_aside"
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What was done of one part.
+    """The counts of one finished part.
 
     Attributes:
-        queries: Rows that were ranked.
-        pairs: Their documents.
-        put_aside: Rows that have no results.
+        queries: Number of ranked rows.
+        pairs: Number of their documents.
+        put_aside: Number of rows without results.
     """
 
     queries: int = 0
@@ -43,51 +43,50 @@ class Folder:
     """A job's output folder.
 
     Attributes:
-        system: Where it is.
-        path: The folder.
+        system: Its file system.
+        path: Its path.
     """
 
     system: fs.FileSystem
     path: str
 
-    def begin(self, asked: dict[str, Any], parts: list[Part]) -> list[Part]:
+    def begin(self, options: dict[str, Any], parts: list[Part]) -> list[Part]:
         """Return the parts that are not done; a new folder is marked as this job's.
 
         Raises:
-            SettingsError: The folder has files of something else, or a job in it was asked
-                otherwise.
+            SettingsError: The folder has other files, or is of a job with other options.
         """
         manifest = f"{self.path}/{_MANIFEST}"
-        asked = json.loads(json.dumps(asked))
+        options = json.loads(json.dumps(options))
         there = self._names()
-        # A job that has written nothing, for want of its model, say, may be asked otherwise.
+        # A job that has written nothing, for example for lack of its model, may change its options.
         if not there - {_MANIFEST}:
-            write_whole(self.system, manifest, json.dumps({"asked": asked}, indent=1).encode())
+            write_whole(self.system, manifest, json.dumps({"asked": options}, indent=1).encode())
             return parts
         if _MANIFEST not in there:
             raise SettingsError(
                 f"{self.path} has files that are no earlier job's, such as {min(there)}; give "
                 "output a new folder."
             )
-        self._refuse_changed(manifest, asked)
+        self._refuse_changed(manifest, options)
         done = names_in(self.system, f"{self.path}/{_DONE}")
         return [part for part in parts if f"{part.name}.json" not in done]
 
     def counts(self, part: Part) -> Counts | None:
-        """Return what was done of a part; `None` if it is not done."""
+        """Return the counts of a part; `None` if it is not done."""
         (found,) = self.system.get_file_info([self._mark(part)])
         if found.type == fs.FileType.NotFound:
             return None
         return Counts(**json.loads(read_bytes(self.system, self._mark(part))))
 
     def finish_part(self, part: Part, counts: Counts, files: dict[str, bytes | None]) -> None:
-        """Write what came of a part; it counts as done once all of it is there.
+        """Write the files of a part; it is done once all of them are written.
 
         Args:
             part: The part.
-            counts: What was done of it.
-            files: By their names in the folder; `None` for one that is not to be there. An attempt
-                that was killed may have left it, and put a row aside that is ranked now.
+            counts: Its counts.
+            files: Its files, by their names in the folder; `None` for one that must not exist. An
+                interrupted attempt may have written it, and put a row aside that is ranked now.
         """
         for name, data in files.items():
             if data is None:
@@ -97,7 +96,7 @@ class Folder:
         write_whole(self.system, self._mark(part), json.dumps(asdict(counts)).encode())
 
     def finish(self) -> None:
-        """Remove what killed actors left unfinished."""
+        """Remove files that interrupted actors left unfinished."""
         forget_listings(self.system)
         folders = ("", f"/{_DONE}", f"/{PUT_ASIDE}")
         remove_folders(self.system, [f"{self.path}{each}/{UNFINISHED}" for each in folders])
@@ -106,14 +105,14 @@ class Folder:
         return f"{self.path}/{_DONE}/{part.name}.json"
 
     def _names(self) -> set[str]:
-        """Return what is in the folder, but for what killed actors left unfinished."""
+        """Return the names in the folder, without that of unfinished files."""
         (found,) = self.system.get_file_info([self.path])
         if found.type == fs.FileType.File:
             raise SettingsError(f"{self.path} is a file; give output the name of a folder.")
         below = self.system.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
         return {each.base_name for each in below} - {UNFINISHED}
 
-    def _refuse_changed(self, manifest: str, asked: dict[str, Any]) -> None:
+    def _refuse_changed(self, manifest: str, options: dict[str, Any]) -> None:
         try:
             before = dict(json.loads(read_bytes(self.system, manifest))["asked"])
         except (ValueError, TypeError, KeyError) as error:
@@ -121,10 +120,10 @@ class Folder:
                 f"{manifest} is damaged ({type(error).__name__}: {error}), so the job cannot go "
                 "on; give output a new folder."
             ) from error
-        names = sorted({*asked, *before})
-        changed = [name for name in names if asked.get(name) != before.get(name)]
+        names = sorted({*options, *before})
+        changed = [name for name in names if options.get(name) != before.get(name)]
         if changed:
             raise SettingsError(
-                f"{self.path} is of a job that differs in {', '.join(changed)}; ask the same to "
+                f"{self.path} is of a job that differs in {', '.join(changed)}; give the same to "
                 "finish it, or give output a new folder."
             )

@@ -1,4 +1,4 @@
-"""Input files cut into parts: what an actor reads, ranks and writes at a time."""
+"""Cuts input files into parts, which an actor reads, ranks and writes one at a time."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,13 +16,13 @@ from bge_rerank_adapters.ray.storage import kind_of, read_lines, read_rows
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A stretch of an input file.
+    """A range of an input file.
 
     Attributes:
-        number: Its place among all parts, counted from 0.
+        number: Its number among all parts, counted from 0.
         path: The file.
         start: Where it begins: a byte of JSONL, a row of Parquet.
-        stop: Where the next one begins.
+        stop: Where it ends, exclusive.
     """
 
     number: int
@@ -32,23 +32,23 @@ class Part:
 
     @property
     def name(self) -> str:
-        """What its files are called, without their ending."""
+        """The name of its files, without suffix."""
         return f"part-{self.number:06d}"
 
     def place(self, where: int) -> dict[str, Any]:
-        """Return where in the input something of the part is, by its byte or its row."""
+        """Return a place in the input, given its byte or row, as JSON values."""
         unit = "row" if kind_of(self.path) == "parquet" else "byte"
         return {"file": self.path, unit: where}
 
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """What is in a part.
+    """The content of a part.
 
     Attributes:
         items: Each row, or what is wrong with it; its `line` is its row or byte in the file.
-        table: The rows themselves, of Parquet.
-        sources: Each row as it stands in the input, of JSONL; a Parquet row's is made when needed.
+        table: The rows of Parquet; `None` for JSONL.
+        sources: The lines of JSONL; empty for Parquet.
     """
 
     items: list[Item | Bad]
@@ -56,7 +56,7 @@ class Read:
     sources: list[str]
 
     def source(self, place: int) -> Any:
-        """Return a row to be put aside."""
+        """Return a row as it is in the input, to be put aside."""
         if self.table is None:
             return self.sources[place]
         (row,) = self.table.slice(place, 1).to_pylist()
@@ -66,13 +66,13 @@ class Read:
 def cut(
     system: fs.FileSystem, files: list[fs.FileInfo], *, part_bytes: int, documents: str
 ) -> list[Part]:
-    """Return the parts of files, each of about so many bytes as they lie in memory.
+    """Return the parts of files, each of about the same size in memory.
 
     Args:
-        system: Where the files are.
-        files: All of one kind.
+        system: Their file system.
+        files: Files of one format.
         part_bytes: Size of a part.
-        documents: The column that Parquet must have beside `query`.
+        documents: The column that Parquet must have in addition to `query`.
 
     Raises:
         SettingsError: A Parquet file cannot be read, or has columns that the ranking would
@@ -90,7 +90,7 @@ def cut(
 
 
 def read_part(system: fs.FileSystem, part: Part, *, prepare: Prepare | None) -> Read:
-    """Return what is in a part."""
+    """Return the content of a part."""
     if kind_of(part.path) == "parquet":
         table = _table(system, part)
         return Read(items_of(table, first=part.start, prepare=prepare), table, [])
@@ -111,13 +111,13 @@ def _table(system: fs.FileSystem, part: Part) -> pa.Table:
 
 
 def _rows_of(system: fs.FileSystem, path: str, part_bytes: int, documents: str) -> tuple[int, int]:
-    """Return how many rows a file has, and how many of them make a part."""
+    """Return the number of rows of a file, and of each part."""
     try:
         with system.open_input_file(path) as file, pq.ParquetFile(file) as parquet:
             metadata, names = parquet.metadata, parquet.schema_arrow.names
             groups = [metadata.row_group(place) for place in range(metadata.num_row_groups)]
     except (pa.ArrowException, OSError) as error:
-        raise SettingsError(f"{path} is no Parquet file that can be read: {error}.") from error
+        raise SettingsError(f"{path} is not a readable Parquet file: {error}.") from error
     if not {"query", documents} <= set(names):
         raise SettingsError(
             f"{path} must have the columns query and {documents}, it has {', '.join(names)}; "

@@ -1,4 +1,4 @@
-"""What an actor needs to make its engine, and what each actor gets of the cluster."""
+"""The settings that an actor makes its engine from, and the resources of an actor."""
 
 import math
 import numbers
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class _Secret:
-    """A text that travels to the actors, and that nothing shows."""
+    """A text that is sent to the actors and never shown."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -25,11 +25,11 @@ class _Secret:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How an actor makes its engine and ranks: settings, and never weights.
+    """The settings of an actor's engine and rankings, without weights.
 
     Attributes:
-        settings: Of the engine, without the token.
-        limits: Of each ranking.
+        settings: The engine's settings, without the token.
+        limits: The limits of each ranking.
         secret: The token for the hub, which pickled settings leave out.
     """
 
@@ -39,7 +39,7 @@ class Recipe:
 
     def load(self) -> "Reranker":
         """Return a new engine; errors as in `Reranker`."""
-        # Imported here, in the actor: whoever starts the job needs no torch.
+        # Imported here, in the actor: the program that starts the job needs no torch.
         from bge_rerank_adapters.engine.reranker import Reranker
 
         token = self.secret.text if self.secret else None
@@ -48,11 +48,11 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What each actor gets of the cluster.
+    """The resources of each actor.
 
     Attributes:
-        num_gpus: GPUs, or a part of one; 0 for none.
-        num_cpus: Processors, which are also the threads that the engine computes with.
+        num_gpus: GPUs, or a fraction of one; 0 for none.
+        num_cpus: CPUs, which is also the number of the engine's threads.
     """
 
     num_gpus: float = 0
@@ -73,9 +73,9 @@ class Resources:
             )
 
     def fit(self, settings: EngineSettings) -> EngineSettings:
-        """Return the settings with a device of "auto" as what the actor was given.
+        """Return the settings with the device "auto" replaced by the actor's own device.
 
-        Ray hides the GPUs of others from an actor that has some, but none from one that has none:
+        Ray hides other actors' GPUs from an actor with GPUs, but hides none from an actor without:
         such actors would all take the first GPU.
         """
         if settings.device != "auto":
@@ -98,7 +98,7 @@ def make_recipe(
     """Return the recipe for a job's engines.
 
     Raises:
-        SettingsError: A setting or limit is not allowed, or `model` stands beside `settings`.
+        SettingsError: A setting or limit is not allowed, or both `model` and `settings` are given.
     """
     if settings is None:
         settings = EngineSettings() if model is None else EngineSettings(model=model)
@@ -117,7 +117,7 @@ def make_recipe(
 
 
 def check_concurrency(concurrency: Any) -> tuple[int, int]:
-    """Return the least and the most actors of a pool.
+    """Return the minimum and maximum number of actors of a pool.
 
     Raises:
         SettingsError: It is neither a whole number nor two of them, of at least 1.
@@ -135,7 +135,7 @@ def check_count(name: str, value: Any) -> int:
     """Return a whole number of at least 1.
 
     Raises:
-        SettingsError: It is none.
+        SettingsError: It is not one.
     """
     if not _is_count(value):
         raise SettingsError(f"{name} must be a whole number of at least 1, got {value!r}.")

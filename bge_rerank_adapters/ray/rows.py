@@ -1,4 +1,4 @@
-"""Rows of a table to rows of ranked results."""
+"""Turns rows of a table into items, and rankings into rows."""
 
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,7 @@ RESULT = pa.struct(
         ("text", pa.string()),
     ]
 )
-"""The columns of one result; `explode` makes them columns of the dataset."""
+"""The fields of one result; `explode` makes them columns of the dataset."""
 
 
 def items_of(
@@ -42,9 +42,9 @@ def items_of(
     """Return the item of each row, or what is wrong with it.
 
     Args:
-        table: n rows with `query` and `documents`; all other columns are kept out.
+        table: n rows with `query` and `documents`; other columns are not read.
         first: Number of the first row.
-        prepare: Makes rows with `documents` of rows that have none; raises `InputTypeError`.
+        prepare: Adds `documents` to rows without; may raise `InputTypeError`.
     """
     wanted = [name for name in ("query", DOCUMENTS, IDS) if name in table.column_names]
     columns = {name: table[name].to_pylist() for name in wanted}
@@ -75,7 +75,7 @@ def ranked_table(
 
     Args:
         table: n rows.
-        items: What each row is.
+        items: The item of each row.
         rankings: The ranking of each, or why there is none.
         with_text: Whether results have the text.
     """
@@ -104,7 +104,7 @@ def exploded_table(table: pa.Table) -> pa.Table:
     """Return a table with a row for each result of each row.
 
     Raises:
-        SettingsError: A column has the name of one of a result's.
+        SettingsError: A column has the same name as a field of a result.
     """
     clash = sorted({field.name for field in RESULT} & set(table.column_names))
     if clash:
@@ -123,9 +123,9 @@ def exploded_table(table: pa.Table) -> pa.Table:
 
 
 def valid_text(value: Any) -> str | None:
-    """Return a value as a text that Arrow can hold; `None` stays.
+    """Return a value as a text that Arrow can store; `None` stays.
 
-    A lone surrogate, which JSON can escape, is none, and becomes a question mark.
+    Lone surrogates, which Arrow cannot store, become question marks.
     """
     return None if value is None else str(value).encode("utf-8", "replace").decode()
 
@@ -159,5 +159,5 @@ def _name(known: dict[str, Any]) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Return an array as a list, which is how Ray keeps some columns of lists."""
+    """Return an array as a list: Ray keeps some columns of lists as arrays."""
     return value.tolist() if hasattr(value, "tolist") else value

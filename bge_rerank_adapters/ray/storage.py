@@ -1,4 +1,4 @@
-"""Folders that all machines of a cluster see: listed, read, and written a whole file at a time."""
+"""Lists, reads and atomically writes files that all machines of a cluster can access."""
 
 import io
 import os
@@ -32,7 +32,7 @@ def locate(path: str | os.PathLike[str]) -> tuple[fs.FileSystem, str]:
         system, place = fs.FileSystem.from_uri(text)
         forget_listings(system)
     except (pa.ArrowException, ValueError, OSError) as error:
-        # Without its cause, whose message may repeat the URI, which may hold a password.
+        # Without its cause, whose message may have the URI with a password.
         shown = without_secrets(text)
         raise SettingsError(
             f"{shown} cannot be reached: {str(error).replace(text, shown)}; give a path, or a URI "
@@ -48,7 +48,7 @@ def forget_listings(system: fs.FileSystem) -> None:
 
 
 def without_secrets(uri: str) -> str:
-    """Return a URI without user, password and options, any of which may be secret."""
+    """Return a URI without user, password and query, which may be secret."""
     scheme, _, rest = uri.partition("://")
     place = rest.partition("?")[0]
     return f"{scheme}://{place.rpartition('@')[2]}"
@@ -56,7 +56,7 @@ def without_secrets(uri: str) -> str:
 
 @contextmanager
 def storage_errors(what: str, path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn what a file system raises into errors that name the path and what to check.
+    """Turn errors of a file system into `SettingsError` with the path and advice.
 
     Args:
         what: "source" or "output".
@@ -74,12 +74,12 @@ def storage_errors(what: str, path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def list_files(system: fs.FileSystem, path: str) -> list[fs.FileInfo]:
-    """Return the files that a path names, itself or all below it, in the order of their names.
+    """Return a file itself, or all files below a folder, sorted by name.
 
-    What begins with "_" or "." is passed over, as Parquet readers do.
+    Names that begin with "_" or "." are skipped, as Parquet readers do.
 
     Raises:
-        SettingsError: There are none, or of several kinds, or of one that cannot be read.
+        SettingsError: There are none, or they are of several formats or of an unknown one.
     """
     (root,) = system.get_file_info([path])
     if root.type == fs.FileType.NotFound:
@@ -110,20 +110,20 @@ def kind_of(path: str) -> str:
         if path.endswith(suffixes):
             return kind
     raise SettingsError(
-        f"{path} is of no kind that can be read; give files whose names end in "
+        f"{path} is of an unknown format; give files whose names end in "
         f"{', '.join((*PARQUET, *JSONL))}."
     )
 
 
 def fingerprint(files: list[fs.FileInfo]) -> list[list[Any]]:
-    """Return what tells files from changed ones: path, size and time of the last change."""
+    """Return path, size and modification time of files, which change when they do."""
     return [[each.path, each.size, each.mtime_ns] for each in files]
 
 
 def read_rows(
     system: fs.FileSystem, path: str, *, start: int, columns: list[str] | None = None
 ) -> Iterator[pa.RecordBatch]:
-    """Yield the rows of a Parquet file from one on, a few at a time."""
+    """Yield the rows of a Parquet file from `start` on, in batches."""
     with system.open_input_file(path) as file, pq.ParquetFile(file) as parquet:
         groups: list[int] = []
         for group in range(parquet.metadata.num_row_groups):
@@ -141,13 +141,13 @@ def read_rows(
 def read_lines(
     system: fs.FileSystem, path: str, *, start: int, stop: int
 ) -> tuple[list[bytes], list[int]]:
-    """Return the lines that begin in a part of a file, and the bytes at which they begin."""
+    """Return the lines that begin in [start, stop) of a file, and their byte offsets."""
     with system.open_input_file(path) as file:
         begin = max(0, start - 1)
         file.seek(begin)
         data: bytes = file.read(stop - begin)
         if start:
-            # A line that began in the part before belongs to that.
+            # A line that begins before `start` belongs to the range before.
             end = data.find(b"\n") + 1
             begin, data = begin + end, data[end:] if end else b""
         while data and not data.endswith(b"\n"):
@@ -164,9 +164,9 @@ def read_lines(
 
 
 def write_whole(system: fs.FileSystem, path: str, data: bytes) -> None:
-    """Write a file that is seen as a whole or not at all, in place of one of its name.
+    """Write or replace a file atomically.
 
-    What a killed job leaves of it is in the folder `UNFINISHED` beside it.
+    An interrupted job leaves its unfinished file in the folder `UNFINISHED` next to it.
     """
     folder, _, name = path.rpartition("/")
     aside = f"{folder}/{UNFINISHED}"
@@ -175,20 +175,20 @@ def write_whole(system: fs.FileSystem, path: str, data: bytes) -> None:
     with system.open_output_stream(unfinished) as file:
         file.write(data)
     if isinstance(system, fs.LocalFileSystem):
-        # A name must not outlive a power cut that its content did not.
+        # After a power cut the name must not exist without its content.
         with Path(unfinished).open("rb+") as written:
             os.fsync(written.fileno())
     system.move(unfinished, path)
 
 
 def names_in(system: fs.FileSystem, folder: str) -> set[str]:
-    """Return the names of a folder's files; none where there is no folder."""
+    """Return the names of a folder's files; none if there is no folder."""
     found = system.get_file_info(fs.FileSelector(folder, allow_not_found=True))
     return {each.base_name for each in found if each.is_file}
 
 
 def read_bytes(system: fs.FileSystem, path: str) -> bytes:
-    """Return what is in a file."""
+    """Return the content of a file."""
     with system.open_input_stream(path) as file:
         return file.read()  # type: ignore[no-any-return]
 
@@ -201,7 +201,7 @@ def remove_file(system: fs.FileSystem, path: str) -> None:
 
 
 def remove_folders(system: fs.FileSystem, folders: list[str]) -> None:
-    """Remove folders with all that is in them; those that are not there are none."""
+    """Remove folders with their content; missing ones are ignored."""
     for folder in folders:
         (found,) = system.get_file_info([folder])
         if found.type == fs.FileType.Directory:

@@ -1,4 +1,4 @@
-"""What was ranked of a part, as the bytes of a Parquet or JSONL file."""
+"""Serialises the ranked rows of a part as Parquet or JSONL."""
 
 import json
 from dataclasses import replace
@@ -17,7 +17,7 @@ Rankings = list[Ranking | Bad]
 
 
 def aside_jsonl(part: Part, read: Read, rankings: Rankings) -> bytes:
-    """Return a line for each row that has no results: where it stands, why, and the row itself."""
+    """Return a line for each row without results: its place, the reason, and the row itself."""
     lines = [
         json.dumps(
             {
@@ -34,17 +34,17 @@ def aside_jsonl(part: Part, read: Read, rankings: Rankings) -> bytes:
 
 
 def ranked_jsonl(read: Read, rankings: Rankings, *, with_text: bool) -> bytes:
-    """Return the lines of `bge-rerank rerank`, of the rows that have results."""
+    """Return the lines of the rows with results, in the format of `bge-rerank rerank`."""
     lines: list[bytes] = []
     for place, (item, ranking) in enumerate(zip(read.items, rankings, strict=True)):
         if isinstance(item, Item) and isinstance(ranking, Ranking):
-            told = item if read.table is None else replace(item, extra=_rest(read.source(place)))
-            lines.append(told.to_json(ranking, with_text=with_text))
+            whole = item if read.table is None else replace(item, extra=_rest(read.source(place)))
+            lines.append(whole.to_json(ranking, with_text=with_text))
     return b"".join(lines)
 
 
 def ranked_parquet(read: Read, rankings: Rankings, *, with_text: bool) -> bytes:
-    """Return a Parquet file of the rows that have results."""
+    """Return a Parquet file of the rows with results."""
     rows = _table_of_lines(read.items) if read.table is None else read.table
     table = ranked_table(rows, read.items, rankings, with_text=with_text)
     good = table.filter(table[ERROR].is_null()).drop_columns([ERROR])
@@ -54,7 +54,7 @@ def ranked_parquet(read: Read, rankings: Rankings, *, with_text: bool) -> bytes:
 
 
 def _table_of_lines(items: list[Item | Bad]) -> pa.Table:
-    """Return what JSON lines tell besides their documents, in columns that all parts have."""
+    """Return the fields of JSON lines besides documents, in columns that are equal in all parts."""
     known = [each if isinstance(each, Item) else None for each in items]
     columns = {
         "query_id": [each and valid_text(each.extra.get("query_id")) for each in known],
@@ -70,11 +70,11 @@ def _json_of_rest(item: Item) -> str | None:
 
 
 def _rest(row: dict[str, Any]) -> dict[str, Any]:
-    """Return the other fields of a Parquet row as JSON has them, dates and the like as texts."""
-    told = {
+    """Return the other fields of a Parquet row as JSON values, dates and the like as texts."""
+    others = {
         name: value
         for name, value in row.items()
         if name not in {"query", DOCUMENTS, IDS, RESULTS, ERROR}
     }
-    plain: dict[str, Any] = json.loads(json.dumps(told, default=str))
+    plain: dict[str, Any] = json.loads(json.dumps(others, default=str))
     return plain

@@ -9,8 +9,8 @@ serve run bge_rerank_adapters.serve:deployment               # Ray Serve, replic
 It answers `POST /v1/rerank` and `/v2/rerank` as Cohere and Jina do, `POST /rerank` as
 text-embeddings-inference does, and `/health`, `/metrics`, `/info`, `/v1/models`, `/docs`.
 
-`app` and `deployment` are made of the environment when they are first asked for; `create_app`
-makes an app of settings, or around a loaded engine.
+`app` and `deployment` are made from the environment on first use; `create_app` makes an app from
+settings, or with a loaded engine.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from bge_rerank_adapters.serve.extra import require
 
 require("fastapi", "prometheus_client")
 
-from bge_rerank_adapters.serve.application import create_app  # noqa: E402 - named errors come first
+from bge_rerank_adapters.serve.application import create_app  # noqa: E402 - the check must come first
 from bge_rerank_adapters.serve.settings import ReplicaSettings, ServerSettings  # noqa: E402
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ __all__ = ["ReplicaSettings", "ServerSettings", "app", "create_app", "deployment
 
 
 def __getattr__(name: str) -> Any:
-    """Make `app` or `deployment` of the environment when it is first asked for."""
+    """Make `app` or `deployment` from the environment on first use."""
     if name == "app":
         made: Any = create_app(ServerSettings.from_environment())
     elif name == "deployment":

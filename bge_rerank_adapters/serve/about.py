@@ -1,4 +1,4 @@
-"""The routes that only tell: health, metrics, limits, and the model's names."""
+"""The routes that report: health, metrics, limits, and the model's names."""
 
 from typing import Annotated
 
@@ -16,7 +16,7 @@ from bge_rerank_adapters.serve.settings import ANY_MODEL
 
 _TEXT = "The metrics in Prometheus' text format."
 
-# The gate checks the key; this tells the OpenAPI description of it.
+# Only for the OpenAPI description: the gate checks the key.
 key = Depends(HTTPBearer(auto_error=False, description="The server's API key."))
 
 open_router = APIRouter()
@@ -33,12 +33,12 @@ Served = Annotated[Service, Depends(_service)]
 
 @keyed_router.get(
     "/metrics",
-    summary="What was done so far, for Prometheus",
+    summary="Metrics for Prometheus",
     response_class=Response,
     responses=documented(401) | {200: {"content": {"text/plain": {}}, "description": _TEXT}},
 )
 async def metrics(request: Request) -> Response:
-    """Return requests by route and status, and the engine's counts."""
+    """Return requests by route and status, and the engine's counters."""
     counted: Metrics = request.app.state.metrics
     return Response(counted.text(), media_type=CONTENT_TYPE_LATEST)
 
@@ -71,16 +71,16 @@ async def info(service: Served) -> answers.Info:
 
 @keyed_router.get("/v1/models", summary="The names of the model", responses=documented(401))
 async def models(service: Served) -> answers.ServedModels:
-    """Return the names that requests may give the one model."""
+    """Return the names that requests may use for the model."""
     names = [name for name in service.settings.model_names if name != ANY_MODEL]
     return answers.ServedModels(object="list", data=[_model(name, service) for name in names])
 
 
 @keyed_router.get(
-    "/v1/models/{model:path}", summary="The model of a name", responses=documented(401, 404)
+    "/v1/models/{model:path}", summary="The model by name", responses=documented(401, 404)
 )
 async def model(model: str, service: Served) -> answers.ServedModel:
-    """Return the model, if requests may call it so; a name may hold slashes."""
+    """Return the model, if this is one of its names; a name may contain slashes."""
     service.check_model(model)
     return _model(model, service)
 

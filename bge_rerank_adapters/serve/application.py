@@ -1,4 +1,4 @@
-"""The ASGI app: its routes, and the engine's life with it."""
+"""The ASGI app: its routes, and the engine's life cycle."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -16,7 +16,7 @@ from bge_rerank_adapters.serve.gate import Gate
 from bge_rerank_adapters.serve.metrics import Metrics
 from bge_rerank_adapters.serve.page.routes import page_router
 from bge_rerank_adapters.serve.places import Arriving
-from bge_rerank_adapters.serve.refusals import tell_problems
+from bge_rerank_adapters.serve.refusals import handle_errors
 from bge_rerank_adapters.serve.routes import scoring_router
 from bge_rerank_adapters.serve.service import Service
 from bge_rerank_adapters.serve.settings import ServerSettings
@@ -32,12 +32,12 @@ def create_app(
     """Return an ASGI app that reranks.
 
     Args:
-        settings: What it answers and refuses; `None` is all defaults, nothing of the environment.
-        engine: A loaded engine, whose owner closes it after the app; `None` lets the app load one
-            of `settings.engine` when it starts, and close it when it ends.
+        settings: The server's settings; `None` is the defaults, without the environment.
+        engine: A loaded engine, which the caller closes after the app has ended; `None` loads one
+            from `settings.engine` when the app starts, and closes it when it ends.
 
     Raises:
-        SettingsError: The settings were pickled, and their api_key is not back.
+        SettingsError: The settings were pickled, which removed their api_key.
 
     Example:
         ```python
@@ -71,7 +71,7 @@ def create_app(
         lifespan=life,
         docs_url=None,
         redoc_url=None,
-        # A redirect would repeat the Host that a request claims.
+        # A redirect would repeat the request's Host header, which may be forged.
         redirect_slashes=False,
     )
     app.state.settings, app.state.service, app.state.metrics = settings, service, metrics
@@ -85,14 +85,14 @@ def create_app(
     app.state.tracing = Tracing()
     app.add_middleware(Gate, settings=settings, metrics=metrics, tracing=app.state.tracing)
     if settings.cors_origins:
-        # Outside the gate: what a browser asks beforehand has no key, and refusals are to be read.
+        # Outside the gate: preflight requests have no key, and browsers must see refusals too.
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
         )
-    tell_problems(app)
+    handle_errors(app)
     return app
 
 

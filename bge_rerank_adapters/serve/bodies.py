@@ -1,6 +1,6 @@
-"""Bodies of requests: read within limits, and parsed as strictly as JSON is defined.
+"""Reads bodies of requests within limits, and parses them as strict JSON.
 
-A body is taken for JSON whatever its Content-Type says, and if there is none: clients differ.
+A body is parsed as JSON whatever its Content-Type, since clients differ.
 """
 
 import asyncio
@@ -19,17 +19,17 @@ from bge_rerank_adapters.serve.places import PLACE, Arriving, Body, Place
 from bge_rerank_adapters.serve.refusals import CLIENT_GONE, RETRY, Refusal
 from bge_rerank_adapters.serve.settings import ServerSettings
 
-# From here on a body is parsed in a thread, where Python's lock is passed on in between.
+# Larger bodies are parsed in a thread.
 _LARGE_BODY_BYTES = 64 * 1024
 _LISTS = ("documents", "texts")
-# What is looked at name by name, on the event loop, must not be a million of them.
+# Names are checked one by one on the event loop, so their number is limited.
 _MOST_NAMES = 100
-# A string, or the rest of the body where it does not end. Possessive, so that it takes one pass.
+# A string, or an unterminated one to the end of the body. Possessive, so that it takes one pass.
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
-# Lists and objects of a request that are no documents, and how many each document may have.
+# Maximum number of lists and objects besides documents, and within each document.
 _OTHER_PARTS = 20
 _PARTS_PER_DOCUMENT = 20
-# Of zlib: gzip's header and sum around the data.
+# zlib's code for data with a gzip header and checksum.
 _GZIP = 16 + zlib.MAX_WBITS
 
 
@@ -45,7 +45,7 @@ class JsonRequest(Request):
         """Return the body.
 
         Raises:
-            Refusal: It is too large, too slow, or compressed in a way that is not read.
+            Refusal: It is too large, too slow, or compressed in an unsupported way.
         """
         if not hasattr(self, "_body"):
             encoding = self._encoding()
@@ -58,17 +58,17 @@ class JsonRequest(Request):
         return self._body
 
     async def json(self) -> Any:
-        """Return the body's object.
+        """Return the JSON object in the body.
 
         Raises:
-            Refusal: It is none, or has too many documents.
+            Refusal: It is not a JSON object, or has too many documents.
         """
         if not hasattr(self, "_json"):
             body = await self.body()
             most = self._limits.max_documents
             large = len(body) > _LARGE_BODY_BYTES
             parsed = await asyncio.to_thread(_parse_large, body, most) if large else _parse(body)
-            # Before anything looks at the items, of which there may be many.
+            # Before the items are validated, since there may be very many.
             _check_lists(parsed, most)
             self._json = parsed
         return self._json
@@ -79,13 +79,13 @@ class JsonRequest(Request):
         if encoding not in ("gzip", "identity"):
             raise Refusal(
                 415,
-                f"A body of Content-Encoding {encoding[:50]!r} is not read; send gzip, or none.",
+                f"Content-Encoding {encoding[:50]!r} is not supported; send gzip, or none.",
             )
         return encoding
 
     def _check_declared_size(self) -> None:
         declared = self.headers.get("content-length", "")
-        # int() would read other alphabets' digits too, and refuse thousands of them slowly.
+        # int() also accepts digits of other alphabets, and is slow for very long numbers.
         if declared.isascii() and declared.isdigit() and len(declared) < 20:
             self._check_size(int(declared))
         elif declared:
@@ -114,9 +114,9 @@ class JsonRequest(Request):
         if not size and "upgrade" in self.headers:
             raise Refusal(
                 400,
-                "The body did not get here: the server in front of this app leaves it out where a "
-                "client offers another protocol; let the client speak HTTP/1.1 alone, or a proxy "
-                "take its Upgrade header away.",
+                "The body did not arrive: the server in front of this app drops it if the client "
+                "offers another protocol; let the client use HTTP/1.1 only, or let a proxy remove "
+                "the Upgrade header.",
             )
         place: Place = self.scope[PLACE]
         place.take()
@@ -124,7 +124,7 @@ class JsonRequest(Request):
 
     def _too_slow(self, arrival: Body | None) -> Refusal:
         headers = {"Connection": "close"}
-        if arrival is not None and arrival.given_up:
+        if arrival is not None and arrival.cancelled:
             message = "Too many bodies are arriving at a time, and this one was the slowest."
             return Refusal(429, message, headers=headers | RETRY)
         limit = self._limits.body_timeout_s
@@ -132,15 +132,15 @@ class JsonRequest(Request):
 
 
 class JsonRoute(APIRoute):
-    """A route whose handler gets a `JsonRequest`."""
+    """A route whose handler receives a `JsonRequest`."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Return FastAPI's handler, given such a request."""
+        """Return FastAPI's handler for such a request."""
         handler = super().get_route_handler()
 
         async def handle(request: Request) -> Response:
             scope = dict(request.scope)
-            # FastAPI would hand on a body that is not declared to be JSON unread.
+            # FastAPI parses only bodies with a JSON Content-Type.
             others = [pair for pair in scope["headers"] if pair[0] != b"content-type"]
             scope["headers"] = [*others, (b"content-type", b"application/json")]
             return await handler(JsonRequest(scope, request.receive))
@@ -157,10 +157,10 @@ def _too_large(most: int) -> Refusal:
 
 
 def _unpacked(packed: bytes, most: int) -> bytes:
-    """Return what a gzip body holds, of which no more than the limit is ever in memory.
+    """Return a gzip body decompressed, with at most the limit in memory.
 
     Raises:
-        Refusal: It holds more, or is no gzip.
+        Refusal: It is larger, or is not gzip.
     """
     unpacker = zlib.decompressobj(_GZIP)
     try:
@@ -182,17 +182,17 @@ def _parse_large(body: bytes, most: int) -> dict[str, Any]:
 
 
 def _check_parts(body: bytes, most: int) -> None:
-    """Refuse a body of far more parts than a request has.
+    """Refuse a body with far more lists and objects than a request can have.
 
-    A few megabytes of empty lists take Python's parser and garbage collector a second, in which
-    nothing else runs, threads or not.
+    A few megabytes of empty lists keep Python's parser and garbage collector busy for a second, in
+    which no other thread runs.
 
     Raises:
-        Refusal: It has them.
+        Refusal: There are too many.
     """
     if _fits(body.count(b"[") + body.count(b"{"), body.count(b","), most):
         return
-    # Most are in texts, then. A loop of Python's own lets other threads have their turn.
+    # Count without those in strings. A Python loop lets other threads run in between.
     parts = commas = end = 0
     for string in itertools.chain(_STRING.finditer(body), (None,)):
         start = len(body) if string is None else string.start()
@@ -214,8 +214,8 @@ def _fits(parts: int, commas: int, most: int) -> bool:
     )
 
 
-class _NotReadError(ValueError):
-    """JSON of a kind that Python's parser takes and this server does not."""
+class _RefusedJsonError(ValueError):
+    """JSON that Python's parser accepts and this server does not."""
 
 
 def _parse(body: bytes) -> dict[str, Any]:
@@ -228,9 +228,9 @@ def _parse(body: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise Refusal(400, f"The body must be in UTF-8; byte {error.start} is not.") from error
     except json.JSONDecodeError as error:
-        raise Refusal(400, f"The body is no JSON: {error.msg} at {error.pos}.") from error
-    except _NotReadError as error:
-        raise Refusal(400, f"The body is not read: {error}.") from error
+        raise Refusal(400, f"The body is not JSON: {error.msg} at {error.pos}.") from error
+    except _RefusedJsonError as error:
+        raise Refusal(400, f"The body is refused: {error}.") from error
     except ValueError as error:
         raise Refusal(400, "The body has a number of too many digits.") from error
     if not isinstance(parsed, dict):
@@ -239,16 +239,16 @@ def _parse(body: bytes) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> Any:
-    raise _NotReadError(f"{name} is no JSON")
+    raise _RefusedJsonError(f"{name} is not JSON")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(pairs) > _MOST_NAMES:
-        raise _NotReadError(f"an object has more than {_MOST_NAMES} names")
+        raise _RefusedJsonError(f"an object has more than {_MOST_NAMES} names")
     made = dict(pairs)
-    # Of two values for a name a proxy may check one, and we would take the other.
+    # A proxy might check the first of two values, and this server would use the other.
     if len(made) != len(pairs):
-        raise _NotReadError("a name is there twice in one object")
+        raise _RefusedJsonError("an object has the same name twice")
     return made
 
 

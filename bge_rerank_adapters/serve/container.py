@@ -1,12 +1,12 @@
-"""What a container is told by its surroundings: a Kubernetes Service's variables, a CPU quota."""
+"""What a container gets from outside: environment variables of Kubernetes, a CPU quota."""
 
 import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-# Of each Service of its namespace a pod gets these, its own name in front; see "Environment
-# variables" in Kubernetes' documentation of Services, and Docker's links, which they follow.
+# A pod has these variables for each Service in its namespace, after the Service's name. See
+# "Environment variables" in Kubernetes' documentation of Services, and Docker's links.
 _OF_SERVICE = re.compile(r"_SERVICE_(HOST|PORT(_[A-Z0-9_]+)?)")
 _OF_PORT = re.compile(r"_PORT(_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?")
 _ADDRESS = re.compile(r"(tcp|udp|sctp)://.+")
@@ -16,16 +16,16 @@ _SUFFIX = re.compile(r"_(PROTO|PORT|ADDR)$")
 def is_injected(name: str, value: str) -> bool:
     """Return whether a variable is one that Kubernetes sets for a Service.
 
-    A Service called `bge-rerank` has `BGE_RERANK_SERVICE_HOST` and `BGE_RERANK_PORT`, beside which
-    a server that is strict about `BGE_RERANK_...` would not start.
+    For a Service called `bge-rerank` it sets `BGE_RERANK_SERVICE_HOST` and `BGE_RERANK_PORT`, which
+    must not count as unknown settings.
     """
-    # A Service may be called bge-rerank-gpu just as well.
+    # The Service may also be called bge-rerank-gpu.
     service, port = _ends_with(_OF_SERVICE, name), _ends_with(_OF_PORT, name)
     if service:
         return True
     if not port:
         return False
-    # BGE_RERANK_PORT=8000 is a mistake of a person, who means --port.
+    # BGE_RERANK_PORT=8000 is a user's mistake for --port.
     return bool(_ADDRESS.fullmatch(value)) or (port != "_PORT" and bool(_SUFFIX.search(name)))
 
 
@@ -34,25 +34,25 @@ def _ends_with(pattern: re.Pattern[str], name: str) -> str:
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
-    """Return how many processors' time this process's control groups allow; `None` is all.
+    """Return the CPU quota of this process's control groups, in CPUs; `None` is no quota.
 
-    A quota hides no processor, so that programs start a thread for each and are stopped for most
-    of the time. Version 2 of control groups is read, and version 1.
+    A process with a quota still sees all CPUs. If it starts a thread for each, it is throttled most
+    of the time. Versions 1 and 2 of control groups are supported.
 
     Args:
-        root: Where `proc` and the mounts are.
+        root: The folder with `proc` and the mounts.
     """
     quotas = [quota for folder in _groups(root) for quota in (_read_quota(folder),) if quota]
     return min(quotas, default=None)
 
 
 def whole_cpus(quota: float) -> int:
-    """Return how many threads make use of a quota: a part of a processor counts as one."""
+    """Return the number of threads for a quota; a fraction of a CPU counts as one."""
     return max(1, math.ceil(quota))
 
 
 def _groups(root: Path) -> Iterator[Path]:
-    """Give the folders of the groups of this process that bound its processor time."""
+    """Yield the folders of this process's control groups that limit CPU time."""
     own = dict(_own_groups(_lines(root / "proc/self/cgroup")))
     for line in _lines(root / "proc/self/mountinfo"):
         before, _, after = line.partition(" - ")
@@ -76,7 +76,7 @@ def _own_groups(lines: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _within(mounted: str, group: str) -> str:
-    """Return a group's path below what is mounted, which in a container is often its own group."""
+    """Return a group's path below the mounted one, which in a container is often the same."""
     if mounted == "/":
         return group
     return group.removeprefix(mounted) if group.startswith(mounted) else "/"
@@ -95,7 +95,7 @@ def _read_quota(folder: Path) -> float | None:
     else:
         [quota] = _lines(folder / "cpu.cfs_quota_us") or [""]
         [period] = _lines(folder / "cpu.cfs_period_us") or [""]
-    # Without a limit it is "max" in version 2 and -1 in version 1.
+    # No limit is "max" in version 2 and -1 in version 1.
     known = quota.isdigit() and period.isdigit() and int(period) > 0
     return int(quota) / int(period) if known else None
 

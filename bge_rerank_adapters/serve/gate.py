@@ -1,7 +1,7 @@
-"""What every request passes first: counting, the key, the number at a time, the last resort.
+"""The outermost middleware: metrics, API key, concurrency limit, and errors that nobody handled.
 
-Here too a path's other names become the one that is routed, and web pages of other origins are
-refused: since a body needs no Content-Type, a browser would send theirs without asking first.
+It also maps aliases of paths to the routed ones, and refuses requests of web pages of other
+origins. Browsers send these without a preflight, since a body needs no Content-Type here.
 """
 
 import asyncio
@@ -25,24 +25,24 @@ from bge_rerank_adapters.serve.tracing import Tracing
 SCORING = ("/v1/rerank", "/v2/rerank", "/rerank", "/infinity/rerank")
 _OPEN = ("/", "/health", "/docs", "/openapi.json", "/v1/cluster/auth")
 _ROUTES = frozenset((*SCORING, *_OPEN, "/metrics", "/info", "/v1/models"))
-# As llama.cpp has them beside the others.
+# Names in llama.cpp's server.
 _ALIASES = {"/reranking": "/rerank", "/v1/reranking": "/v1/rerank"}
 _MODEL = "/v1/models/"
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
-# How long a client that is still to send a body may pause, before it is taken for one that will
-# not: it may have been told to go on before it sends one.
+# A refused client that has sent nothing for this long is assumed to send no body: it may wait for
+# "100 Continue" first.
 _SILENCE_S = 1.0
 
 _log = logging.getLogger(__name__)
 
 
 class Gate:
-    """ASGI middleware; refuses what needs no look at the body, and answers what went wrong."""
+    """ASGI middleware that refuses requests before their body is read, and reports errors."""
 
     def __init__(
         self, app: ASGIApp, *, settings: ServerSettings, metrics: Metrics, tracing: Tracing
     ) -> None:
-        """Stand before an app."""
+        """Wrap an app."""
         self._app, self._metrics, self._tracing = app, metrics, tracing
         self._scored = Scored(settings.max_concurrent_requests)
         self._body_timeout_s = settings.body_timeout_s
@@ -51,7 +51,7 @@ class Gate:
         self._key = None if key is None else _digest(key.encode("utf-8"))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a request through, or refuse it."""
+        """Pass a request on, or refuse it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -70,7 +70,7 @@ class Gate:
         await answer.finish(self._body_timeout_s)
 
     def _traced(self, path: str, scope: Scope, answer: "_Answer") -> AbstractContextManager[None]:
-        # Probes and scrapes would be most of the spans.
+        # Not for probes and scrapes, which would be most of the spans.
         if path not in SCORING:
             return contextlib.nullcontext()
         return self._tracing.request(scope, path, lambda: answer.status)
@@ -88,12 +88,12 @@ class Gate:
         except Exception:
             _log.exception("A request for %s failed", _route(path))
             if answer.status is not None:
-                raise  # too late for another answer: the connection has to break
+                raise  # too late for another answer: the connection must be closed
             failed = Refusal(500, "The server failed on this request; its log says why.")
             await response_of(path, failed)(scope, receive, answer)
 
     async def _score(self, scope: Scope, receive: Receive, answer: "_Answer") -> None:
-        # Before a byte of the body is read; the place itself is taken when all of it is there.
+        # Checked before the body is read; the place is taken once the body is complete.
         self._scored.check()
         scope[PLACE] = answer.place
         try:
@@ -130,10 +130,10 @@ class Gate:
 
 
 class _Body:
-    """Passes a request's body on, and remembers whether all of it came.
+    """Passes a request's body on, and records whether it is complete.
 
     Attributes:
-        ended: Whether it did, or the client has gone.
+        ended: Whether it is complete, or the client has disconnected.
     """
 
     def __init__(self, receive: Receive) -> None:
@@ -146,7 +146,7 @@ class _Body:
         return message
 
     async def discard(self, timeout_s: float) -> None:
-        """Read what is still to come, for so many seconds at most, or until nothing comes."""
+        """Read and drop the rest, until it ends, times out, or pauses."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 while not self.ended:
@@ -155,14 +155,14 @@ class _Body:
 
 
 class _Answer:
-    """Passes an answer on, but holds back its end where the connection would be reset by it.
+    """Passes an answer on, but delays its end while part of the request's body is unread.
 
-    A connection that is closed over unread bytes is reset, which takes the answer from a client
-    that has not read it yet. So what a refusal left of the body is read first.
+    Closing a connection with unread bytes resets it, and the client may lose the answer. So the
+    rest of a refused body is read first.
 
     Attributes:
         status: Its status; `None` until it has begun.
-        place: The request's place among the scored, which an answer that has begun needs no more.
+        place: The request's place, released when the answer begins.
     """
 
     def __init__(self, scope: Scope, body: _Body, send: Send, place: Place) -> None:
@@ -182,21 +182,21 @@ class _Answer:
         await self._send(message)
 
     async def finish(self, timeout_s: float) -> None:
-        """End an answer whose end was held back, after so many seconds at most."""
+        """End an answer whose end was delayed, after at most `timeout_s` seconds."""
         if self._held_back:
             await self._body.discard(timeout_s)
             await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def _canonical(path: str) -> str:
-    """Return the one name of a path that is routed."""
+    """Return the routed path for an alias."""
     if len(path) > 1:
         path = path.removesuffix("/")
     return _ALIASES.get(path, path)
 
 
 def _at(path: str, scope: Scope) -> Scope:
-    """Return the scope of a request as one for another path below where the app is mounted."""
+    """Return a request's scope with another path, relative to where the app is mounted."""
     if path == path_of(scope):
         return scope
     whole = scope.get("root_path", "") + path
@@ -204,7 +204,7 @@ def _at(path: str, scope: Scope) -> Scope:
 
 
 def _route(path: str) -> str:
-    """Return a path as a label; each that a stranger types would fill the memory."""
+    """Return a path as a metric label; unknown ones share a label, to limit their number."""
     if path.startswith(_MODEL):
         return _MODEL + "{model}"
     return path if path in _ROUTES else "other"
@@ -222,5 +222,5 @@ def _closes(scope: Scope, headers: Iterable[tuple[bytes, bytes]]) -> bool:
 
 
 def _digest(key: bytes) -> bytes:
-    # Of equal length whatever is given, since comparing tells whether lengths differ.
+    # Digests have equal lengths; comparing others would reveal the key's length.
     return hashlib.sha256(key).digest()

@@ -1,4 +1,4 @@
-"""What Prometheus reads: requests by route and status, and what the engine counts."""
+"""Metrics for Prometheus: requests by route and status, and the engine's counters."""
 
 from collections.abc import Callable, Iterator
 
@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 from bge_rerank_adapters.engine.stats import EngineStats
 from bge_rerank_adapters.serve.ignored import IgnoredFields
 
-# Seconds; a ranking takes from a few milliseconds to the time limit.
+# In seconds, from a few milliseconds to the default time limit.
 _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _COUNTERS = {
     "requests": "Calls that the engine let in.",
@@ -40,11 +40,11 @@ class Metrics:
     def __init__(
         self, read: Callable[[], EngineStats | None], about: Callable[[], dict[str, str] | None]
     ) -> None:
-        """Count from zero.
+        """Make metrics that start at zero.
 
         Args:
-            read: Tells what the engine has done; `None` while there is none.
-            about: Tells what is fixed: model, device, dtype, version; `None` while there is none.
+            read: Returns the engine's counters; `None` while no engine is loaded.
+            about: Returns model, device, dtype and version; `None` while no engine is loaded.
         """
         self._registry = CollectorRegistry()
         self.seconds = Histogram(
@@ -76,7 +76,7 @@ class Metrics:
         self._registry.register(_EngineCollector(read, about))
 
     def text(self) -> bytes:
-        """Return all of them in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
 
@@ -103,5 +103,5 @@ class _EngineCollector(Collector):
 
 
 def _unit(name: str) -> str:
-    """Return a count's name as Prometheus has it, with the unit spelt out."""
+    """Return a counter's name by Prometheus' rules, with the unit spelt out."""
     return f"{name.removesuffix('_s')}_seconds" if name.endswith("_s") else name

@@ -1,8 +1,8 @@
-"""Places of requests: of those that are scored, and of those whose bodies are still arriving.
+"""Concurrency limits: of requests that are scored, and of bodies that are being received.
 
-They are counted apart. A place among the scored belongs to a body that is there, so that clients
-which send slowly keep nobody from being scored. Bodies that arrive are bounded by number and by
-bytes; where one more would be too many, the one that has been arriving longest is given up.
+The two are counted separately. A request takes a place for scoring only once its body is complete,
+so that slow clients block nobody. Bodies that are being received are limited by number and bytes;
+if there are too many, the oldest is cancelled.
 """
 
 import asyncio
@@ -11,19 +11,19 @@ from contextlib import asynccontextmanager
 
 from bge_rerank_adapters.serve.refusals import overloaded
 
-# Under which a request's scope has its place.
+# Key of a request's place in its scope.
 PLACE = "bge_rerank.place"
 
 
 class Scored:
-    """Places for requests that are scored at the same time."""
+    """The places for requests that are scored at the same time."""
 
     def __init__(self, most: int) -> None:
-        """Have so many places."""
+        """Make `most` places."""
         self._most, self._taken = most, 0
 
     def check(self) -> None:
-        """Raise if none is free.
+        """Raise if no place is free.
 
         Raises:
             Refusal: All are taken.
@@ -35,22 +35,22 @@ class Scored:
             )
 
     def add(self, places: int) -> None:
-        """Take a place, or give it back with -1."""
+        """Take a place, or release it with -1."""
         self._taken += places
 
 
 class Place:
-    """One request's place among the scored, which it takes when its body is there."""
+    """One request's place for scoring, taken once its body is complete."""
 
     def __init__(self, scored: Scored) -> None:
-        """Have none yet."""
+        """Make a place that is not taken yet."""
         self._scored, self._taken = scored, False
 
     def take(self) -> None:
-        """Take it.
+        """Take the place.
 
         Raises:
-            Refusal: None is free.
+            Refusal: No place is free.
         """
         if not self._taken:
             self._scored.check()
@@ -58,46 +58,46 @@ class Place:
             self._taken = True
 
     def release(self) -> None:
-        """Give it back, if it was taken."""
+        """Release the place, if it was taken."""
         if self._taken:
             self._scored.add(-1)
             self._taken = False
 
 
 class Body:
-    """A body that is arriving.
+    """A body that is being received.
 
     Attributes:
-        given_up: Whether it made room for others.
+        cancelled: Whether it was cancelled to make room for others.
     """
 
     def __init__(self, arriving: "Arriving", limit: asyncio.Timeout) -> None:
         self._arriving, self._limit = arriving, limit
         self._bytes = 0
-        self.given_up = False
+        self.cancelled = False
 
     def add(self, size: int) -> None:
-        """Count bytes that have come."""
+        """Count received bytes."""
         self._bytes += size
         self._arriving.count(size)
 
-    def give_up(self) -> int:
-        """Let the reading end in a `TimeoutError`, and return how many bytes that frees."""
-        self.given_up = True
+    def cancel(self) -> int:
+        """End the reading with a `TimeoutError`, and return how many bytes this frees."""
+        self.cancelled = True
         self._limit.reschedule(asyncio.get_running_loop().time())
         return self.forget()
 
     def forget(self) -> int:
-        """Return how many bytes are counted for it, and count them no more."""
+        """Return the number of bytes counted for it, and reset it."""
         size, self._bytes = self._bytes, 0
         return size
 
 
 class Arriving:
-    """The bodies that are arriving, the one that began first first."""
+    """The bodies that are being received, oldest first."""
 
     def __init__(self, *, max_requests: int, max_bytes: int) -> None:
-        """Let in so many, with so many bytes of them all."""
+        """Set the limits for the number of bodies and their bytes in all."""
         self._max_requests, self._max_bytes = max_requests, max_bytes
         self._bodies: dict[Body, None] = {}
         self._bytes = 0
@@ -116,15 +116,15 @@ class Arriving:
                 self._bytes -= body.forget()
 
     def count(self, size: int) -> None:
-        """Count bytes that have come."""
+        """Count received bytes."""
         self._bytes += size
         self._make_room()
 
     def _make_room(self) -> None:
-        # One that is larger than the limit alone is read where there is no other.
+        # A single body is always allowed, even if it is larger than the limit.
         while len(self._bodies) > 1 and (
             len(self._bodies) > self._max_requests or self._bytes > self._max_bytes
         ):
             oldest = next(iter(self._bodies))
             del self._bodies[oldest]
-            self._bytes -= oldest.give_up()
+            self._bytes -= oldest.cancel()

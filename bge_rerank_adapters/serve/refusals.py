@@ -1,4 +1,4 @@
-"""What is not answered: the status and the JSON for each reason, in the shape of the route."""
+"""Refusals: status and JSON for each reason, in the format of the route's API."""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,12 +20,12 @@ from bge_rerank_adapters.errors import (
 )
 
 TEI_ROUTE = "/rerank"
-# Where an error of a request that may have either of two shapes is, one of these comes first.
+# First entry of an error's location, for requests that may have either of two formats.
 TAGS = ("with documents", "with texts")
-# Of a request whose client has gone, so that nobody reads it; the number is nginx's.
+# nginx's status for a request whose client has disconnected; nobody receives it.
 CLIENT_GONE = 499
 RETRY = {"Retry-After": "1"}
-# The words of text-embeddings-inference, where it has one.
+# Names of errors in text-embeddings-inference, if it has one.
 _TYPES = {
     401: "Unauthorized",
     403: "Forbidden",
@@ -37,7 +37,7 @@ _TYPES = {
     503: "Unhealthy",
     504: "Timeout",
 }
-_MOST_TOLD = 3
+_MOST_SHOWN = 3
 
 _log = logging.getLogger(__name__)
 
@@ -51,13 +51,13 @@ class Problem(BaseModel):
 
 
 class TeiProblem(Problem):
-    """Why a request was not answered, as text-embeddings-inference says it."""
+    """Why a request was not answered, in text-embeddings-inference's format."""
 
     error: str = Field(description="The same, under the name that its clients read.")
 
 
 class Refusal(HTTPException):
-    """A request that is refused, with a message that its sender may read."""
+    """A refusal of a request, with a message for the client."""
 
     def __init__(
         self,
@@ -67,30 +67,30 @@ class Refusal(HTTPException):
         kind: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        """Say why; `kind` is one word for it, else that of the status."""
+        """Set status and message; `kind` is one word for the reason, by default the status's."""
         super().__init__(status, message, dict(headers) if headers else None)
         self.kind = kind
 
 
 def overloaded(message: str) -> Refusal:
-    """Return a refusal that asks to come again in a second."""
+    """Return a refusal that asks the client to retry after a second."""
     return Refusal(429, message, headers=RETRY)
 
 
 def unknown_fields(names: Iterable[str]) -> Refusal:
-    """Return the refusal of fields that no API has, for servers that are strict."""
-    told = [f"{name[:100]}: is no field of this route" for name in names]
-    shown = "; ".join([*told[:_MOST_TOLD], *_rest(told)])
+    """Return the refusal of unknown fields, for `strict` servers."""
+    problems = [f"{name[:100]}: is no field of this route" for name in names]
+    shown = "; ".join([*problems[:_MOST_SHOWN], *_more(problems)])
     return Refusal(422, f"{shown}; see /docs for those that are.")
 
 
 def unavailable(message: str) -> Refusal:
-    """Return a refusal that asks to come again in a second, or to go to another server."""
+    """Return a refusal that asks to retry after a second, or at another server."""
     return Refusal(503, message, headers=RETRY)
 
 
 def refusal_of(error: RerankError) -> Refusal:
-    """Return what a client is told of an error of the engine: nothing of its inside."""
+    """Return the refusal for an error of the engine, without internal details."""
     if isinstance(error, Overloaded):
         return overloaded("Too many pairs wait already; try again later, or send fewer documents.")
     if isinstance(error, RerankTimeoutError):
@@ -112,7 +112,7 @@ def response_of(path: str, refusal: StarletteHTTPException) -> JSONResponse:
     """Return a refusal as JSON, in the shape of the API that a path belongs to."""
     status = refusal.status_code
     kind = getattr(refusal, "kind", None) or _TYPES.get(status, "Validation")
-    # Parts of a request may hold what is no valid text.
+    # Parts of a request may have lone surrogates.
     message = str(refusal.detail).encode("utf-8", "replace").decode("utf-8")
     content = {"message": message, "detail": message, "error_type": kind}
     if path == TEI_ROUTE:
@@ -126,8 +126,8 @@ def path_of(scope: Mapping[str, Any]) -> str:
     return path.removeprefix(root) if root and path.startswith(root + "/") else path
 
 
-def tell_problems(app: FastAPI) -> None:
-    """Let an app answer all errors in this shape."""
+def handle_errors(app: FastAPI) -> None:
+    """Make an app report all errors as refusals."""
 
     @app.exception_handler(StarletteHTTPException)
     async def refuse(request: Request, error: StarletteHTTPException) -> JSONResponse:
@@ -152,13 +152,13 @@ def documented(*statuses: int, tei: bool = False) -> dict[int | str, dict[str, A
 
 
 _MEANINGS = {
-    400: "The body is no JSON object, or not in UTF-8.",
+    400: "The body is not a JSON object, or not in UTF-8.",
     401: "The API key is missing or wrong.",
-    403: "A web page of another origin asked, which is not allowed here.",
+    403: "The request is of a web page of another origin, which is not allowed.",
     404: "The model is not served here.",
     408: "The body took too long to arrive.",
     413: "The body is too large, or there are too many documents, or one is too long.",
-    415: "The body is compressed in a way that is not read.",
+    415: "The body is compressed in an unsupported way.",
     422: "A field is missing, or has a value that is not allowed or cannot be honoured.",
     429: "Too much is waiting; try again after the seconds in Retry-After.",
     500: "The model failed.",
@@ -168,13 +168,13 @@ _MEANINGS = {
 
 
 def _described(errors: Sequence[Any]) -> str:
-    """Return what is wrong with a body in one line, without the values, which may be long."""
-    told = [_one(error) for error in errors[:_MOST_TOLD]]
-    return "; ".join([*told, *_rest(errors)]) + "."
+    """Describe what is wrong with a body in one line, without the values, which may be long."""
+    problems = [_one(error) for error in errors[:_MOST_SHOWN]]
+    return "; ".join([*problems, *_more(errors)]) + "."
 
 
-def _rest(told: Sequence[Any]) -> list[str]:
-    return [f"and {len(told) - _MOST_TOLD} more"] if len(told) > _MOST_TOLD else []
+def _more(problems: Sequence[Any]) -> list[str]:
+    return [f"and {len(problems) - _MOST_SHOWN} more"] if len(problems) > _MOST_SHOWN else []
 
 
 def _one(error: Mapping[str, Any]) -> str:

@@ -15,9 +15,9 @@ def bind(settings: ServerSettings, replicas: ReplicaSettings | None = None) -> "
     """Return an application for `ray.serve.run`, whose replicas load an engine each.
 
     Args:
-        settings: The server's. Secrets are not sent to the replicas, which read them from their
-            own environment: `BGE_RERANK_API_KEY` and `BGE_RERANK_TOKEN`.
-        replicas: How many, and what each reserves; `None` is the defaults.
+        settings: The server's settings. Secrets are not sent to the replicas, which read them from
+            their own environment: `BGE_RERANK_API_KEY` and `BGE_RERANK_TOKEN`.
+        replicas: Number and resources of replicas; `None` is the defaults.
 
     Raises:
         ImportError: Ray Serve is not installed.
@@ -28,8 +28,7 @@ def bind(settings: ServerSettings, replicas: ReplicaSettings | None = None) -> "
     chosen = ReplicaSettings() if replicas is None else replicas
     deployment = serve.deployment(
         name="Reranker",
-        # The app itself bounds what it lets in, and its engine makes packs of all that is there;
-        # room beyond that, so that it is the app that refuses, with a reason.
+        # More than the app's own limit, so that the app refuses, with a reason, and not Ray.
         max_ongoing_requests=2 * settings.max_concurrent_requests,
         autoscaling_config={
             "min_replicas": chosen.min_replicas,
@@ -54,7 +53,7 @@ def _builder(settings: ServerSettings) -> Callable[[], "FastAPI"]:
 
 
 class _Replica:
-    """What Ray Serve asks whether a replica is well; the app is put beside it."""
+    """Ray Serve's health check of a replica; Ray Serve adds the app as an attribute."""
 
     def check_health(self) -> None:
         """Raise if the engine is closed, so that Ray Serve starts another replica."""

@@ -1,4 +1,4 @@
-"""The routes that score: requests to rankings, rankings to the answers of each API."""
+"""The routes that score, with the answers of each API."""
 
 import json
 import uuid
@@ -22,7 +22,7 @@ from bge_rerank_adapters.serve.scoring import rank, shown_score
 from bge_rerank_adapters.serve.service import Service
 
 _PROBLEMS = (400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503, 504)
-# What Cohere counts as one.
+# As Cohere counts.
 _DOCUMENTS_PER_SEARCH_UNIT = 100
 
 scoring_router = APIRouter(route_class=JsonRoute)
@@ -144,6 +144,6 @@ def _json(content: Any) -> Response:
     try:
         body = shown.encode("utf-8")
     except UnicodeEncodeError:
-        # A document that is sent back has a lone surrogate, which is no text but has an escape.
+        # A returned document has a lone surrogate, which JSON can escape.
         body = json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
     return Response(body, media_type="application/json")

@@ -1,4 +1,4 @@
-"""A request's ranking: what of it is honoured, what is refused, and what is left of the results."""
+"""Ranks a request: checks its options, scores its texts, and applies its limits."""
 
 from collections.abc import Sequence
 
@@ -18,11 +18,11 @@ _MOST_SHOWN = 5
 async def rank(
     request: Request, body: RerankRequest | TeiRerankRequest, texts: Sequence[str]
 ) -> Ranking:
-    """Return the results that a request wants, with the usage of all of its texts.
+    """Return the results of a request, with the usage of all its texts.
 
     Raises:
         Refusal: It has a field that cannot be honoured.
-        RerankError: As `Service.rank`.
+        RerankError: As for `Service.rank`.
     """
     service: Service = request.app.state.service
     if body.ignored:
@@ -52,19 +52,19 @@ async def rank(
 
 
 def shown_score(body: RerankRequest | TeiRerankRequest, result: RankedDocument) -> float | None:
-    """Return what a request calls a result's score."""
+    """Return a result's score or logit, as the request wants."""
     return result.logit if body.wants_logits else result.score
 
 
 def _check_chunks(most: int | None, settings: EngineSettings, texts: Sequence[str]) -> None:
-    """Refuse a limit on windows that a text may exceed: all of them are read.
+    """Refuse a limit on windows that a text may exceed, since all windows are read.
 
     Raises:
-        Refusal: One may.
+        Refusal: A text may exceed it.
     """
     if most is None or settings.long_documents != "window":
         return
-    # A window begins so many tokens after the one before it, which are hardly fewer characters.
+    # Tokens between the starts of neighbouring windows, which are at least as many characters.
     window = settings.window_tokens or settings.max_length // 8
     overlap = settings.window_overlap_tokens
     step = max(1, window - (window // 4 if overlap is None else overlap))

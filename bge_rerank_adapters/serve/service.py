@@ -1,4 +1,4 @@
-"""The engine behind the routes: what is let in, for how long, and for whom."""
+"""The engine behind the routes, with the limits of the server."""
 
 import asyncio
 import time
@@ -21,12 +21,12 @@ class Service:
     """An engine with the limits of a server.
 
     Attributes:
-        settings: The server's.
+        settings: The server's settings.
         started: When it was made, in seconds since 1970.
     """
 
     def __init__(self, settings: ServerSettings, engine: "Reranker | None") -> None:
-        """Serve a ready engine, or one that `load` loads."""
+        """Take a ready engine, or `None` for one that `load` loads."""
         self.settings = settings
         self.started = int(time.time())
         self._engine = engine
@@ -37,7 +37,7 @@ class Service:
         """The engine.
 
         Raises:
-            Refusal: It is not loaded yet, or closed already.
+            Refusal: It is not loaded yet, or is closed.
         """
         if self._engine is None:
             raise unavailable("The model is not loaded yet.")
@@ -54,7 +54,7 @@ class Service:
         """Raise if the engine has been closed.
 
         Raises:
-            ClosedError: It has.
+            ClosedError: It has been closed.
         """
         if self._engine is not None and self._engine.closed:
             raise ClosedError("The engine of this server is closed; start another.")
@@ -75,7 +75,7 @@ class Service:
         self._engine = engine
 
     def close(self) -> None:
-        """Free the model, unless the engine was given: that is its owner's to close."""
+        """Free the model, unless the engine was given: its owner closes it."""
         if self._own and self._engine is not None:
             self._engine.close()
 
@@ -83,7 +83,7 @@ class Service:
         """Refuse a request for another model.
 
         Raises:
-            Refusal: The name is another.
+            Refusal: The name is not one of this model's.
         """
         names = self.settings.model_names
         if not name or name in names or name == self.settings.engine.model or ANY_MODEL in names:
@@ -102,15 +102,15 @@ class Service:
         """Return the ranking of all of a request's texts.
 
         Args:
-            receive: The request's, whose body has been read: tells when the client has gone, and
-                its pairs need not be scored.
-            query: The question.
+            receive: The request's channel, after its body has been read. It reports when the client
+                disconnects, and scoring is cancelled then.
+            query: The query.
             texts: n texts.
-            token_limits: How much is read of them.
+            token_limits: How many tokens of them are read.
 
         Raises:
-            Refusal: Something is too long, or the client has gone.
-            RerankError: As `Reranker.arerank`.
+            Refusal: A text is too long, or the client has disconnected.
+            RerankError: As for `Reranker.arerank`.
         """
         self._check_lengths(query, texts)
         scoring = self.engine.arerank(
@@ -130,7 +130,7 @@ class Service:
         finally:
             call.cancel()
             gone.cancel()
-            # So that neither ends unseen, which the loop would log.
+            # Retrieve both results, or the event loop would log them as never retrieved.
             await asyncio.gather(call, gone, return_exceptions=True)
 
     def _check_lengths(self, query: str, texts: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""The settings of a server, and the environment variables that carry them."""
+"""The settings of a server, and their environment variables."""
 
 import os
 import re
@@ -15,7 +15,7 @@ from bge_rerank_adapters.settings.parsing import COUNT, FLAG, NUMBER, ONE_OR_MOR
 from bge_rerank_adapters.settings.table import Table, documented, rows, setting
 
 PREFIX = "BGE_RERANK_"
-# A scheme (of an extension or an app, it may be its own), a host and perhaps a port.
+# A scheme (browser extensions and apps have their own), a host and perhaps a port.
 _ORIGIN = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://[^/\s]+")
 ANY_MODEL = "*"
 
@@ -46,14 +46,14 @@ def _origins(name: str, value: object) -> tuple[str, ...]:
 @documented
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings(Table):
-    """All that decides what a server answers and what it refuses.
+    """The settings of a server.
 
-    The key is in no repr, log or pickle.
+    The key is left out of reprs, logs and pickles.
 
     Attributes:
-        engine: Of the engine that it loads, which is the only one it has.
-        **rows: Each as the text of its row says.
-        api_key_left_out: Of unpickled settings: there was an api_key, which has to be given again.
+        engine: The settings of its engine.
+        **rows: One for each row of the table.
+        api_key_left_out: Whether pickling has removed an api_key, which must be given again.
     """
 
     engine: EngineSettings = field(default_factory=EngineSettings)
@@ -130,7 +130,7 @@ class ServerSettings(Table):
             if name != ANY_MODEL:
                 return name
         path = PurePath(self.engine.model)
-        # A path of the machine is nobody's business, while a hub name has its owner in front.
+        # Paths of the machine are not shown; a hub name is kept with its owner.
         is_folder = path.is_absolute() or self.engine.model.startswith((".", "~"))
         return path.name if is_folder and path.name else self.engine.model
 
@@ -140,11 +140,11 @@ class ServerSettings(Table):
         return tuple(dict.fromkeys((self.model_name, *_listed(self.served_model or ()))))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings as plain values for JSON, without secrets."""
+        """Return the settings as JSON values, without secrets."""
         return {"engine": self.engine.to_dict(), **super().to_dict()}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the settings without secrets; `create_app` refuses them until the key is back."""
+        """Pickle without secrets; `create_app` refuses the copy until its key is restored."""
         plain = {each.name: getattr(self, each.name) for each in fields(self)}
         left_out = self.api_key is not None or self.api_key_left_out
         return _unpickle_settings, (plain | {"api_key": None, "api_key_left_out": left_out},)
@@ -156,11 +156,11 @@ class ServerSettings(Table):
         *,
         given: Mapping[str, Any] | None = None,
     ) -> Self:
-        """Return the settings that `BGE_RERANK_...` variables name, each named as its setting.
+        """Return the settings from variables called `BGE_RERANK_` and the setting's name.
 
         Args:
-            environment: `None` is the process's own.
-            given: Settings of the server or its engine, by their names, that come before them.
+            environment: The variables; `None` is the process's environment.
+            given: Settings of the server or its engine by name, which override variables.
 
         Raises:
             SettingsError: A variable's name is not known, or its value is not allowed.
@@ -171,16 +171,16 @@ class ServerSettings(Table):
         return cls(engine=EngineSettings(**engine), **own)
 
     def with_secrets(self, environment: Mapping[str, str] | None = None) -> Self:
-        """Return the same settings with the secrets that the environment holds.
+        """Return the same settings with the secrets from the environment.
 
         Raises:
-            SettingsError: They had an api_key once, and the environment has none.
+            SettingsError: Pickling has removed an api_key, and the environment has none.
         """
         values = _read(environment)
         api_key, token = values.get("api_key", self.api_key), values.get("token", self.engine.token)
         if api_key is None and self.api_key_left_out:
             raise SettingsError(
-                f"This server is to have an api_key, and {PREFIX}API_KEY is not set where it "
+                f"This server needs its api_key, and {PREFIX}API_KEY is not set where it "
                 "starts; set it on every machine, or in the runtime environment of the job."
             )
         return replace(self, api_key=api_key, engine=replace(self.engine, token=token))
@@ -189,10 +189,10 @@ class ServerSettings(Table):
 @documented
 @dataclass(frozen=True, kw_only=True)
 class ReplicaSettings(Table):
-    """How many replicas Ray Serve runs, and what each of them gets.
+    """Number and resources of Ray Serve's replicas.
 
     Attributes:
-        **rows: Each as the text of its row says.
+        **rows: One for each row of the table.
     """
 
     min_replicas: int = setting(1, checks.count, "Fewest, kept without any load", format=COUNT)
@@ -221,7 +221,7 @@ class ReplicaSettings(Table):
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Self:
-        """Return the settings that `BGE_RERANK_...` variables name.
+        """Return the settings from `BGE_RERANK_...` variables.
 
         Raises:
             SettingsError: A variable's name is not known, or its value is not allowed.
@@ -248,10 +248,10 @@ def variable(name: str) -> str:
 
 
 def _read(environment: Mapping[str, str] | None) -> dict[str, Any]:
-    """Return the values of all variables, by the names of their settings."""
+    """Return the values of all variables, by setting."""
     found = os.environ if environment is None else environment
     known = {variable(name): name for name in _PARSERS}
-    # A name mistyped must not leave a server without its key, say.
+    # A mistyped name must not, for example, leave a server without its key.
     unknown = [
         name
         for name in sorted(found)
@@ -263,7 +263,7 @@ def _read(environment: Mapping[str, str] | None) -> dict[str, Any]:
 
 
 def _not_known(unknown: list[str], known: list[str]) -> str:
-    # Without the prefix, by which all are much alike.
+    # Without the prefix, which would make all names similar.
     names = [name.removeprefix(PREFIX) for name in known]
     near = [get_close_matches(name.removeprefix(PREFIX), names, 1, 0.85) for name in unknown]
     close = ", ".join(PREFIX + name for names in near for name in names)

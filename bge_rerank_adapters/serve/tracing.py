@@ -1,8 +1,7 @@
-"""OpenTelemetry's spans of a request: all of it, then tokenising, waiting and scoring.
+"""OpenTelemetry spans of a request, and in it of tokenising, waiting and scoring.
 
-Nothing of OpenTelemetry is imported here but by `export`. An app has spans if the program that it
-runs in has imported it: `bge-rerank serve` does where OTEL_EXPORTER_OTLP_ENDPOINT is set, and so
-does `opentelemetry-instrument`.
+Only `export` imports OpenTelemetry. An app makes spans if the program has imported it, as
+`opentelemetry-instrument` does, and `bge-rerank serve` if OTEL_EXPORTER_OTLP_ENDPOINT is set.
 """
 
 import os
@@ -22,13 +21,13 @@ _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT
 _NANOSECONDS = 1_000_000_000
 
 
-def is_asked_for() -> bool:
-    """Return whether the environment says where spans are to be sent."""
+def is_requested() -> bool:
+    """Return whether the environment has an endpoint for spans."""
     return any(os.environ.get(name) for name in _ENDPOINTS)
 
 
 def export() -> Callable[[], None]:
-    """Send this process's spans where the environment says; return what sends the last of them.
+    """Export this process's spans to the environment's endpoint; return the function that flushes.
 
     Raises:
         ImportError: The extra `otel` is not installed.
@@ -51,18 +50,18 @@ class Tracing:
     """Makes spans, or does nothing in a program without OpenTelemetry."""
 
     def __init__(self) -> None:
-        """Look whether there is OpenTelemetry."""
+        """Find out whether OpenTelemetry has been imported."""
         self._trace: Any = sys.modules.get("opentelemetry.trace")
         self._tracer = None if self._trace is None else self._trace.get_tracer(_NAME)
 
     @contextmanager
     def request(self, scope: Scope, route: str, status: Callable[[], int | None]) -> Iterator[None]:
-        """Make a span of a request, within the one that its `traceparent` names.
+        """Make a span of a request, as a child of the one in its `traceparent` header.
 
         Args:
-            scope: The request's.
-            route: What is asked, without what a stranger may type.
-            status: Tells the answer's status in the end.
+            scope: The request's scope.
+            route: The route, not the path that the client sent.
+            status: Returns the status of the answer.
         """
         if self._tracer is None:
             yield
@@ -87,7 +86,7 @@ class Tracing:
                     span.set_status(self._trace.StatusCode.ERROR)
 
     def scored(self, usage: Usage | None, *, documents: int) -> None:
-        """Make the spans of what has just been scored, within that of its request."""
+        """Make the spans of a call that has just been scored, as children of its request's."""
         if self._tracer is None or usage is None:
             return
         self._trace.get_current_span().set_attributes(

@@ -1,4 +1,4 @@
-"""`bge-rerank demo`: the package's main job on real text, on any machine."""
+"""`bge-rerank demo`: reranks real text with the engine and in two hosts."""
 
 from collections.abc import Iterable
 
@@ -21,8 +21,9 @@ def run(console: Console, settings: EngineSettings) -> None:
     """Rerank with the engine, in a LangChain chain and in a LlamaIndex query engine.
 
     Args:
-        console: Where the tables go. A host that is not installed is skipped, its extra named.
-        settings: Of the engine.
+        console: Where the tables go. For a host that is not installed it prints the extra to
+            install.
+        settings: The engine's settings.
 
     Raises:
         RerankError: The model cannot be loaded, or failed.

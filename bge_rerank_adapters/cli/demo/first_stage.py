@@ -1,4 +1,4 @@
-"""The demo's collection, and a first stage that looks words up in it."""
+"""The demo's collection, and BM25 as its first stage."""
 
 import json
 import math

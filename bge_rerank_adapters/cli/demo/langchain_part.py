@@ -14,7 +14,7 @@ from bge_rerank_adapters.langchain import BGEDocumentCompressor
 
 
 class FirstStage(BaseRetriever):
-    """Looks words up in the demo's collection."""
+    """Searches the demo's collection with BM25."""
 
     top_k: int
 
@@ -31,7 +31,7 @@ class FirstStage(BaseRetriever):
 
 
 def reranking_retriever(reranker: Scorer, *, fetch: int, top_k: int) -> tuple[str, BaseRetriever]:
-    """Return the retriever and what it is called: LangChain's own where it is installed."""
+    """Return a retriever and its name: LangChain's own if it is installed."""
     compressor = BGEDocumentCompressor(reranker=reranker, top_k=top_k)
     first_stage = FirstStage(top_k=fetch)
     try:

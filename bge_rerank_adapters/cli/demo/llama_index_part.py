@@ -12,7 +12,7 @@ from bge_rerank_adapters.llama_index import BGENodePostprocessor
 
 
 class FirstStage(BaseRetriever):
-    """Looks words up in the demo's collection."""
+    """Searches the demo's collection with BM25."""
 
     def __init__(self, top_k: int) -> None:
         """Find `top_k` nodes for each query."""

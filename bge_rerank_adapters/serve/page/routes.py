@@ -1,4 +1,4 @@
-"""The pages' routes, and what they are made of."""
+"""The routes of the two pages, with their content and headers."""
 
 import base64
 import hashlib
@@ -12,7 +12,7 @@ _HERE = __package__ or ""
 
 
 def page_router() -> APIRouter:
-    """Return a router with both pages, which need no key: it is requests to the server that do."""
+    """Return a router with both pages. They need no key; the requests that they send do."""
     router = APIRouter(include_in_schema=False)
     for path, name in (("/", "index"), ("/docs", "docs")):
         router.add_api_route(path, _answer(name), methods=["GET", "HEAD"], name=f"{name} page")

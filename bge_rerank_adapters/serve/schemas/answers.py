@@ -1,4 +1,4 @@
-"""What is answered, with the names that clients of the other servers read."""
+"""The answers, with the field names that clients of other servers read."""
 
 from typing import Any, Literal
 
@@ -10,10 +10,10 @@ class RankedText(BaseModel):
 
     index: int = Field(description="The document's position in the request, from 0.", ge=0)
     relevance_score: float = Field(
-        description="How well it answers the query, in [0, 1]; the logit where that was asked for."
+        description="How well it answers the query, in [0, 1]; the logit if requested."
     )
     document: dict[str, Any] | str | None = Field(
-        None, description="The document, where asked for; in infinity's form its text."
+        None, description="The document, if requested; in infinity's format its text."
     )
     logit: float | None = Field(None, description="What results are ordered by; in details.")
     truncated: bool | None = Field(None, description="Whether its end was cut off; in details.")
@@ -24,13 +24,13 @@ class RankedText(BaseModel):
 
 
 class ApiVersion(BaseModel):
-    """Which API an answer is of."""
+    """The API version of an answer."""
 
     version: str
 
 
 class BilledUnits(BaseModel):
-    """What Cohere would count; nothing is billed here."""
+    """Units as Cohere counts them; nothing is billed here."""
 
     search_units: int = Field(description="One for each hundred documents begun.", ge=1)
 
@@ -42,7 +42,7 @@ class MetaTokens(BaseModel):
 
 
 class Meta(BaseModel):
-    """About an answer, as Cohere tells it."""
+    """Cohere's metadata of an answer."""
 
     api_version: ApiVersion
     billed_units: BilledUnits
@@ -50,7 +50,7 @@ class Meta(BaseModel):
 
 
 class Usage(BaseModel):
-    """Tokens that went through the model, as Jina and vLLM tell them."""
+    """Tokens that went through the model, in the format of Jina and vLLM."""
 
     prompt_tokens: int = Field(description="Special tokens included.", ge=0)
     total_tokens: int = Field(ge=0)
@@ -59,8 +59,10 @@ class Usage(BaseModel):
 class RerankResponse(BaseModel):
     """Documents, best first."""
 
-    id: str = Field(description="Of this answer alone.")
-    object: Literal["rerank"] = Field(description="infinity's word, whose client takes no other.")
+    id: str = Field(description="Unique for each answer.")
+    object: Literal["rerank"] = Field(
+        description="infinity's word; its client accepts no other."
+    )
     model: str
     results: list[RankedText]
     usage: Usage
@@ -71,8 +73,8 @@ class Rank(BaseModel):
     """One text of a ranking."""
 
     index: int = Field(description="The text's position in the request, from 0.", ge=0)
-    score: float = Field(description="In [0, 1], or the logit where raw scores were asked for.")
-    text: str | None = Field(None, description="The text, where asked for.")
+    score: float = Field(description="In [0, 1], or the logit if raw scores were requested.")
+    text: str | None = Field(None, description="The text, if requested.")
 
 
 class Health(BaseModel):
@@ -108,7 +110,7 @@ class ServedModels(BaseModel):
 
 
 class Info(BaseModel):
-    """What the server is and takes, with the names that text-embeddings-inference gives them."""
+    """The server and its limits, with text-embeddings-inference's field names."""
 
     model_config = ConfigDict(protected_namespaces=())
 
@@ -121,13 +123,13 @@ class Info(BaseModel):
     model_dtype: str
     model_type: dict[str, Any]
     served_model_name: str
-    max_input_length: int = Field(description="Most tokens of a pair.")
-    max_client_batch_size: int = Field(description="Most documents of a request.")
-    max_batch_tokens: int = Field(description="Most tokens of a forward pass.")
+    max_input_length: int = Field(description="Maximum tokens of a pair.")
+    max_client_batch_size: int = Field(description="Maximum documents of a request.")
+    max_batch_tokens: int = Field(description="Maximum tokens of a forward pass.")
     max_batch_requests: None = None
     max_concurrent_requests: int
     max_body_bytes: int
-    max_characters: int = Field(description="Most characters of a document.")
+    max_characters: int = Field(description="Maximum characters of a document.")
     auto_truncate: bool
     tokenization_workers: int
-    long_documents: str = Field(description="What becomes of a document that is too long.")
+    long_documents: str = Field(description="How documents that are too long are handled.")

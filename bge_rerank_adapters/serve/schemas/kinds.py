@@ -1,7 +1,7 @@
-"""Kinds of values in requests: read as leniently as their meaning allows, and described as such.
+"""Types of values in requests, parsed leniently, with their JSON schemas.
 
-Clients of other servers send booleans as words and numbers as text, and nested values in
-documents. What has one meaning is read; what has none, or more than one, is refused.
+Clients of other servers send booleans as words, numbers as text, and nested values in documents.
+A value with one clear meaning is accepted; any other is refused.
 """
 
 import math
@@ -12,7 +12,7 @@ from pydantic import PlainValidator, WithJsonSchema
 
 Document = str | dict[str, Any]
 
-# Deeper than any client's metadata, and shallow enough to be written as JSON again.
+# Deeper than any client's metadata, and shallow enough to be serialised again.
 MOST_NESTED = 32
 _WORDS = {
     "true": True,
@@ -24,13 +24,13 @@ _WORDS = {
     "off": False,
     "0": False,
 }
-# Longer ones have more digits than any count, and take long to read.
+# Longer numbers are no counts, and are slow to parse.
 _WHOLE = re.compile(r"[+-]?[0-9]{1,30}(\.0{1,30})?")
 _NUMBER = re.compile(r"[+-]?[0-9]{1,30}(\.[0-9]{1,30})?")
 
 
 def _text(value: object) -> str:
-    # Not pydantic's own check, which may mind lone surrogates, where the engine does not.
+    # Not pydantic's own check, which may refuse lone surrogates; the engine accepts them.
     if type(value) is not str:
         raise ValueError("must be a string")
     return value
@@ -43,7 +43,7 @@ def _list(value: object, items: str) -> list[Any]:
 
 
 def _texts(value: object) -> list[str]:
-    """Check texts one after the other, so that a list of a million numbers gives one error."""
+    """Check texts up to the first error, so that a list of a million numbers gives only one."""
     for index, item in enumerate(_list(value, "strings")):
         if type(item) is not str:
             raise ValueError(f"[{index}] must be a string")
@@ -66,7 +66,7 @@ def _documents(value: object) -> list[Document]:
 
 
 def _is_sendable(value: object, levels: int) -> bool:
-    """Tell what can be sent back: infinity, which 1e999 is read as, has no JSON."""
+    """Return whether a value can be sent back: 1e999 is parsed as infinity, which JSON lacks."""
     if isinstance(value, float):
         return math.isfinite(value)
     if isinstance(value, dict | list):
@@ -85,7 +85,7 @@ def _flag(value: object) -> bool | None:
 
 
 def _whole(value: object) -> int:
-    # JSON knows no integers: 3.0 is one as well as 3.
+    # JSON has no integers: 3.0 is the same as 3.
     if isinstance(value, str) and _WHOLE.fullmatch(value.strip()):
         return int(value.strip().partition(".")[0])
     whole = isinstance(value, float) and value.is_integer()
@@ -109,7 +109,7 @@ def _tokens(value: object) -> int | None:
     tokens = _whole(value)
     if tokens < -1:
         raise ValueError("must be a number of tokens; leave it out, or send -1, for no limit")
-    # vLLM's default for some of these is 0, which means no limit there too.
+    # 0 is vLLM's default for some of these, and means no limit as well.
     return tokens if tokens > 0 else None
 
 

@@ -1,4 +1,4 @@
-"""What is asked: one request for each API that `/rerank` servers have."""
+"""The requests: one for each API of `/rerank` servers."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
@@ -20,20 +20,20 @@ from bge_rerank_adapters.settings.token_limits import TokenLimits
 
 
 class _Request(BaseModel):
-    """What every request has. Fields that no API has are kept aside, as `model_extra`."""
+    """The fields of every request. Unknown fields are kept as `model_extra`."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=(), hide_input_in_errors=True)
 
     query: Text = Field(description="The question; may be empty.")
     top_n: Count = Field(
         None,
-        description="Most results; all, if not given. `top_k` is another name for it.",
+        description="Maximum number of results; by default all. `top_k` is another name for it.",
         validation_alias=AliasChoices("top_n", "top_k"),
     )
     score_threshold: Threshold = Field(
         None,
-        description="Lowest score of a result, inclusive, applied before `top_n`; compared with "
-        "the score in [0, 1], whatever results show.",
+        description="Lowest score of a result, inclusive, applied before `top_n`; always "
+        "compared with the score in [0, 1].",
     )
     raw_scores: Flag = Field(None, description="Whether scores are logits, not in [0, 1].")
     use_activation: Flag = Field(
@@ -42,13 +42,13 @@ class _Request(BaseModel):
         validation_alias=AliasChoices("use_activation", "activation"),
     )
     max_tokens_per_doc: Tokens = Field(
-        None, description="Most tokens that are read of a document; -1 is the model's own limit."
+        None, description="Maximum tokens that are read of a document; -1 is the model's own limit."
     )
     max_tokens_per_query: Tokens = Field(
-        None, description="Most tokens that are read of the query; -1 is the model's own limit."
+        None, description="Maximum tokens that are read of the query; -1 is the model's own limit."
     )
     truncate_prompt_tokens: Tokens = Field(
-        None, description="Most tokens that are read of a pair; -1 is the model's own limit."
+        None, description="Maximum tokens that are read of a pair; -1 is the model's own limit."
     )
     truncation_direction: Direction = Field(
         "right",
@@ -64,7 +64,7 @@ class _Request(BaseModel):
 
     @property
     def token_limits(self) -> TokenLimits:
-        """How much is read of the texts."""
+        """How many tokens of the texts are read."""
         return TokenLimits(
             max_document_tokens=self.max_tokens_per_doc,
             max_query_tokens=self.max_tokens_per_query,
@@ -73,7 +73,7 @@ class _Request(BaseModel):
 
     @property
     def ignored(self) -> Mapping[str, Any]:
-        """Fields that were sent and mean nothing here."""
+        """Fields that were sent and are ignored."""
         return self.model_extra or {}
 
 
@@ -82,7 +82,7 @@ class RerankRequest(_Request):
 
     model: Text | None = Field(None, description="The model's name; must be one that is served.")
     documents: Documents = Field(
-        description="Texts, or objects with a `text` or what `rank_fields` names; may be empty."
+        description="Texts, or objects with a `text` or the `rank_fields`; may be empty."
     )
     return_documents: Flag = Field(
         None, description="Whether results hold their documents, as they were sent."
@@ -105,9 +105,9 @@ class RerankRequest(_Request):
         """Return the text of each document that is ranked.
 
         Raises:
-            Refusal: An object has none.
+            Refusal: An object has no text.
         """
-        # Each once: a text that is scored as often as it is named grows beyond all limits.
+        # Each once: repeating a field would make texts arbitrarily long.
         fields = ["text"] if self.rank_fields is None else list(dict.fromkeys(self.rank_fields))
         if not fields:
             raise Refusal(422, "rank_fields must name a field; leave it out to rank by text.")
@@ -132,7 +132,7 @@ def _shape(body: object) -> str:
     return TAGS[isinstance(body, dict) and "texts" in body]
 
 
-# At one path both are asked: by texts as of text-embeddings-inference, by documents as of vLLM.
+# One path has both: `texts` as in text-embeddings-inference, `documents` as in vLLM.
 EitherRequest = Annotated[
     Annotated[RerankRequest, Tag(TAGS[0])] | Annotated[TeiRerankRequest, Tag(TAGS[1])],
     Discriminator(_shape),

@@ -1,6 +1,6 @@
-"""How `bge-rerank serve` speaks HTTP: uvicorn with h11, and limits of our own around it.
+"""HTTP for `bge-rerank serve`: uvicorn with h11, and additional limits.
 
-Chosen by tests/test_serve_transport.py: uvicorn's other parser, httptools, loses the body of a
-request that asks for an upgrade, and has no bound for a request's head; h11 alone answers a request
-with two lengths twice. What is refused here never reaches the app.
+tests/test_serve_transport.py shows why: uvicorn's other parser, httptools, loses the body of a
+request with an Upgrade header, and does not limit a request's head; plain h11 answers a request
+with two lengths twice. Requests that are refused here never reach the app.
 """

@@ -1,21 +1,20 @@
-"""The parser of one connection: h11, stricter about lengths and heads, deaf to upgrades."""
+"""The parser of one connection: h11 with stricter checks, ignoring upgrades."""
 
 from typing import Any
 
 import h11
 
-# Of a whole request head; cookies and tokens of proxies rarely pass 8 KiB.
+# Limit of a request's head; cookies and tokens of proxies rarely exceed 8 KiB.
 MOST_HEAD_BYTES = 32 * 1024
 _MOST_HEADERS = 100
 _UPGRADE = (b"upgrade", b"http2-settings")
 
 
 class StrictConnection(h11.Connection):
-    """A server's side of h11.
+    """The server side of an h11 connection.
 
     Attributes:
-        refusal: Status and reason for which the last request was refused; `None` while there is
-            none.
+        refusal: Status and reason of the refused request; `None` if there is none.
     """
 
     def __init__(self) -> None:
@@ -27,7 +26,7 @@ class StrictConnection(h11.Connection):
         """Return the next event.
 
         Raises:
-            h11.RemoteProtocolError: What came is no request, or one that is not answered.
+            h11.RemoteProtocolError: The input is not a request, or one that is refused.
         """
         try:
             event = super().next_event()
@@ -40,7 +39,7 @@ class StrictConnection(h11.Connection):
 def _checked(request: h11.Request) -> h11.Request:
     names = [name for name, _ in request.headers]
     if b"transfer-encoding" in names and b"content-length" in names:
-        # Proxies disagree about which of them counts, so one could hide a request in the other.
+        # Proxies disagree about which one to use, which allows request smuggling.
         raise h11.RemoteProtocolError("Transfer-Encoding and Content-Length are both there", 400)
     size = len(request.target) + sum(len(name) + len(value) for name, value in request.headers)
     if size > MOST_HEAD_BYTES or len(names) > _MOST_HEADERS:
@@ -49,9 +48,9 @@ def _checked(request: h11.Request) -> h11.Request:
 
 
 def _without_upgrade(request: h11.Request) -> h11.Request:
-    """Return a request as if it did not offer another protocol, which servers may ignore.
+    """Return a request without its offer of another protocol, which servers may ignore.
 
-    A JDK's client offers HTTP/2 with its first request on each connection.
+    The JDK's client offers HTTP/2 with the first request of each connection.
     """
     headers = []
     for name, value in request.headers:

@@ -1,7 +1,7 @@
-"""One connection of `bge-rerank serve`: uvicorn's, with a clock for whatever a client leaves out.
+"""One connection of `bge-rerank serve`: uvicorn's, with more timeouts.
 
-Uvicorn has timers for silence between two requests alone. Here half a head, a body that nobody
-reads any more, an answer that is not taken and a connection that says nothing end as well.
+Uvicorn has a timeout only between two requests. Here incomplete heads, bodies of refused requests,
+answers that the client does not read, and idle new connections have one as well.
 """
 
 import asyncio
@@ -15,15 +15,15 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from bge_rerank_adapters.serve.transport.connection import StrictConnection
 
-# From the first byte of a head, or the opening of the connection, to the last of it. As long for
-# what is left of a body after its answer.
+# For a whole head, from its first byte or the opening of the connection, and for the rest of a body
+# after its answer.
 HEAD_TIMEOUT_S = 10.0
-# In which a client takes nothing of an answer that is larger than what the system buffers.
+# For a client that reads nothing of an answer larger than the system's buffers.
 ANSWER_TIMEOUT_S = 30.0
 
 
 class GuardedProtocol(H11Protocol):
-    """A connection whose client has a limited time for each of its parts."""
+    """A connection with a timeout for each part of a request and its answer."""
 
     most_connections = 4096
     head_timeout_s = HEAD_TIMEOUT_S
@@ -31,10 +31,10 @@ class GuardedProtocol(H11Protocol):
 
     @staticmethod
     def count_refusal(status: int) -> None:
-        """Count a request that is refused before the app sees it; a server's own class does."""
+        """Count a request that is refused before the app sees it; overridden by servers."""
 
     def __init__(self, *args: Any, **named: Any) -> None:
-        """Take what uvicorn gives each connection."""
+        """Take uvicorn's arguments of a connection."""
         super().__init__(*args, **named)
         self.conn = StrictConnection()
         self.opened = time.monotonic()
@@ -47,7 +47,7 @@ class GuardedProtocol(H11Protocol):
         return self.cycle is None or self.cycle.response_complete
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin; where there are too many, the oldest that has no request makes room."""
+        """Begin; if there are too many connections, close the oldest one without a request."""
         super().connection_made(transport)  # type: ignore[arg-type]
         self._head_timer = self._in(self.head_timeout_s, self._give_up_head)
         if len(self.connections) > self.most_connections:
@@ -56,7 +56,7 @@ class GuardedProtocol(H11Protocol):
             oldest.transport.abort()
 
     def data_received(self, data: bytes) -> None:
-        """Take bytes; a head, or the rest of a body, has to end in time from the first of them."""
+        """Take bytes, and start the timeout of a head or the rest of a body."""
         if self.transport.is_closing():
             return
         super().data_received(data)
@@ -66,24 +66,24 @@ class GuardedProtocol(H11Protocol):
             self._head_timer = self._in(self.head_timeout_s, self._give_up_head)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End, with all timers."""
+        """End the connection and its timers."""
         self._cancel_head_timer()
         self._cancel_answer_timer()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
-        """Wait for the client to take what was sent, for a limited time."""
+        """Wait for the client to read, for a limited time."""
         super().pause_writing()
         self._cancel_answer_timer()
         self._answer_timer = self._in(self.answer_timeout_s, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """Go on sending."""
+        """Continue to send."""
         self._cancel_answer_timer()
         super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is no request, as uvicorn asks for; the answer is JSON, as all others."""
+        """Refuse an invalid request; called by uvicorn. The answer is JSON, like all others."""
         status, reason = self.conn.refusal or (400, msg)  # type: ignore[attr-defined]
         self._refuse(status, reason)
 
@@ -98,7 +98,7 @@ class GuardedProtocol(H11Protocol):
 
     def _refuse(self, status: int, reason: str) -> None:
         self.count_refusal(status)
-        # Within an answer, another would be taken for a part of it.
+        # In the middle of an answer, another would be read as part of it.
         if self.cycle is None or not self.cycle.response_started or self.cycle.response_complete:
             self.transport.write(_refusal(status, reason))
         self.transport.close()

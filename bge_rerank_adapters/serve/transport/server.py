@@ -9,8 +9,8 @@ from bge_rerank_adapters.serve.metrics import Metrics
 from bge_rerank_adapters.serve.settings import ServerSettings
 from bge_rerank_adapters.serve.transport.protocol import GuardedProtocol
 
-# Longer than clients keep a connection for their next request, so that it is not us who close it
-# while one is on its way.
+# Longer than clients keep idle connections, so that the server does not close one while a request
+# is on its way.
 _KEEP_ALIVE_S = 75
 _BACKLOG = 2048
 _MOST_CONNECTIONS = 4096
@@ -19,7 +19,7 @@ _OTHER_FILES = 128
 
 
 def server_of(app: FastAPI, **options: Any) -> uvicorn.Server:
-    """Return a server of an app of ours; `options` are uvicorn's, such as `access_log`."""
+    """Return a server for an app of `create_app`; `options` are uvicorn's, such as `access_log`."""
     settings: ServerSettings = app.state.settings
     return uvicorn.Server(
         uvicorn.Config(
@@ -30,7 +30,7 @@ def server_of(app: FastAPI, **options: Any) -> uvicorn.Server:
             server_header=False,
             proxy_headers=False,
             timeout_keep_alive=_KEEP_ALIVE_S,
-            # No request takes longer than these two.
+            # No request takes longer than both timeouts together.
             timeout_graceful_shutdown=int(settings.timeout_s + settings.body_timeout_s) + 1,
             backlog=_BACKLOG,
             **options,
@@ -39,7 +39,7 @@ def server_of(app: FastAPI, **options: Any) -> uvicorn.Server:
 
 
 def _protocol(metrics: Metrics) -> type[GuardedProtocol]:
-    """Return the protocol, with as many connections as the process may open."""
+    """Return the protocol, limited to the connections that the process may open."""
 
     class Connection(GuardedProtocol):
         most_connections = _most_connections()
@@ -54,7 +54,7 @@ def _protocol(metrics: Metrics) -> type[GuardedProtocol]:
 def _most_connections() -> int:
     try:
         import resource
-    except ImportError:  # there is no such limit where there is no such module
+    except ImportError:  # Windows has neither the module nor the limit
         return _MOST_CONNECTIONS
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return min(_MOST_CONNECTIONS, max(1, files - _OTHER_FILES))
