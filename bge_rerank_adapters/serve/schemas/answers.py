@@ -60,9 +60,7 @@ class RerankResponse(BaseModel):
     """Documents, best first."""
 
     id: str = Field(description="Unique for each answer.")
-    object: Literal["rerank"] = Field(
-        description="infinity's word; its client accepts no other."
-    )
+    object: Literal["rerank"] = Field(description="infinity's word; its client accepts no other.")
     model: str
     results: list[RankedText]
     usage: Usage
