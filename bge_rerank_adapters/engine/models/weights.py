@@ -77,6 +77,22 @@ class Weights:
             )
         return tensor
 
+    def check_absent(self, name: str, *, layers: int) -> None:
+        """Refuse to leave layers out: the model would run, and give other numbers.
+
+        Args:
+            name: Name of a tensor of the layer after the last one.
+            layers: Number of layers in the config.
+
+        Raises:
+            CheckpointError: The tensor is there.
+        """
+        if name in self:
+            raise CheckpointError(
+                f"{self.path} has the tensor {name}, but num_hidden_layers in config.json is "
+                f"{layers}; config and weights are not of one checkpoint."
+            )
+
     def _stored_name(self, name: str) -> str:
         if (full := self.prefix + name) in self._files:
             return full

@@ -197,8 +197,8 @@ def tokens_of(pack: TokenPack) -> int:
 
 
 def fail_pack(pack: TokenPack, error: Exception) -> None:
-    """Tell all callers of a pack what befell it."""
-    # An error for each caller, since raising one in two threads would mix their tracebacks.
+    """Fail all calls of a pack with an error that names its size."""
+    # One error for each caller: raising the same one in two threads would mix tracebacks.
     for job in jobs_of(pack):
         failure = ScoringError(
             f"The model failed on a pack of {len(pack)} pairs and {tokens_of(pack)} tokens: "
@@ -209,7 +209,7 @@ def fail_pack(pack: TokenPack, error: Exception) -> None:
 
 
 def not_finite(job: TokenJob, pair: TokenPair, logit: float) -> NonFiniteLogitError:
-    """Return the error for a logit that is none."""
+    """Return the error for a logit that is NaN or infinite."""
     return NonFiniteLogitError(
         f"The model gave {logit} for {job.name(pair.index)} ({len(pair)} tokens); check the "
         'weights, or use dtype="float32" if they overflow in half precision.'

@@ -1,4 +1,4 @@
-"""One device's part of an engine: its model, its token budget, and the thread that runs packs."""
+"""The worker of one device: its model, its token budget, and the thread that runs packs."""
 
 import logging
 import math
@@ -34,23 +34,22 @@ from bge_rerank_adapters.engine.queue.backlog import (
 from bge_rerank_adapters.engine.stats import Tally
 from bge_rerank_adapters.errors import ScoringError, WorkerDiedError
 
-# After each good pack the budget that a lack of memory cut down grows by one part in so many: a
-# device that is short for good fails one pack in forty or so, one that was short once recovers.
+# A budget that was reduced for lack of memory grows by 1/64 after each good pack. A device that was
+# short of memory once recovers; one that always is fails about one pack in forty.
 _REGROWTH = 64
-# How many packs the device has been given beyond the one whose logits are waited for: one keeps it
-# busy while the thread reads logits and lays out the next pack, and more would only make a call
-# that comes meanwhile wait longer.
+# How many packs are launched after the one whose logits are waited for. One keeps the device busy
+# while the thread reads logits and lays out the next pack; more would only delay new calls.
 _PACKS_AHEAD = 1
 
 _log = logging.getLogger(__name__)
 
 
 class _Launched(NamedTuple):
-    """A pack that its device has been given.
+    """A pack whose work has been queued on the device.
 
     Attributes:
-        pack: Its places.
-        coming: Gives its logits.
+        pack: The pack.
+        coming: Waits for its logits and returns them.
         begun: When it was launched, by the performance counter.
     """
 
@@ -62,14 +61,14 @@ class _Launched(NamedTuple):
 class DeviceWorker:
     """Scores pairs from a shared backlog on one device, in a thread that starts when needed.
 
-    Where the model runs ahead, the device is given the next pack before the logits of the last one
-    are read. Packs are finished in the order of their launches, and each one's error is its own.
+    If the model can be launched ahead, the next pack is launched before the logits of the last one
+    are read. Packs finish in the order of their launches, and an error fails only its own pack.
 
     Attributes:
         model: The model on this device.
-        budget: Most tokens of its next pack; for a time less than `pack_tokens` where the device
-            ran out of memory.
-        thread: The thread that runs packs; `None` where there is none.
+        budget: Maximum tokens of the next pack; less than `pack_tokens` for some time after the
+            device ran out of memory.
+        thread: The thread that runs packs; `None` if there is none.
     """
 
     def __init__(
@@ -85,10 +84,10 @@ class DeviceWorker:
 
         Args:
             model: The model.
-            number: Of the worker among those of its engine; names its thread.
-            backlog: Where all workers of the engine take pairs from.
-            tally: Counts what all of them do.
-            pack_tokens: Token budget of a pack; `None` is what suits the model on its device.
+            number: The worker's number in its engine; part of its thread's name.
+            backlog: The queue that all workers of the engine take pairs from.
+            tally: Counts the work of all of them.
+            pack_tokens: Token budget of a pack; `None` is the model's own.
         """
         self.model = model
         self.budget = self._pack_tokens = pack_tokens or model.pack_tokens
@@ -116,7 +115,7 @@ class DeviceWorker:
         scoring_threads.add(thread)
 
     def warm_up(self, job: TokenJob) -> None:
-        """Queue pairs that are this device's alone, as one pack; the caller holds the lock."""
+        """Queue a pack that only this device runs; the caller holds the lock."""
         self._backlog.register(job)
         self._warm_ups.append(job)
         self._backlog.changed.notify_all()
@@ -131,15 +130,15 @@ class DeviceWorker:
                     self._begin(pack)
                 while len(self._launched) > (_PACKS_AHEAD if pack else 0):
                     self._finish(self._launched.popleft())
-                del pack  # with its texts' ids, before the thread waits for the next
-        except BaseException as error:  # noqa: BLE001 - callers must hear of whatever ended it
+                del pack  # frees its token ids before the thread waits
+        except BaseException as error:  # noqa: BLE001 - whatever ended it, callers must not wait on
             self._fail_all(error)
 
     def _take(self, *, wait: bool) -> TokenPack:
-        """Return a pack of what waits; `[]` once the backlog is closed.
+        """Return a pack of waiting pairs; `[]` once the backlog is closed.
 
         Args:
-            wait: Whether to wait for pairs where there are none; otherwise it is `[]` then as well.
+            wait: Whether to wait until there are pairs, instead of returning `[]`.
         """
         with self._backlog.changed:
             while not self._backlog.closed:
@@ -162,16 +161,16 @@ class DeviceWorker:
                 job.queued_at = None
 
     def _begin(self, pack: TokenPack) -> None:
-        """Launch a pack where the model runs ahead, or score it."""
+        """Launch a pack, or score it if the model cannot be launched ahead."""
         if self._launch is None:
             self._score(pack)
             return
         begun = time.perf_counter()
         try:
             coming = self._launch(pairs_of(pack))
-        except Exception as error:  # noqa: BLE001 - belongs to the callers whose pairs these were
+        except Exception as error:  # noqa: BLE001 - passed on to the callers of these pairs
             traceback.clear_frames(error.__traceback__)
-            # Those before it first: an error of a device may be theirs, and come late.
+            # Finish earlier packs first: a device reports errors late, so this may be theirs.
             while self._launched:
                 self._finish(self._launched.popleft())
             self._retry(pack, error)
@@ -179,27 +178,27 @@ class DeviceWorker:
             self._launched.append(_Launched(pack, coming, begun))
 
     def _score(self, pack: TokenPack) -> None:
-        """Run a pack; where that fails, parts of it that may do better."""
+        """Run a pack; if that fails, run smaller packs where that may help."""
         coming = partial(self.model.logits, pairs_of(pack))
         self._finish(_Launched(pack, coming, time.perf_counter()))
 
     def _finish(self, launched: _Launched) -> None:
-        """Hand out the logits of a pack as they come; where it failed, run parts of it."""
+        """Wait for the logits of a pack and store them; if it failed, run smaller packs."""
         pack, coming, begun = launched
         try:
             scored = list(zip(pack, coming(), strict=True))
-        except Exception as error:  # noqa: BLE001 - belongs to the callers whose pairs these were
-            # Its frames hold tensors, which the next packs may need the room of.
+        except Exception as error:  # noqa: BLE001 - passed on to the callers of these pairs
+            # Its frames hold tensors, whose memory the next packs may need.
             traceback.clear_frames(error.__traceback__)
             self._retry(pack, error)
             return
-        # Of two packs that overlap, the second is counted from the end of the first.
+        # If two packs overlap, the time of the second is counted from the end of the first.
         begun, self._last_end = max(begun, self._last_end), time.perf_counter()
         self._count(pack, self._last_end - begun)
         self._store(scored)
 
     def _retry(self, pack: TokenPack, error: Exception) -> None:
-        """Run parts of a pack that failed, one after another, without running ahead."""
+        """Run parts of a failed pack one after another, without launching ahead."""
         parts = self._parts_of_failed(pack, error)
         if parts:
             release_memory(self.model.device)
@@ -207,7 +206,7 @@ class DeviceWorker:
             self._score(part)
 
     def _parts_of_failed(self, pack: TokenPack, error: Exception) -> list[TokenPack]:
-        """Return the packs to run instead of one that failed; none once its callers are told."""
+        """Return the packs to run instead of one that failed; `[]` if its callers got the error."""
         if is_lost(error, self.model.device):
             self._close_engine(pack, error)
             return []
@@ -219,15 +218,15 @@ class DeviceWorker:
         if len(jobs) == 1:
             fail_pack(pack, error)
             return []
-        # Each call's pairs alone, so that only the one whose pairs fail hears of it.
+        # A pack for each call, so that only the call whose pairs fail gets the error.
         return [
             [place for place in pack if place[0] is job] for job in jobs if not job.future.done()
         ]
 
     def _close_engine(self, pack: TokenPack, error: Exception) -> None:
-        """Close the engine, whose device is lost; the pack's callers get the error itself."""
+        """Close the engine, whose device is lost; the callers of the pack get the error itself."""
         message = remember_lost(self.model.device, error)
-        # Once: what was launched after the pack that was lost fails as well.
+        # Log it once, though packs launched after the lost one fail as well.
         if not self._backlog.closed:
             _log.error("The engine closes itself: %s", message, exc_info=error)
         self._backlog.refuse(because=message)
@@ -250,7 +249,7 @@ class DeviceWorker:
         self.budget = min(self._pack_tokens, self.budget + self.budget // _REGROWTH + 1)
 
     def _shrink_budget(self, pack: TokenPack) -> None:
-        """Halve the budget of the packs to come, so that they need not fail in their turn."""
+        """Halve the budget, so that the next packs do not fail as well."""
         tokens = tokens_of(pack)
         self.budget = max(1, min(self.budget, tokens) // 2)
         _log.warning(
@@ -263,9 +262,9 @@ class DeviceWorker:
         )
 
     def _store(self, scored: Sequence[tuple[tuple[TokenJob, int], float]]) -> None:
-        """Hand logits to their jobs, and to their callers what is complete."""
+        """Store logits in their jobs, and finish the jobs that are complete."""
         complete: list[TokenJob] = []
-        # Another device may have pairs of the same job.
+        # Another device may store logits of the same job.
         with self._backlog.changed:
             for (job, position), logit in scored:
                 job.logits[position] = logit
@@ -277,13 +276,13 @@ class DeviceWorker:
                 fail(job.future, not_finite(job, job.pairs[position], logit))
         for job in complete:
             logits = [each for each in job.logits if each is not None]
-            # The worker that scored what is not finite fails the job, and may be about to.
+            # If a logit is not finite, the worker that scored it fails the job.
             if all(map(math.isfinite, logits)):
                 finish(job.future, logits)
 
     def _fail_all(self, error: BaseException) -> None:
         with self._backlog.changed:
-            # The next call starts another thread, though this one still runs.
+            # The next call must start another thread even while this one still runs.
             self.thread = None
             futures = self._backlog.take_all()
         _log.error(
@@ -300,6 +299,5 @@ class DeviceWorker:
             fail(future, failure)
 
 
-# Python itself keeps those that run. They outlive an engine that was dropped, whose weights they
-# free.
+# The threads that run, which may outlive a dropped engine until they have freed its weights.
 scoring_threads: "weakref.WeakSet[threading.Thread]" = weakref.WeakSet()

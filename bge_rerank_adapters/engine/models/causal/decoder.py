@@ -10,7 +10,8 @@ import torch
 
 from bge_rerank_adapters.engine.checkpoints.adapter import Adapter
 from bge_rerank_adapters.engine.models.causal.config import parse_causal
-from bge_rerank_adapters.engine.models.causal.model import CausalModel, HeadRow
+from bge_rerank_adapters.engine.models.causal.model import CausalModel
+from bge_rerank_adapters.engine.models.causal.tensors import HeadRow
 from bge_rerank_adapters.engine.models.lora import open_weights
 
 _HEAD = "lm_head.weight"

@@ -1,11 +1,10 @@
-"""Decoders, run on packs without any padding up to the layer whose logit is asked for.
+"""The forward pass of decoders on packs without padding, up to the layer whose logit is read.
 
-The tokens of all pairs of a pack stand in one row, as in `encoder/model.py`. In the last layer that
-is needed only each pair's last token is computed, and of its logits only the one that is read.
+The tokens of all pairs of a pack are concatenated, as in `encoder/model.py`. The last layer that
+runs computes only each pair's last token, and the head only the logit that is read.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,75 +18,28 @@ from bge_rerank_adapters.engine.models.causal.attention import (
     checked_causal_attention,
 )
 from bge_rerank_adapters.engine.models.causal.config import CausalConfig
+from bge_rerank_adapters.engine.models.causal.tensors import CausalReader, HeadRow
 from bge_rerank_adapters.engine.models.cpu.threads import ALONE, Helpers
 from bge_rerank_adapters.engine.models.layers.activations import ACTIVATIONS
-from bge_rerank_adapters.engine.models.layers.linear import Linear, linear_maker
 from bge_rerank_adapters.engine.models.layers.norm import RmsNorm
 from bge_rerank_adapters.engine.models.layers.transfers import transfers_for
 from bge_rerank_adapters.engine.models.weights import Weights
 from bge_rerank_adapters.engine.text.pairs import TokenPair
-from bge_rerank_adapters.errors import CheckpointError
-
-
-@dataclass(frozen=True, slots=True)
-class HeadRow:
-    """The row of a head that gives the logit.
-
-    Attributes:
-        tensor: Name of the head's tensor.
-        row: Which of its rows.
-        rows: How many it has.
-    """
-
-    tensor: str
-    row: int = 0
-    rows: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """One layer.
-
-    Attributes:
-        attention_norm: Before the attention.
-        query: From width h to that of all query heads.
-        query_norm: Of each head of the query, where the model has such norms.
-        key_value: To that of all keys, then all values.
-        key_norm: Of each head of the key, likewise.
-        attention_output: Back to width h.
-        attention_end_norm: After the attention, where the model has such norms.
-        feed_norm: Before the feed-forward block.
-        gate_up: To twice the block's width: the gate, and what it lets through.
-        down: Back to width h.
-        feed_end_norm: After the block, where the model has such norms.
-    """
-
-    attention_norm: RmsNorm
-    query: Linear
-    query_norm: RmsNorm | None
-    key_value: Linear
-    key_norm: RmsNorm | None
-    attention_output: Linear
-    attention_end_norm: RmsNorm | None
-    feed_norm: RmsNorm
-    gate_up: Linear
-    down: Linear
-    feed_end_norm: RmsNorm | None
 
 
 class CausalModel:
-    """A decoder on one device, up to the layer whose output is read; the base of its families.
+    """Base class of the decoder families: a decoder on one device, up to a layer.
 
     Attributes:
-        config: What the checkpoint's `config.json` says.
-        device: Where it runs.
-        dtype: Of weights and activations; norms and logits are computed in float32 always.
-        depth: How many layers are run.
-        streams: 1: it runs a pack as a whole.
-        pack_tokens: Token budget of a pack that suits the device.
-        runs_ahead: Whether `launch` leaves the work to the device and returns.
+        config: The checkpoint's parsed config.
+        device: Device it runs on.
+        dtype: Dtype of weights and activations; norms and logits are computed in float32 always.
+        depth: Number of layers that run.
+        streams: 1: a pack runs as a whole.
+        pack_tokens: Default token budget of a pack.
+        runs_ahead: Whether `launch` returns before the device has finished.
         transfers: Copies token ids to the device, and logits back.
-        shares_queries: Whether the query of several pairs is computed once for all of them.
+        shares_queries: Whether pairs with the same query share the rows computed for it.
     """
 
     streams = 1
@@ -103,15 +55,15 @@ class CausalModel:
         depth: int,
         head: HeadRow,
     ) -> None:
-        """Load the layers that are needed.
+        """Load the first `depth` layers.
 
         Args:
-            config: The checkpoint's.
-            weights: Its open files.
-            device: Where to run.
+            config: The checkpoint's parsed config.
+            weights: The checkpoint's open files.
+            device: Device to run on.
             dtype: A floating-point dtype.
-            depth: How many layers to run, from 1 to the config's number.
-            head: What gives the logit.
+            depth: Number of layers to run, from 1 to the config's number.
+            head: The row that gives the logit.
 
         Raises:
             CheckpointError: Tensors are missing, damaged or of the wrong shape.
@@ -121,7 +73,8 @@ class CausalModel:
         self.transfers = transfers_for(device)
         self.runs_ahead = self.transfers.overlap
         self._activation = ACTIVATIONS[config.activation]
-        _check_last_layer(weights, config)
+        beyond = f"model.layers.{config.layers}.mlp.down_proj.weight"
+        weights.check_absent(beyond, layers=config.layers)
         read = CausalReader(weights, config, device, dtype)
         self._words = read.tensor("model.embed_tokens.weight", (config.vocabulary, config.hidden))
         self._norm = read.norm("model.norm")
@@ -138,7 +91,7 @@ class CausalModel:
         Args:
             pairs: n >= 1 pairs; best in order of length, since neighbours of equal length share
                 one attention call.
-            helpers: Not needed: the layers use torch's threads.
+            helpers: Ignored: the layers use torch's threads.
 
         Returns:
             n floats, which are NaN or infinite where the model gives that.
@@ -147,16 +100,16 @@ class CausalModel:
 
     @torch.inference_mode()
     def launch(self, pairs: Sequence[TokenPair], *, helpers: Helpers = ALONE) -> Coming:
-        """Begin with a pack, and return what gives its logits; arguments as of `logits`.
+        """Start a pack and return a function that waits for its logits; see `logits`.
 
-        Nothing here waits for a device that runs ahead.
+        Nothing here waits for a device that runs asynchronously.
         """
         del helpers
         raw = self.last_states(pairs).float() @ self._head
         return self.transfers.download(self.after_head(raw))
 
     def last_states(self, pairs: Sequence[TokenPair]) -> Tensor:
-        """Return the normed output of each pair's last token; shape (n, hidden).
+        """Return the final hidden state of each pair's last token, normed; shape (n, hidden).
 
         Args:
             pairs: n >= 1 pairs.
@@ -164,10 +117,10 @@ class CausalModel:
         return self.states_after((self.depth,), pairs)[0]
 
     def states_after(self, layers: Sequence[int], pairs: Sequence[TokenPair]) -> list[Tensor]:
-        """Return the normed output of each pair's last token after each of the layers, in one pass.
+        """Return each pair's last token after several layers, normed, in one pass.
 
         Args:
-            layers: Numbers of layers run, ascending, the last at most `depth`.
+            layers: Numbers of layers to run, ascending; the last is at most `depth`.
             pairs: n >= 1 pairs.
 
         Returns:
@@ -190,29 +143,29 @@ class CausalModel:
     def before_layer(
         self, index: int, states: Tensor, layout: CausalLayout, pairs: Sequence[TokenPair]
     ) -> tuple[Tensor, CausalLayout]:
-        """Return what a layer takes in; families that change tokens on the way do it here.
+        """Return the input of a layer; overridden by families that compress tokens.
 
         Args:
-            index: The layer's, counted from 0.
+            index: Index of the layer, counted from 0.
             states: Output of the layer before; shape (rows, hidden).
-            layout: Of these rows.
-            pairs: As they came in.
+            layout: Layout of these rows.
+            pairs: The pairs of the pack, uncompressed.
         """
         del index, pairs
         return states, layout
 
     def after_head(self, raw: Tensor) -> Tensor:
-        """Return the logits for what the head gives; families that limit them do it here."""
+        """Return the logits for the head's output; overridden by families that cap them."""
         return raw
 
     def _embed(self, ids: Tensor) -> Tensor:
-        # Rounded to the dtype first, as Gemma was trained (huggingface/transformers#29402);
-        # MiniCPM's is a small whole number, or 1, which rounding leaves as it is.
+        # Gemma was trained with the scale rounded to the dtype (huggingface/transformers#29402).
+        # Rounding changes no other model's scale, which is a small integer.
         scale = torch.tensor(self.config.embedding_scale, dtype=self.dtype)
         return functional.embedding(ids, self._words) * scale
 
     def _run_layer(self, index: int, states: Tensor, layout: CausalLayout, *, last: bool) -> Tensor:
-        """Return the layer's output: of all tokens, or of each pair's last in the last layer."""
+        """Return the layer's output, only for each pair's last token if `last`."""
         layer, config = self._layers[index], self.config
         normed = layer.attention_norm(states)
         key, value = layer.key_value(normed).chunk(2, dim=-1)
@@ -239,13 +192,15 @@ class CausalModel:
         return states + change * self.config.residual_scale
 
     def _rotate(self, rows: Tensor, positions: Tensor, heads: int) -> Tensor:
-        """Turn each head of each row by its position; shape (rows, heads * width) as before."""
+        """Apply rotary position embeddings; shape (rows, heads * width) as before."""
         angles = positions[:, None, None].float() * self._frequencies
         scale = self.config.rotary.scale
         cosine, sine = angles.cos() * scale, angles.sin() * scale
         first, second = rows.view(len(rows), heads, -1).float().chunk(2, dim=-1)
-        turned = torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
-        return turned.to(rows.dtype).view(rows.shape)
+        rotated = torch.cat(
+            (first * cosine - second * sine, second * cosine + first * sine), dim=-1
+        )
+        return rotated.to(rows.dtype).view(rows.shape)
 
 
 def _norm_heads(rows: Tensor, norm: RmsNorm | None) -> Tensor:
@@ -253,79 +208,3 @@ def _norm_heads(rows: Tensor, norm: RmsNorm | None) -> Tensor:
     if norm is None:
         return rows
     return norm(rows.view(len(rows), -1, len(norm.weight))).view(rows.shape)
-
-
-def _check_last_layer(weights: Weights, config: CausalConfig) -> None:
-    """Refuse to leave layers out by mistake: the model would run, and give other numbers."""
-    beyond = f"model.layers.{config.layers}.mlp.down_proj.weight"
-    if beyond in weights:
-        raise CheckpointError(
-            f"{weights.path} has the tensor {beyond}, but num_hidden_layers in config.json is "
-            f"{config.layers}; config and weights are not of one checkpoint."
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class CausalReader:
-    """Reads the parts of a decoder from its tensors."""
-
-    weights: Weights
-    config: CausalConfig
-    device: torch.device
-    dtype: torch.dtype
-
-    def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-        """Return a tensor on the device."""
-        stored = self.weights.tensor(name, shape)
-        # Copied even where nothing changes: a view of the file would die with it.
-        return stored.to(self.device, dtype or self.dtype, copy=True)
-
-    def row(self, name: str, index: int, shape: tuple[int, ...]) -> Tensor:
-        """Return a row of a tensor of this shape, in float32, without keeping the rest."""
-        row = self.weights.tensor(name, shape)[index]
-        return row.to(self.device, torch.float32, copy=True)
-
-    def norm(self, name: str, *, width: int | None = None) -> RmsNorm:
-        """Return a norm, in float32; over the width of a token's vector unless told another."""
-        weight = self.tensor(f"{name}.weight", (width or self.config.hidden,), torch.float32)
-        return RmsNorm(weight + float(self.config.norms_add_one), self.config.epsilon)
-
-    def layer(self, index: int) -> _Layer:
-        """Return a layer, counted from 0."""
-        name, config = f"model.layers.{index}", self.config
-        queries = config.query_heads * config.head_width
-        keys = config.key_heads * config.head_width
-        hidden, inner, after = config.hidden, config.intermediate, config.norms_after
-        bias, output_bias, feed_bias = config.input_bias, config.output_bias, config.feed_bias
-        return _Layer(
-            attention_norm=self.norm(f"{name}.input_layernorm"),
-            query=self._linear([f"{name}.self_attn.q_proj"], queries, hidden, bias=bias),
-            query_norm=self._head_norm(f"{name}.self_attn.q_norm"),
-            key_value=self._linear(
-                [f"{name}.self_attn.k_proj", f"{name}.self_attn.v_proj"], keys, hidden, bias=bias
-            ),
-            key_norm=self._head_norm(f"{name}.self_attn.k_norm"),
-            attention_output=self._linear(
-                [f"{name}.self_attn.o_proj"], hidden, queries, bias=output_bias
-            ),
-            attention_end_norm=self.norm(f"{name}.post_attention_layernorm") if after else None,
-            feed_norm=self.norm(
-                f"{name}.pre_feedforward_layernorm" if after else f"{name}.post_attention_layernorm"
-            ),
-            gate_up=self._linear(
-                [f"{name}.mlp.gate_proj", f"{name}.mlp.up_proj"], inner, hidden, bias=feed_bias
-            ),
-            down=self._linear([f"{name}.mlp.down_proj"], hidden, inner, bias=feed_bias),
-            feed_end_norm=self.norm(f"{name}.post_feedforward_layernorm") if after else None,
-        )
-
-    def _head_norm(self, name: str) -> RmsNorm | None:
-        return self.norm(name, width=self.config.head_width) if self.config.head_norms else None
-
-    def _linear(self, names: list[str], outputs: int, inputs: int, *, bias: bool) -> Linear:
-        """Return layers of equal size side by side as one."""
-        weight = torch.cat([self.tensor(f"{name}.weight", (outputs, inputs)) for name in names])
-        shift = None
-        if bias:
-            shift = torch.cat([self.tensor(f"{name}.bias", (outputs,)) for name in names])
-        return linear_maker(self.device, self.dtype)(weight, shift)

@@ -15,7 +15,8 @@ import torch
 
 from bge_rerank_adapters.engine.models.base import Coming
 from bge_rerank_adapters.engine.models.causal.config import CausalConfig
-from bge_rerank_adapters.engine.models.causal.model import CausalModel, CausalReader, HeadRow
+from bge_rerank_adapters.engine.models.causal.model import CausalModel
+from bge_rerank_adapters.engine.models.causal.tensors import CausalReader, HeadRow
 from bge_rerank_adapters.engine.models.cpu.threads import ALONE, Helpers
 from bge_rerank_adapters.engine.models.weights import Weights
 from bge_rerank_adapters.engine.text.pairs import TokenPair

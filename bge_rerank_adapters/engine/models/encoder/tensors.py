@@ -10,7 +10,7 @@ from bge_rerank_adapters.engine.models.encoder.config import EncoderConfig
 from bge_rerank_adapters.engine.models.layers.linear import PlainLinear
 from bge_rerank_adapters.engine.models.layers.norm import LayerNorm
 from bge_rerank_adapters.engine.models.weights import Weights
-from bge_rerank_adapters.errors import CheckpointError, UnsupportedCheckpointError
+from bge_rerank_adapters.errors import UnsupportedCheckpointError
 
 # Weight, shape (outputs, inputs), and bias, shape (outputs,).
 LinearTensors = tuple[Tensor, Tensor]
@@ -119,7 +119,8 @@ def check_tensors(weights: Weights, config: EncoderConfig) -> None:
         UnsupportedCheckpointError: The head gives several logits.
     """
     check_one_label(weights, config)
-    _check_last_layer(weights, config)
+    beyond = f"{config.prefix}.encoder.layer.{config.layers}.output.dense.weight"
+    weights.check_absent(beyond, layers=config.layers)
     # These sizes decide which kit is chosen, before the layers are read.
     name = f"{config.prefix}.encoder.layer.0.intermediate.dense.weight"
     weights.tensor(name, (config.intermediate, config.hidden))
@@ -138,14 +139,4 @@ def check_one_label(weights: Weights, config: EncoderConfig) -> None:
         raise UnsupportedCheckpointError(
             f"{weights.folder} is a classifier of {shape[0]} labels; a reranker has one, whose "
             "logit says how relevant a document is."
-        )
-
-
-def _check_last_layer(weights: Weights, config: EncoderConfig) -> None:
-    """Refuse to leave layers out: the model would run, and give other numbers."""
-    beyond = f"{config.prefix}.encoder.layer.{config.layers}.output.dense.weight"
-    if beyond in weights:
-        raise CheckpointError(
-            f"{weights.path} has the tensor {beyond}, but num_hidden_layers in config.json is "
-            f"{config.layers}; config and weights are not of one checkpoint."
         )
