@@ -222,7 +222,7 @@ def test_what_leaves_a_device_unusable_is_told_from_what_does_not(gpu, message, 
 def test_memory_that_cannot_be_given_back_is_logged_and_no_error(gpu, caplog):
     gpu.error = RuntimeError("CUDA error: device-side assert triggered")
     release_memory(GPU)
-    assert "cuda:0 gives no memory back: CUDA error: device-side assert" in caplog.text
+    assert "cuda:0 frees no memory: CUDA error: device-side assert" in caplog.text
     release_memory(torch.device("cpu"))
 
 

@@ -20,7 +20,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import bge_rerank_adapters.engine.reranker as engine_module
+import bge_rerank_adapters.engine.queue.calls as calls_module
 from bge_rerank_adapters import (
     ClosedError,
     Overloaded,
@@ -257,7 +257,7 @@ def indexes(ranking: list[RankedDocument]) -> list[int]:
 
 
 def test_many_requests_give_what_each_gives_alone(make, monkeypatch):
-    monkeypatch.setattr(engine_module, "_PIECE_PAIRS", 7)
+    monkeypatch.setattr(calls_module, "_PIECE_PAIRS", 7)
     engine, requests = make(), requests_of(30)
     rankings = engine.rerank_many(requests, top_k=2, score_threshold=0.2)
     assert len(rankings) == 30
@@ -270,7 +270,7 @@ def test_many_requests_give_what_each_gives_alone(make, monkeypatch):
 
 
 def test_an_iterator_of_requests_is_read_as_it_goes(make, monkeypatch):
-    monkeypatch.setattr(engine_module, "_PIECE_PAIRS", 3)
+    monkeypatch.setattr(calls_module, "_PIECE_PAIRS", 3)
     engine = make()
     read: list[int] = []
 
@@ -323,14 +323,14 @@ def test_the_progress_bar_ends_even_if_the_call_fails(make, capfd):
 
 def test_a_bulk_run_with_a_bad_item_is_not_refused_because_others_fill_the_queue(make, monkeypatch):
     engine = make(max_queued_pairs=4)
-    tokenize = engine._tokenizer.tokenize
+    tokenize = engine._calls._tokenizer.tokenize
 
     def failing(pairs):
         if any(text == "bad" for _, text in pairs):
             raise RuntimeError("it cannot be read")
         return tokenize(pairs)
 
-    monkeypatch.setattr(engine._tokenizer, "tokenize", failing)
+    monkeypatch.setattr(engine._calls._tokenizer, "tokenize", failing)
     engine._core.reserve(Future(), 4)
     texts = [DOCUMENTS, ["fine", "bad"], DOCUMENTS[:2]]
     items = [Item(n, QUERY, each, [{}] * len(each)) for n, each in enumerate(texts, start=1)]
@@ -359,7 +359,7 @@ def test_a_call_that_runs_out_of_time_says_so_and_the_engine_goes_on(make):
 def test_an_interrupt_right_after_any_step_of_a_call_gives_its_room_back(make, monkeypatch, step):
     """Ctrl-C raises wherever a call of a function has just returned."""
     engine = make()
-    owners = {"add_requests": engine._core.tally, "tokenize": engine._tokenizer}
+    owners = {"add_requests": engine._core.tally, "tokenize": engine._calls._tokenizer}
     owner = owners.get(step, engine._core)
     work = getattr(owner, step)
 
@@ -422,7 +422,7 @@ async def test_a_call_that_is_given_up_while_it_tokenises_frees_its_place_at_onc
     """A tokenizer cannot be interrupted, but nobody need wait for what it will give."""
     engine = make(max_queued_pairs=10)
     entered, gate = threading.Event(), threading.Event()
-    tokenize = engine._tokenizer.tokenize
+    tokenize = engine._calls._tokenizer.tokenize
 
     def held_up(pairs: list[tuple[str, str]]) -> object:
         monkeypatch.undo()
@@ -430,7 +430,7 @@ async def test_a_call_that_is_given_up_while_it_tokenises_frees_its_place_at_onc
         assert gate.wait(WAIT_S)
         return tokenize(pairs)
 
-    monkeypatch.setattr(engine._tokenizer, "tokenize", held_up)
+    monkeypatch.setattr(engine._calls._tokenizer, "tokenize", held_up)
     timeout_s = None if ending == "cancelled" else 0.5
     texts = SENTENCES[:20]
     call = (

@@ -209,7 +209,7 @@ def test_an_exact_fit_is_not_cut(folder):
         for letters in range(1, 20):
             [result] = reranker.rerank("", ["?" * letters])
             # "B", ":", "▁" or "▁?", then a question mark each.
-            tokens = reranker._tokenizer._tokenizer.encode("B: " + "?" * letters).ids
+            tokens = reranker._calls._tokenizer._tokenizer.encode("B: " + "?" * letters).ids
             assert result.truncated is (letters >= 14), (letters, len(tokens))
 
 

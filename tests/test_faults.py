@@ -147,7 +147,7 @@ def assert_works(engine: Reranker, table: dict[tuple[str, str], float]) -> None:
 def tokenized(engine: Reranker, texts: list[str]) -> list[TokenPair]:
     """Return the pairs of all queries with some texts as the model gets them."""
     pairs = [(query, text) for query in QUERIES for text in texts]
-    return engine._tokenizer.tokenize(pairs).distinct
+    return engine._calls._tokenizer.tokenize(pairs).distinct
 
 
 def kinds(outcomes: list[Outcome]) -> Counter[type]:
@@ -160,14 +160,14 @@ def test_without_a_fault_every_call_gets_its_own_scores(engine, table):
 
 
 def test_a_tokenizer_that_fails_on_some_texts(engine, table, monkeypatch):
-    tokenize = engine._tokenizer.tokenize
+    tokenize = engine._calls._tokenizer.tokenize
 
     def failing(pairs: list[tuple[str, str]]) -> object:
         if any(text == TEXTS[7] for _, text in pairs):
             raise RuntimeError("Already borrowed")
         return tokenize(pairs)
 
-    monkeypatch.setattr(engine._tokenizer, "tokenize", failing)
+    monkeypatch.setattr(engine._calls._tokenizer, "tokenize", failing)
     outcomes = Load(engine, table).run()
     assert set(kinds(outcomes)) == {type(None), ScoringError}
     for outcome in filter(None, outcomes):
@@ -260,11 +260,11 @@ def test_nan_for_one_document(engine, table, monkeypatch):
 
 
 def test_nan_among_many_requests_is_named_by_request_and_document(engine, monkeypatch):
-    import bge_rerank_adapters.engine.reranker as engine_module
+    import bge_rerank_adapters.engine.queue.calls as calls_module
 
-    monkeypatch.setattr(engine_module, "_PIECE_PAIRS", 4)
+    monkeypatch.setattr(calls_module, "_PIECE_PAIRS", 4)
     logits = engine._core.workers[0].model.logits
-    bad = engine._tokenizer.tokenize([(QUERIES[1], TEXTS[5])]).distinct[0].ids.tolist()
+    bad = engine._calls._tokenizer.tokenize([(QUERIES[1], TEXTS[5])]).distinct[0].ids.tolist()
 
     def spoiled(pairs: Sequence[TokenPair]) -> list[float]:
         scored = logits(pairs)

@@ -32,7 +32,6 @@ ENGINE_LAYERS = (
     ("text", "checkpoints", "stats"),
     ("models",),
     ("queue",),
-    ("scoring",),
     ("reranker",),
     ("shared",),
     ("hosted",),

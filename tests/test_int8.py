@@ -511,7 +511,7 @@ def test_the_sample_is_of_several_languages_and_fills_half_a_pack():
     pairs = families.sample_pairs()
     assert len(pairs) == len(set(pairs)) >= 12
     with Reranker("tiny", device="cpu", dtype="float32") as reranker:
-        tokens = sum(map(len, reranker._tokenizer.tokenize(pairs).distinct))
+        tokens = sum(map(len, reranker._calls._tokenizer.tokenize(pairs).distinct))
     assert 500 < tokens < 2048
 
 

@@ -111,6 +111,6 @@ def test_each_kit_says_whether_and_why_it_is_not_used(monkeypatch, pays):
     said = dict(describe_kits(CPU, torch.float32))
     assert said["Own kernels for AMX"].startswith("not used: ")
     assert said["oneDNN's layers"] == "used"
-    assert said["PyTorch's layers"] == "a faster one is there"
+    assert said["PyTorch's layers"] == "not used: another one is faster"
     expected = "used with int8" if pays else "not used: they are no faster here than"
     assert said["oneDNN's layers in int8"].startswith(expected)

@@ -320,7 +320,7 @@ def test_a_missing_half_is_named(folder):
 
 def test_an_adapter_of_another_model_is_named(bases, folder):
     edit(folder, base_model_name_or_path=str(bases["bert"]))
-    refusal(folder, ADAPTER, "has not")
+    refusal(folder, ADAPTER, "lacks")
 
 
 def test_a_base_that_is_not_there_is_named(folder):

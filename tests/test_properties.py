@@ -120,8 +120,8 @@ def test_a_document_is_cut_exactly_where_the_pair_would_be_too_long(
 ):
     told = {result.index: result.truncated for result in engine.rerank(query, given_documents)}
     for index, text in enumerate(given_documents):
-        (cut,) = engine._tokenizer.tokenize([(query, text)]).distinct
-        (full,) = wide._tokenizer.tokenize([(query, text)]).distinct
+        (cut,) = engine._calls._tokenizer.tokenize([(query, text)]).distinct
+        (full,) = wide._calls._tokenizer.tokenize([(query, text)]).distinct
         assert told[index] == (len(full) > MAX_LENGTH)
         assert len(cut) == min(len(full), MAX_LENGTH)
         # All but the special token at the end is a beginning of the whole.

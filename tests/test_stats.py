@@ -42,8 +42,8 @@ def test_the_numbers_are_those_of_what_was_asked(engine):
     assert stats.pairs == 6 + 4
     assert stats.truncated_pairs == 1
     pairs = [*((QUERY, text) for text in [*TEXTS[:5], "long " * 200, *TEXTS[:4]])]
-    assert stats.tokens == sum(map(len, engine._tokenizer.tokenize(pairs).distinct)) + sum(
-        map(len, engine._tokenizer.tokenize(pairs[:4]).distinct)
+    assert stats.tokens == sum(map(len, engine._calls._tokenizer.tokenize(pairs).distinct)) + sum(
+        map(len, engine._calls._tokenizer.tokenize(pairs[:4]).distinct)
     )
     assert stats.packs >= stats.tokens / 200
     assert stats.pack_fill == pytest.approx(stats.tokens / (200 * stats.packs))
@@ -64,14 +64,14 @@ def test_a_ranking_tells_what_it_took(engine):
 
 def test_pairs_that_wait_are_counted_from_the_call_on(engine, monkeypatch):
     entered, gate = threading.Event(), threading.Event()
-    tokenize = engine._tokenizer.tokenize
+    tokenize = engine._calls._tokenizer.tokenize
 
     def held_up(pairs: list[tuple[str, str]]) -> object:
         entered.set()
         assert gate.wait(60)
         return tokenize(pairs)
 
-    monkeypatch.setattr(engine._tokenizer, "tokenize", held_up)
+    monkeypatch.setattr(engine._calls._tokenizer, "tokenize", held_up)
     with ThreadPoolExecutor(1) as pool:
         call = pool.submit(engine.score, QUERY, TEXTS)
         assert entered.wait(60)
@@ -84,7 +84,9 @@ def test_pairs_that_wait_are_counted_from_the_call_on(engine, monkeypatch):
 def test_a_full_queue_refuses_before_it_reads_the_texts(folder, monkeypatch):
     with Reranker(folder, device="cpu", max_queued_pairs=10) as engine:
         engine._core.reserve(Future(), 8)
-        monkeypatch.setattr(engine._tokenizer, "tokenize", lambda _: pytest.fail("it was read"))
+        monkeypatch.setattr(
+            engine._calls._tokenizer, "tokenize", lambda _: pytest.fail("it was read")
+        )
         with pytest.raises(Overloaded):
             engine.score(QUERY, TEXTS)
         assert engine.stats().requests == 0

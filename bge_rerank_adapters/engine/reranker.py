@@ -25,8 +25,8 @@ from bge_rerank_adapters.engine.models.loading import (
     read_checkpoint,
 )
 from bge_rerank_adapters.engine.models.reading import Reading, Readings
+from bge_rerank_adapters.engine.queue.calls import EngineCalls
 from bge_rerank_adapters.engine.queue.core import ScoringCore
-from bge_rerank_adapters.engine.scoring import EngineCalls
 from bge_rerank_adapters.engine.stats import EngineStats
 from bge_rerank_adapters.settings import EngineOptions, EngineSettings
 from bge_rerank_adapters.settings.options import check_options, shows_options
