@@ -1,4 +1,4 @@
-"""What the engine needs of a model, and what this package's own models offer beyond that."""
+"""The interface between the engine and models."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -8,16 +8,15 @@ import torch
 from bge_rerank_adapters.engine.models.cpu.threads import ALONE, Helpers
 from bge_rerank_adapters.engine.text.pairs import TokenPair
 
-# Tokens of a pack where the user leaves it open: enough to keep the device busy, few enough that
-# a call that comes meanwhile does not wait long. On a CPU packs of 1,024 to 4,096 tokens are about
-# as fast as each other.
+# Default tokens of a pack: enough to keep the device busy, few enough that a new call does not wait
+# long. On a CPU, packs of 1,024 to 4,096 tokens are about equally fast.
 _PACK_TOKENS = 2048
-# On a GPU by the number of its multiprocessors, which is the same at every start: 16,384 tokens of
-# bge-reranker-v2-m3 are 10 TFLOP, 25 ms at 400 TFLOP/s and seconds on a small card.
+# On a GPU it follows from the number of multiprocessors, so it is the same at every start: 16,384
+# tokens of bge-reranker-v2-m3 are 10 TFLOP, 25 ms at 400 TFLOP/s and seconds on a small GPU.
 _TOKENS_PER_MULTIPROCESSOR = 128
 _PACK_TOKENS_STEP = 1024
-_PACK_TOKENS_MOST = 16_384
-# On other accelerators, which tell no number that compares.
+_PACK_TOKENS_MAX = 16_384
+# On other accelerators, which report nothing comparable.
 _PACK_TOKENS_OTHERS = 4096
 
 
@@ -25,10 +24,10 @@ class Model(Protocol):
     """What the engine needs of a model.
 
     Attributes:
-        device: Where it runs.
-        dtype: Of weights and activations.
-        streams: How many threads run pairs of a pack side by side; 1 runs the pack as a whole.
-        pack_tokens: Token budget of a pack that suits it on this device.
+        device: Device it runs on.
+        dtype: Dtype of weights and activations.
+        streams: Number of threads that run parts of a pack at the same time; 1 runs it as a whole.
+        pack_tokens: Default token budget of a pack.
     """
 
     device: torch.device
@@ -49,15 +48,15 @@ class Model(Protocol):
 
 
 # Waits for the logits of a pack that was launched, and returns them.
-Coming = Callable[[], list[float]]
-Launch = Callable[[Sequence[TokenPair]], Coming]
+PendingLogits = Callable[[], list[float]]
+Launch = Callable[[Sequence[TokenPair]], PendingLogits]
 
 
 class NativeModel(Model, Protocol):
-    """A model of this package, which several threads may use at once.
+    """A model of this package; thread-safe.
 
     Attributes:
-        runs_ahead: Whether `launch` leaves the work to the device and returns.
+        runs_ahead: Whether `launch` returns before the device has finished.
     """
 
     runs_ahead: bool
@@ -67,31 +66,28 @@ class NativeModel(Model, Protocol):
 
         Args:
             pairs: n >= 1 pairs.
-            helpers: Threads that take a share of each layer, where its layers do not use torch's.
+            helpers: Threads that share the work of each layer, if its layers do not use torch's.
         """
         ...
 
-    def launch(self, pairs: Sequence[TokenPair], *, helpers: Helpers = ALONE) -> Coming:
-        """Begin with a pack, and return what gives its logits; arguments as of `logits`."""
+    def launch(self, pairs: Sequence[TokenPair], *, helpers: Helpers = ALONE) -> PendingLogits:
+        """Start a pack and return a function that waits for its logits; see `logits`."""
         ...
 
 
 def launch_of(model: Model) -> Launch | None:
-    """Return what launches a pack on the model's device and does not wait for it.
-
-    `None` where a pack is done as soon as it is launched, as on a CPU.
-    """
+    """Return the model's `launch` if it returns before the device has finished, else `None`."""
     launch: Launch | None = getattr(model, "launch", None)
     return launch if getattr(model, "runs_ahead", False) else None
 
 
 def default_pack_tokens(device: torch.device) -> int:
-    """Return the token budget of a pack that suits a device."""
+    """Return the default token budget of a pack on a device."""
     if device.type == "cpu":
         return _PACK_TOKENS
     if device.type != "cuda":
         return _PACK_TOKENS_OTHERS
-    card = torch.cuda.get_device_properties(device)
-    tokens = card.multi_processor_count * _TOKENS_PER_MULTIPROCESSOR
+    gpu = torch.cuda.get_device_properties(device)
+    tokens = gpu.multi_processor_count * _TOKENS_PER_MULTIPROCESSOR
     whole_steps = tokens // _PACK_TOKENS_STEP * _PACK_TOKENS_STEP
-    return min(_PACK_TOKENS_MOST, max(_PACK_TOKENS, whole_steps))
+    return min(_PACK_TOKENS_MAX, max(_PACK_TOKENS, whole_steps))

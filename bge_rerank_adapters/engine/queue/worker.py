@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
-from bge_rerank_adapters.engine.models.base import Coming, Model, launch_of
+from bge_rerank_adapters.engine.models.base import Model, PendingLogits, launch_of
 from bge_rerank_adapters.engine.models.cpu.threads import settle_threads
 from bge_rerank_adapters.engine.models.device_faults import (
     is_lost,
@@ -49,12 +49,12 @@ class _Launched(NamedTuple):
 
     Attributes:
         pack: The pack.
-        coming: Waits for its logits and returns them.
+        pending: Waits for its logits and returns them.
         begun: When it was launched, by the performance counter.
     """
 
     pack: TokenPack
-    coming: Coming
+    pending: PendingLogits
     begun: float
 
 
@@ -167,7 +167,7 @@ class DeviceWorker:
             return
         begun = time.perf_counter()
         try:
-            coming = self._launch(pairs_of(pack))
+            pending = self._launch(pairs_of(pack))
         except Exception as error:  # noqa: BLE001 - passed on to the callers of these pairs
             traceback.clear_frames(error.__traceback__)
             # Finish earlier packs first: a device reports errors late, so this may be theirs.
@@ -175,18 +175,18 @@ class DeviceWorker:
                 self._finish(self._launched.popleft())
             self._retry(pack, error)
         else:
-            self._launched.append(_Launched(pack, coming, begun))
+            self._launched.append(_Launched(pack, pending, begun))
 
     def _score(self, pack: TokenPack) -> None:
         """Run a pack; if that fails, run smaller packs where that may help."""
-        coming = partial(self.model.logits, pairs_of(pack))
-        self._finish(_Launched(pack, coming, time.perf_counter()))
+        pending = partial(self.model.logits, pairs_of(pack))
+        self._finish(_Launched(pack, pending, time.perf_counter()))
 
     def _finish(self, launched: _Launched) -> None:
         """Wait for the logits of a pack and store them; if it failed, run smaller packs."""
-        pack, coming, begun = launched
+        pack, pending, begun = launched
         try:
-            scored = list(zip(pack, coming(), strict=True))
+            scored = list(zip(pack, pending(), strict=True))
         except Exception as error:  # noqa: BLE001 - passed on to the callers of these pairs
             # Its frames hold tensors, whose memory the next packs may need.
             traceback.clear_frames(error.__traceback__)

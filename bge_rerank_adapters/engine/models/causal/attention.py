@@ -1,4 +1,4 @@
-"""Attention of decoders over packs: each token attends to those before it in its own pair."""
+"""Causal attention over packs: each token attends to itself and earlier tokens of its pair."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,32 +17,33 @@ from bge_rerank_adapters.engine.models.layers.attention import (
     Layout,
     agree,
     bounds_of,
+    by_groups,
     probe_states,
 )
-from bge_rerank_adapters.engine.models.layers.attention_check import Trial, first_right
+from bge_rerank_adapters.engine.models.layers.attention_check import Trial, first_correct
 from bge_rerank_adapters.engine.models.layers.one_call import (
+    AttentionOptions,
     Kernel,
-    Sight,
     kernels_for,
     takes_windows,
 )
 from bge_rerank_adapters.engine.models.layers.transfers import Integers, waiting_transfers
 from bge_rerank_adapters.engine.text.pairs import TokenPair
 
-# Rows are shared where that saves at least this part of them: repeating rows has a price as well.
+# Rows are shared if that saves at least this fraction of them, since repeating rows costs time.
 _LEAST_SAVED = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class SharedRows:
-    """Which rows of a pack need computing where pairs begin with the same tokens.
+    """Which rows of a pack are computed if pairs begin with the same tokens.
 
-    A token of a decoder depends on those before it alone, so pairs that begin with one query have
-    the same rows for it.
+    A token of a decoder depends only on earlier tokens, so pairs with the same query have the same
+    rows for it.
 
     Attributes:
-        computed: Which of all rows are computed; int64, shape (computed rows,).
-        repeated: For each of all rows its place among the computed ones; int64, shape (rows,).
+        computed: Indices of the rows that are computed; int64, shape (computed rows,).
+        repeated: For each row its index among the computed ones; int64, shape (rows,).
     """
 
     computed: npt.NDArray[np.int64]
@@ -50,7 +51,7 @@ class SharedRows:
 
     @classmethod
     def of(cls, pairs: Sequence[TokenPair]) -> Self | None:
-        """Return the rows of a pack; `None` where next to nothing is shared."""
+        """Return the rows of a pack; `None` if hardly any are shared."""
         firsts: dict[bytes, int] = {}
         source, start = [], 0
         for pair in pairs:
@@ -66,14 +67,14 @@ class SharedRows:
 
 
 class CausalLayout(Layout):
-    """Where each pair of a pack begins and ends, and where each token stands in its pair.
+    """Where each pair of a pack begins and ends, and the position of each token in its pair.
 
-    Pairs may share the rows of what they begin with: these are computed once, and repeated for
-    attention alone. `bounds` and `groups` are of the rows with all repetitions.
+    Pairs may share their first rows, which are then computed once and repeated only for attention.
+    `bounds` and `groups` count the rows with repetitions.
 
     Attributes:
         last: Computed row of each pair's last token; int64, shape (n,).
-        positions: Each computed row's position within its pair, counted from 0; int64,
+        positions: Position of each computed row in its pair, counted from 0; int64,
             shape (computed rows,).
     """
 
@@ -85,16 +86,16 @@ class CausalLayout(Layout):
         shared: SharedRows | None = None,
         on_device: Sequence[Tensor] | None = None,
     ) -> None:
-        """Take the lengths, in the order in which the pairs stand in the row.
+        """Lay out pairs in the order of their lengths.
 
         Args:
             lengths: Number of tokens of each pair.
-            device: Where the model runs.
+            device: Device of the model.
             shared: Which rows are computed; `None` is all.
-            on_device: The tensors of `places`, where they are on the device already.
+            on_device: The tensors of `indices`, if they are on the device already.
         """
         if on_device is None:
-            on_device = waiting_transfers(device).upload(self.places(lengths, shared=shared))
+            on_device = waiting_transfers(device).upload(self.indices(lengths, shared=shared))
         bounds, self.last, self.positions, *rows = on_device
         super().__init__(lengths, device, bounds=bounds)
         self._computed: Tensor | None
@@ -102,8 +103,8 @@ class CausalLayout(Layout):
         self._computed, self._repeated = rows if rows else (None, None)
 
     @staticmethod
-    def places(lengths: Sequence[int], *, shared: SharedRows | None = None) -> list[Integers]:
-        """Return what a layout needs on the device, in an order of its own."""
+    def indices(lengths: Sequence[int], *, shared: SharedRows | None = None) -> list[Integers]:
+        """Return the arrays that a layout needs on the device, in the order of `on_device`."""
         bounds = bounds_of(lengths)
         last = bounds[1:] - 1
         positions = np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths)
@@ -113,23 +114,23 @@ class CausalLayout(Layout):
         return [bounds, last, positions, shared.computed, shared.repeated]
 
     def computed(self, rows: Tensor) -> Tensor:
-        """Return of rows with all repetitions those that are computed."""
+        """Return the computed rows out of rows with repetitions."""
         return rows if self._computed is None else rows[self._computed]
 
     def repeated(self, rows: Tensor) -> Tensor:
-        """Return computed rows with all repetitions."""
+        """Return computed rows with repetitions."""
         return rows if self._repeated is None else rows[self._repeated]
 
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """How a decoder's attention is cut into heads.
+    """The attention heads of a decoder.
 
     Attributes:
         queries: Number of query heads.
         keys: Number of key and value heads; each serves `queries / keys` query heads.
-        scale: Factor of the products of query and key.
-        window: How many tokens a token sees, itself included; `None` is all before it.
+        scale: Factor of the attention scores.
+        window: Number of tokens that a token attends to, itself included; `None` is no limit.
     """
 
     queries: int
@@ -138,9 +139,9 @@ class Heads:
     window: int | None = None
 
 
-# From query of shape (rows, queries * width) and key and value of shapes (rows, keys * width) to
-# the attended values, shaped like the query; it has as many rows as key and value, or one per
-# pair, which is the pair's last token's.
+# Maps query (rows, queries * width), key and value (rows, keys * width) to the output, shaped like
+# the query. The query has either as many rows as key and value, or one for each pair: that of its
+# last token.
 CausalAttention = Callable[[Tensor, Tensor, Tensor, Layout, Heads], Tensor]
 
 
@@ -153,19 +154,11 @@ def grouped_causal_attention(
     *,
     copied: bool = False,
 ) -> Tensor:
-    """Attend by one call for each run of pairs of equal length; runs on any device.
+    """Attend by one call for each group of pairs; runs on any device.
 
-    With `copied` torch's kernel is given contiguous copies that lie head by head.
+    If `copied`, torch's kernel gets contiguous copies of each head.
     """
-    single = len(query) != len(key)
-    attended = torch.empty_like(query)
-    begin = 0
-    for group in layout.groups:
-        rows = slice(group.start, group.start + group.pairs * group.tokens)
-        asked = slice(begin, begin + group.pairs) if single else rows
-        begin += group.pairs
-        attended[asked] = _attend(query[asked], key[rows], value[rows], group, heads, copied=copied)
-    return attended
+    return by_groups(query, key, value, layout, attend=partial(_attend, heads=heads, copied=copied))
 
 
 def _attend(
@@ -173,16 +166,16 @@ def _attend(
     key: Tensor,
     value: Tensor,
     group: Group,
-    heads: Heads,
     *,
+    heads: Heads,
     copied: bool = False,
 ) -> Tensor:
     def split(rows: Tensor, number: int) -> Tensor:
         return rows.reshape(group.pairs, -1, number, rows.shape[-1] // number).transpose(1, 2)
 
-    asked = split(query, heads.queries)
-    keys, values = (_spread(split(rows, heads.keys), heads) for rows in (key, value))
-    single = asked.shape[2] != group.tokens
+    queries = split(query, heads.queries)
+    keys, values = (_repeat(split(rows, heads.keys), heads) for rows in (key, value))
+    single = queries.shape[2] != group.tokens
     mask = None
     if heads.window is not None and heads.window < group.tokens:
         if single:
@@ -190,9 +183,9 @@ def _attend(
         else:
             mask = _window_mask(group.tokens, heads.window, query.device)
     if copied:
-        asked, keys, values = asked.contiguous(), keys.contiguous(), values.contiguous()
+        queries, keys, values = queries.contiguous(), keys.contiguous(), values.contiguous()
     out = functional.scaled_dot_product_attention(
-        asked,
+        queries,
         keys,
         values,
         attn_mask=mask,
@@ -202,8 +195,8 @@ def _attend(
     return out.transpose(1, 2).reshape(query.shape)
 
 
-def _spread(rows: Tensor, heads: Heads) -> Tensor:
-    """Repeat each key head for the query heads that it serves, shape (pairs, queries, ...)."""
+def _repeat(rows: Tensor, heads: Heads) -> Tensor:
+    """Repeat each key head for the query heads that it serves; shape (pairs, queries, ...)."""
     return (
         rows
         if heads.keys == heads.queries
@@ -212,9 +205,8 @@ def _spread(rows: Tensor, heads: Heads) -> Tensor:
 
 
 def _window_mask(tokens: int, window: int, device: torch.device) -> Tensor:
-    """Return which tokens each token sees; bool, shape (tokens, tokens)."""
-    seen = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
-    return seen.triu(1 - window)
+    """Return which tokens each token attends to; bool, shape (tokens, tokens)."""
+    return torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril().triu(1 - window)
 
 
 def one_call_causal_attention(
@@ -230,8 +222,8 @@ def one_call_causal_attention(
         key.reshape(len(key), heads.keys, -1),
         value.reshape(len(value), heads.keys, -1),
         layout.spans(single=single),
-        # A pair's last token sees all before it, so its row alone needs no more limits.
-        Sight(heads.scale, causal=not single, window=heads.window if narrow else None),
+        # A pair's last token comes after all others, so it needs no causal mask.
+        AttentionOptions(heads.scale, causal=not single, window=heads.window if narrow else None),
     )
     return out.reshape(query.shape)
 
@@ -239,21 +231,21 @@ def one_call_causal_attention(
 def checked_causal_attention(
     device: torch.device, dtype: torch.dtype, *, heads: Heads, width: int
 ) -> CausalAttention:
-    """Return the fastest attention that is right on this device; see `first_right`."""
-    ways = (
+    """Return the fastest attention that is correct on this device; see `first_correct`."""
+    candidates = (
         causal_attention_for(device, dtype, heads=heads, width=width),
         partial(grouped_causal_attention, copied=True),
     )
     layout = CausalLayout(PROBE_LENGTHS, device)
     trial = Trial(heads.queries, heads.keys, width, heads.scale, causal=True, window=heads.window)
-    place = first_right(
-        [lambda *states, way=way: way(*states, layout, heads) for way in ways],
+    index = first_correct(
+        [lambda *states, attend=attend: attend(*states, layout, heads) for attend in candidates],
         trial,
-        asked=layout.last,
+        single_rows=layout.last,
         device=device,
         dtype=dtype,
     )
-    return ways[place]
+    return candidates[index]
 
 
 def causal_attention_for(
@@ -262,10 +254,10 @@ def causal_attention_for(
     """Return the fastest attention that this device and dtype can run.
 
     Args:
-        device: Where the model runs.
-        dtype: Of its activations.
-        heads: The model's.
-        width: Of a head.
+        device: Device of the model.
+        dtype: Dtype of its activations.
+        heads: The model's heads.
+        width: Width of a head.
     """
     for kernel in kernels_for(device, dtype):
         if _works(kernel, device, dtype, heads=heads, width=width):
@@ -276,14 +268,14 @@ def causal_attention_for(
 def _works(
     kernel: Kernel, device: torch.device, dtype: torch.dtype, *, heads: Heads, width: int
 ) -> bool:
-    """Return whether a kernel runs for such heads, and is right, on a small pack."""
+    """Return whether a kernel runs for such heads and gives correct values on a small pack."""
     layout = CausalLayout(PROBE_LENGTHS, device)
     query, key, value = (
         probe_states(number * width, device, dtype, seed=seed)
         for seed, number in enumerate((heads.queries, heads.keys, heads.keys))
     )
     return agree(
-        lambda asked: one_call_causal_attention(asked, key, value, layout, heads, kernel=kernel),
-        lambda asked: grouped_causal_attention(asked, key, value, layout, heads),
+        lambda rows: one_call_causal_attention(rows, key, value, layout, heads, kernel=kernel),
+        lambda rows: grouped_causal_attention(rows, key, value, layout, heads),
         (query, query[layout.last]),
     )

@@ -30,20 +30,20 @@ class LayerwiseModel(SeveralHeadsModel):
         adapter: Adapter | None = None,
         cutoff_layer: int | None = None,
     ) -> None:
-        """Load the layers that are needed.
+        """Load the layers up to the cutoff layer.
 
         Args:
             config: The checkpoint's `config.json`.
-            folder: Holds its safetensors.
-            device: Where to run.
+            folder: Folder of the safetensors.
+            device: Device to run on.
             dtype: A floating-point dtype.
-            adapter: What is merged with the weights, if anything.
-            cutoff_layer: After how many layers the logit is read; `None` is the last.
+            adapter: LoRA adapter to merge, if any.
+            cutoff_layer: Number of layers after which the logit is read; `None` is the last.
 
         Raises:
             CheckpointError: Tensors are missing, damaged or of the wrong shape.
-            UnsupportedCheckpointError: The config asks for something that is not known.
-            SettingsError: There is no logit at that layer.
+            UnsupportedCheckpointError: The config has an unsupported option.
+            SettingsError: The layer has no head.
         """
         parsed = parse_causal(config, folder=folder)
         _check_head_type(config, folder)
@@ -58,10 +58,10 @@ class LayerwiseModel(SeveralHeadsModel):
                 dtype=dtype,
                 depth=depth,
                 heads=self._head_names(depth),
-                usual=self.head_place(depth, 0),
+                default=self.head_index(depth, 0),
             )
 
-    def head_place(self, layer: int, place: int) -> int:
+    def head_index(self, layer: int, place: int) -> int:
         """Return the layer's own head, or the single one for all layers."""
         del place
         return 0 if self._first is None else layer - self._first

@@ -1,13 +1,12 @@
-"""The lightweight family: Gemma 2 whose document tokens are made fewer on the way.
+"""The lightweight family: Gemma 2 that compresses the tokens of documents between layers.
 
-As FlagEmbedding 1.4.2 computes it (`inference/reranker/decoder_only/lightweight.py` and
+It follows FlagEmbedding 1.4.2 (`inference/reranker/decoder_only/lightweight.py` and
 `models/gemma_model.py`), including two details that the published scores depend on:
 
-- Whatever layer is asked for, its output goes through the first head. The heads stand in a list,
-  one for each layer from `start_layer` on, and are taken by their place among the layers that are
-  asked for, which for one layer is the first; so a layer's logits differ with those beside it.
-- Attention scores are not capped, though the config has an `attn_logit_softcapping`: torch's
-  attention function, which is used there, has no such thing.
+- The k-th layer that is read uses the k-th head, not the head of its own number. So a single layer
+  always uses the first head, and a layer's logits depend on which other layers are read.
+- Attention scores are not capped, although the config has `attn_logit_softcapping`, because
+  torch's attention function does not support it.
 """
 
 from collections.abc import Sequence
@@ -33,9 +32,9 @@ _DEFAULT_COMPRESS_LAYERS = (8,)
 
 
 class LightweightModel(SeveralHeadsModel):
-    """A Gemma 2 model on one device, run up to the layer whose logit is asked for."""
+    """A Gemma 2 model on one device, run up to the layer whose logit is read."""
 
-    # What is averaged on the way would have to be found among shared rows.
+    # Averaging needs every row of a document, so rows are not shared.
     shares_queries = False
 
     def __init__(
@@ -50,23 +49,23 @@ class LightweightModel(SeveralHeadsModel):
         compress_ratio: int = 1,
         compress_layers: Sequence[int] | None = None,
     ) -> None:
-        """Load the layers that are needed.
+        """Load the layers up to the cutoff layer.
 
         Args:
             config: The checkpoint's `config.json`.
-            folder: Holds its safetensors.
-            device: Where to run.
+            folder: Folder of the safetensors.
+            device: Device to run on.
             dtype: A floating-point dtype.
-            adapter: What is merged with the weights, if anything.
-            cutoff_layer: After how many layers the logit is read; `None` is the last.
-            compress_ratio: How many of a document's tokens become one.
-            compress_layers: Before which layers, counted from 0, they do; `None` is layer 8,
-                if there is one.
+            adapter: LoRA adapter to merge, if any.
+            cutoff_layer: Number of layers after which the logit is read; `None` is the last.
+            compress_ratio: Number of document tokens that are averaged into one.
+            compress_layers: Layers before which this happens, counted from 0; `None` is layer 8,
+                if it exists.
 
         Raises:
             CheckpointError: Tensors are missing, damaged or of the wrong shape.
-            UnsupportedCheckpointError: The config asks for something that is not known.
-            SettingsError: There is no logit at that layer, or no layer to compress before.
+            UnsupportedCheckpointError: The config has an unsupported option.
+            SettingsError: A layer does not exist, or has no head.
         """
         parsed = parse_causal(config, folder=folder)
         if not config.get("layer_wise", False):
@@ -82,22 +81,22 @@ class LightweightModel(SeveralHeadsModel):
         names = [f"lm_head.{place}.linear_head.weight" for place in range(len(heads.up_to(depth)))]
         with open_weights(folder, adapter) as weights:
             super().__init__(
-                parsed, weights, device=device, dtype=dtype, depth=depth, heads=names, usual=0
+                parsed, weights, device=device, dtype=dtype, depth=depth, heads=names, default=0
             )
 
-    def head_place(self, layer: int, place: int) -> int:
-        """Return the head of a layer's place among those that are read; see the module."""
+    def head_index(self, layer: int, place: int) -> int:
+        """Return the head of the k-th layer that is read: the k-th."""
         del layer
         return place
 
     def after_head(self, raw: Tensor) -> Tensor:
-        """Return the logits, which come near the cap and never above it."""
+        """Return the logits after soft capping."""
         return raw if self._cap is None else torch.tanh(raw / self._cap) * self._cap
 
     def before_layer(
         self, index: int, states: Tensor, layout: CausalLayout, pairs: Sequence[TokenPair]
     ) -> tuple[Tensor, CausalLayout]:
-        """Return fewer tokens before the layers that ask for it."""
+        """Return the compressed tokens before the layers that compress."""
         readout = readout_of(pairs[0])
         ratio = readout.compress_ratio if readout else self._ratio
         layers = readout.compress_layers if readout else self._compress_layers
@@ -106,7 +105,7 @@ class LightweightModel(SeveralHeadsModel):
         times = sum(each < index for each in layers)
         places = Compression.of(pairs, ratio=ratio, times=times)
         groups = [places.sources.reshape(-1), places.sizes]
-        needed = [*groups, *CausalLayout.places(places.lengths)]
+        needed = [*groups, *CausalLayout.indices(places.lengths)]
         sources, sizes, *on_device = self.transfers.upload(needed)
         states = averaged(states, sources.view(ratio, -1), sizes)
         return states, CausalLayout(places.lengths, self.device, on_device=on_device)
@@ -114,13 +113,13 @@ class LightweightModel(SeveralHeadsModel):
 
 @dataclass(frozen=True, slots=True)
 class Compression:
-    """Which rows become which when each document's tokens are averaged in groups.
+    """The groups of rows that are averaged into one row each.
 
     Attributes:
         lengths: Number of tokens of each pair afterwards.
-        sources: Row of the k-th member of each new row's group, or of the first where it has
-            fewer; int64, shape (ratio, new rows).
-        sizes: How many members each new row's group has; int64, shape (new rows,).
+        sources: Row of the k-th member of each group, or of the first if the group is smaller;
+            int64, shape (ratio, new rows).
+        sizes: Number of members of each group; int64, shape (new rows,).
     """
 
     lengths: list[int]
@@ -132,9 +131,9 @@ class Compression:
         """Return the compression of a pack.
 
         Args:
-            pairs: As they came in.
-            ratio: How many tokens of a document become one; its last group may be smaller.
-            times: How often the pack has been compressed before.
+            pairs: The pairs of the pack, uncompressed.
+            ratio: Number of document tokens in a group; the last group may be smaller.
+            times: How many times the pack has been compressed already.
         """
         sources, group_sizes, lengths, start = [], [], [], 0
         for pair in pairs:
@@ -160,8 +159,8 @@ def averaged(states: Tensor, sources: Tensor, sizes: Tensor) -> Tensor:
 
     Args:
         states: Shape (rows, hidden).
-        sources: As of `Compression`.
-        sizes: Likewise.
+        sources: `Compression.sources`.
+        sizes: `Compression.sizes`.
     """
     members = torch.arange(len(sources), device=sizes.device)
     weights = (members[:, None] < sizes).float() / sizes.float()
@@ -173,7 +172,7 @@ def averaged(states: Tensor, sources: Tensor, sizes: Tensor) -> Tensor:
 
 
 def lightweight_heads(config: dict[str, Any], *, folder: Path) -> HeadLayers:
-    """Return after which layers of a checkpoint there is a head.
+    """Return the layers of a checkpoint that have a head.
 
     Raises:
         CheckpointError: Its config is damaged.
@@ -185,10 +184,10 @@ def lightweight_heads(config: dict[str, Any], *, folder: Path) -> HeadLayers:
 
 
 def check_compress_layers(given: Sequence[int] | None, layers: int) -> tuple[int, ...]:
-    """Return before which layers to compress; refuse those that the model does not have.
+    """Return the layers before which tokens are compressed.
 
     Raises:
-        SettingsError: It does not have one of them.
+        SettingsError: The model does not have one of them.
     """
     if given is None:
         return _DEFAULT_COMPRESS_LAYERS
@@ -202,7 +201,7 @@ def check_compress_layers(given: Sequence[int] | None, layers: int) -> tuple[int
 
 
 def _cap(config: dict[str, Any], folder: Path) -> float | None:
-    """Return how large a logit can be, or `None` where there is no limit."""
+    """Return the maximum of a logit, or `None` if there is none."""
     cap = config.get("final_logit_softcapping", 30.0)
     if cap is None:
         return None

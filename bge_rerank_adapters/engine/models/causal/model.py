@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bge_rerank_adapters.engine.models.base import Coming, default_pack_tokens
+from bge_rerank_adapters.engine.models.base import PendingLogits, default_pack_tokens
 from bge_rerank_adapters.engine.models.causal.attention import (
     CausalLayout,
     SharedRows,
@@ -99,7 +99,7 @@ class CausalModel:
         return self.launch(pairs, helpers=helpers)()
 
     @torch.inference_mode()
-    def launch(self, pairs: Sequence[TokenPair], *, helpers: Helpers = ALONE) -> Coming:
+    def launch(self, pairs: Sequence[TokenPair], *, helpers: Helpers = ALONE) -> PendingLogits:
         """Start a pack and return a function that waits for its logits; see `logits`.
 
         Nothing here waits for a device that runs asynchronously.
@@ -129,8 +129,8 @@ class CausalModel:
         shared = SharedRows.of(pairs) if self.shares_queries else None
         lengths = [len(pair) for pair in pairs]
         words = np.concatenate([pair.ids for pair in pairs])
-        places = CausalLayout.places(lengths, shared=shared)
-        ids, *on_device = self.transfers.upload([words, *places])
+        indices = CausalLayout.indices(lengths, shared=shared)
+        ids, *on_device = self.transfers.upload([words, *indices])
         layout = CausalLayout(lengths, self.device, on_device=on_device)
         states, found = layout.computed(self._embed(ids)), []
         for index in range(layers[-1]):

@@ -1,7 +1,7 @@
-"""What a single call may choose of models with several heads: the layers it reads, and compression.
+"""Options of a single call for models with several heads: the layers to read, and compression.
 
-FlagEmbedding's layerwise and lightweight classes take both at every call. All of a call's layers
-come from one pass, which ends after the last of them.
+FlagEmbedding's layerwise and lightweight classes take them at every call. All layers of a call are
+read in one pass.
 """
 
 import math
@@ -13,7 +13,7 @@ from typing import Self
 
 import torch
 
-from bge_rerank_adapters.engine.models.base import Coming
+from bge_rerank_adapters.engine.models.base import PendingLogits
 from bge_rerank_adapters.engine.models.causal.config import CausalConfig
 from bge_rerank_adapters.engine.models.causal.model import CausalModel
 from bge_rerank_adapters.engine.models.causal.tensors import CausalReader, HeadRow
@@ -24,12 +24,12 @@ from bge_rerank_adapters.engine.text.pairs import TokenPair
 
 @dataclass(frozen=True, slots=True)
 class Readout:
-    """What one call reads, instead of what the engine's settings say.
+    """The options of one call, which replace the engine's settings.
 
     Attributes:
-        cutoff_layers: After how many layers a logit is read; ascending, at least one.
-        compress_ratio: How many of a document's tokens become one.
-        compress_layers: Before which layers, counted from 0, they do.
+        cutoff_layers: Numbers of layers after which a logit is read; ascending, at least one.
+        compress_ratio: Number of document tokens that are averaged into one.
+        compress_layers: Layers before which this happens, counted from 0.
     """
 
     cutoff_layers: tuple[int, ...]
@@ -39,10 +39,10 @@ class Readout:
 
 @dataclass(frozen=True, slots=True)
 class ReadPair(TokenPair):
-    """A tokenised pair of a call that has a readout of its own.
+    """A tokenised pair of a call with its own readout.
 
     Attributes:
-        readout: The call's.
+        readout: The call's readout.
     """
 
     readout: Readout = Readout(())
@@ -55,9 +55,9 @@ class ReadPair(TokenPair):
 
 
 class LayerLogits(float):
-    """The logit of the last layer that was read, which carries those of all of them.
+    """The logit of the last layer that was read, with those of all layers as an attribute.
 
-    Queues move one number for each pair, and so need not know of layers.
+    It is a float, since the queue handles one number for each pair.
 
     Attributes:
         layers: The logit of each layer, in order.
@@ -66,19 +66,19 @@ class LayerLogits(float):
     layers: tuple[float, ...]
 
     def __new__(cls, layers: Sequence[float]) -> Self:
-        """Take the logits; where one of them is not finite, the number is that one."""
+        """Take the logits; the float is the first that is not finite, or else the last."""
         made = super().__new__(cls, next((x for x in layers if not math.isfinite(x)), layers[-1]))
         made.layers = tuple(layers)
         return made
 
 
 def readout_of(pair: TokenPair) -> Readout | None:
-    """Return the readout of a pair's call; `None` for that of the engine's settings."""
+    """Return the readout of a pair's call; `None` if the engine's settings apply."""
     return pair.readout if isinstance(pair, ReadPair) else None
 
 
 class SeveralHeadsModel(CausalModel):
-    """A decoder with heads after several layers, of which each call may read its own."""
+    """A decoder with a head after each of several layers; each call may choose its layers."""
 
     def __init__(
         self,
@@ -89,65 +89,65 @@ class SeveralHeadsModel(CausalModel):
         dtype: torch.dtype,
         depth: int,
         heads: Sequence[str],
-        usual: int,
+        default: int,
     ) -> None:
-        """Load the layers that are needed, and all heads.
+        """Load the first `depth` layers, and all heads.
 
         Args:
-            config: The checkpoint's.
-            weights: Its open files.
-            device: Where to run.
+            config: The checkpoint's parsed config.
+            weights: The checkpoint's open files.
+            device: Device to run on.
             dtype: A floating-point dtype.
-            depth: How many layers to load.
-            heads: Names of the heads' tensors, as `head_place` counts them.
-            usual: Which of them gives the logit where a call asks for no layers.
+            depth: Number of layers to load.
+            heads: Names of the heads' tensors, in the order of `head_index`.
+            default: Index of the head that gives the logit if a call chooses no layers.
 
         Raises:
             CheckpointError: Tensors are missing, damaged or of the wrong shape.
         """
-        head = HeadRow(heads[usual])
+        head = HeadRow(heads[default])
         super().__init__(config, weights, device=device, dtype=dtype, depth=depth, head=head)
         read = CausalReader(weights, config, device, dtype)
         self._heads = [read.row(name, 0, (1, config.hidden)) for name in heads]
 
     @abstractmethod
-    def head_place(self, layer: int, place: int) -> int:
-        """Return which head reads a layer.
+    def head_index(self, layer: int, place: int) -> int:
+        """Return the index of the head that reads a layer.
 
         Args:
             layer: Number of layers run.
-            place: Of this layer among those that the call reads.
+            place: Index of the layer among those that the call reads.
         """
 
-    def launch(self, pairs: Sequence[TokenPair], *, helpers: Helpers = ALONE) -> Coming:
-        """Begin with a pack; its logits are `LayerLogits` where their call has a readout.
+    def launch(self, pairs: Sequence[TokenPair], *, helpers: Helpers = ALONE) -> PendingLogits:
+        """Start a pack; its logits are `LayerLogits` if their call has a readout.
 
-        Pairs of calls with different readouts may share a pack, and are run apart.
+        Pairs of calls with different readouts may share a pack, and run one after another.
         """
-        coming: list[tuple[list[int], Coming]] = []
+        pending: list[tuple[list[int], PendingLogits]] = []
         for readout, places in _by_readout(pairs).items():
             group = [pairs[place] for place in places]
             if readout is None:
-                coming.append((places, super().launch(group, helpers=helpers)))
+                pending.append((places, super().launch(group, helpers=helpers)))
             else:
-                coming.append((places, self._read(readout, group)))
-        return partial(_gathered, coming)
+                pending.append((places, self._read(readout, group)))
+        return partial(_gathered, pending)
 
     @torch.inference_mode()
-    def _read(self, readout: Readout, pairs: Sequence[TokenPair]) -> Coming:
+    def _read(self, readout: Readout, pairs: Sequence[TokenPair]) -> PendingLogits:
         states = self.states_after(readout.cutoff_layers, pairs)
         rows = []
         for place, (layer, state) in enumerate(zip(readout.cutoff_layers, states, strict=True)):
-            head = self._heads[self.head_place(layer, place)]
+            head = self._heads[self.head_index(layer, place)]
             rows.append(self.after_head(state.float() @ head))
         layers = self.transfers.download(torch.stack(rows))
         return lambda: [LayerLogits(each) for each in zip(*layers(), strict=True)]
 
 
-def _gathered(coming: Sequence[tuple[list[int], Coming]]) -> list[float]:
-    """Return the logits of groups of pairs by the pairs' places, which are 0 to n - 1 in all."""
+def _gathered(pending: Sequence[tuple[list[int], PendingLogits]]) -> list[float]:
+    """Return the logits of all groups in the order of the pack."""
     found = dict[int, float]()
-    for places, logits in coming:
+    for places, logits in pending:
         found |= zip(places, logits(), strict=True)
     return [found[place] for place in range(len(found))]
 

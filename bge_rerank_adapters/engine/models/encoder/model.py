@@ -1,8 +1,8 @@
-"""XLM-RoBERTa, RoBERTa and BERT cross-encoders, run on packs without any padding.
+"""The forward pass of XLM-RoBERTa, RoBERTa and BERT cross-encoders on packs without padding.
 
-The tokens of all pairs of a pack stand in one row; only attention looks at where a pair begins
-and ends. Architecture: `modeling_xlm_roberta.py` and `modeling_bert.py` of transformers 4 and 5,
-whose numbers this gives to float32 rounding.
+The tokens of all pairs of a pack are concatenated; only attention needs to know where a pair begins
+and ends. The results equal those of `modeling_xlm_roberta.py` and `modeling_bert.py` of
+transformers 4 and 5 up to float32 rounding.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bge_rerank_adapters.engine.checkpoints.adapter import Adapter
-from bge_rerank_adapters.engine.models.base import Coming, default_pack_tokens
+from bge_rerank_adapters.engine.models.base import PendingLogits, default_pack_tokens
 from bge_rerank_adapters.engine.models.cpu.threads import ALONE, Helpers, in_one_thread
 from bge_rerank_adapters.engine.models.encoder.calibration import SampleRun
 from bge_rerank_adapters.engine.models.encoder.config import parse_config
@@ -32,15 +32,14 @@ class EncoderModel:
     """A cross-encoder on one device.
 
     Attributes:
-        config: What the checkpoint's `config.json` says.
-        device: Where it runs.
-        dtype: Of weights and activations; the head and the logits are float32 always. With int8,
-            activations are of the fastest floating-point dtype, and so is all else where that is
-            faster than 8-bit integers.
-        streams: 1: it runs a pack as a whole.
-        pack_tokens: Token budget of a pack that suits the device.
-        runs_ahead: Whether `launch` leaves the work to the device and returns.
-        kit: The layers, attention and streams that it runs with.
+        config: The checkpoint's parsed config.
+        device: Device it runs on.
+        dtype: Dtype of weights and activations; the head is float32 always. With int8, activations
+            have the fastest floating-point dtype, and so have weights if int8 is no faster.
+        streams: 1: a pack runs as a whole.
+        pack_tokens: Default token budget of a pack.
+        runs_ahead: Whether `launch` returns before the device has finished.
+        kit: The implementation of layers and attention.
     """
 
     streams = 1
@@ -59,11 +58,11 @@ class EncoderModel:
 
         Args:
             config: The checkpoint's `config.json`.
-            folder: Holds its safetensors.
-            device: Where to run.
+            folder: Folder of the safetensors.
+            device: Device to run on.
             dtype: A floating-point dtype, or int8.
-            adapter: What is merged with the weights, if anything.
-            sample: Gives pairs like those to come, which tell 8-bit layers what is ordinary.
+            adapter: LoRA adapter to merge, if any.
+            sample: Returns typical pairs, on which 8-bit layers are calibrated.
 
         Raises:
             CheckpointError: Tensors are missing, damaged or of the wrong shape.
@@ -86,8 +85,8 @@ class EncoderModel:
         Args:
             pairs: n >= 1 pairs of at most `config.max_tokens` tokens; best in order of length,
                 since neighbours of equal length share one attention call.
-            helpers: Threads that take a share of each layer, where the kit's layers run in one
-                thread.
+            helpers: Threads that share the work of each layer, if the kit's layers do not use
+                torch's.
 
         Returns:
             n floats, which are NaN or infinite where the model gives that.
@@ -95,11 +94,11 @@ class EncoderModel:
         return self.launch(pairs, helpers=helpers)()
 
     @torch.inference_mode()
-    def launch(self, pairs: Sequence[TokenPair], *, helpers: Helpers = ALONE) -> Coming:
-        """Begin with a pack, and return what gives its logits; arguments as of `logits`.
+    def launch(self, pairs: Sequence[TokenPair], *, helpers: Helpers = ALONE) -> PendingLogits:
+        """Start a pack and return a function that waits for its logits; see `logits`.
 
-        Nothing here waits for a device that runs ahead: it is given all that it needs in one copy,
-        and no size depends on what it computes.
+        Nothing here waits for a device that runs asynchronously: all input is copied at once, and
+        no size depends on what it computes.
         """
         count = len(pairs)
         pairs = [*pairs, *self._fillers(pairs)]
@@ -111,7 +110,7 @@ class EncoderModel:
         for layer in layers:
             attended = self._attend(*layer.project(states, layout), layout, self.config.heads)
             states = layer.after_attention(states, attended, layout)
-        # The head reads the first token of each pair, so no other is computed further.
+        # The head reads only the first token of each pair, so the others end here.
         first = states[layout.first]
         projected = last.project_last(states, first, layout)
         attended = self._attend(*projected, layout, self.config.heads)
@@ -119,7 +118,7 @@ class EncoderModel:
         return self._transfers.download(self._head(states[:count].float()).squeeze(-1))
 
     def _fillers(self, pairs: Sequence[TokenPair]) -> list[TokenPair]:
-        """Return pairs of one token that bring a pack to the size that the kit asks for."""
+        """Return pairs of one token that fill a pack up to `kit.pack_rows`."""
         tokens = sum(map(len, pairs))
         filler = TokenPair(pairs[0].ids[:1], 1, truncated=False, index=0)
         return [filler] * (self.kit.pack_rows(tokens) - tokens)
@@ -142,8 +141,8 @@ class EncoderModel:
         return [self.kit.layer(self._source(read, index)) for index in range(self.config.layers)]
 
     def _int8_layers(self, read: EncoderReader, sample: Sequence[TokenPair]) -> list[EncoderLayer]:
-        # Threads that share each of the sample's many small products wait for one another after
-        # each, which takes ten times as long where other programs keep the CPU busy.
+        # With several threads, each of the many small products would wait for the slowest thread,
+        # which takes ten times as long if other programs keep the CPU busy.
         return in_one_thread(lambda: self._calibrated_layers(read, sample))
 
     @torch.inference_mode()
@@ -163,10 +162,7 @@ class EncoderModel:
         return LayerSource(tensors, last=read.is_last(index))
 
     def _ids(self, pairs: Sequence[TokenPair]) -> list[TokenIds]:
-        """Return the rows of the embeddings that the tokens need: words, positions and any types.
-
-        All of shape (tokens,), for all tokens in a row.
-        """
+        """Return the word ids, position ids and any token type ids of a pack; shape (tokens,)."""
         ids = [np.concatenate([pair.ids for pair in pairs])]
         ids.append(np.concatenate([self._position_ids(pair) for pair in pairs]))
         if self.config.types > 1 and not self.config.counts_from_pad:
@@ -174,7 +170,7 @@ class EncoderModel:
         return ids
 
     def _embed(self, ids: Sequence[Tensor]) -> Tensor:
-        """Return the embeddings that `_ids` tell, shape (tokens, hidden)."""
+        """Return the sum of the embeddings of `_ids`, normed; shape (tokens, hidden)."""
         words, positions, *types = ids
         states = functional.embedding(words, self._words)
         states = states + functional.embedding(positions, self._positions)
@@ -184,8 +180,8 @@ class EncoderModel:
     def _position_ids(self, pair: TokenPair) -> TokenIds:
         if not self.config.counts_from_pad:
             return np.arange(len(pair), dtype=np.int64)
-        # A literal "<pad>" in a text is read as the padding token: it keeps the padding position
-        # and the count goes on after it, as create_position_ids_from_input_ids does.
+        # A literal "<pad>" in a text is the padding token. As in
+        # create_position_ids_from_input_ids, it gets the padding position and is not counted.
         real = pair.ids != self.config.pad_id
         positions: TokenIds = np.cumsum(real, dtype=np.int64) * real + self.config.pad_id
         return positions

@@ -16,7 +16,7 @@ from bge_rerank_adapters.engine.models.layers.attention import (
     attention_for,
     grouped_attention,
 )
-from bge_rerank_adapters.engine.models.layers.attention_check import Trial, first_right
+from bge_rerank_adapters.engine.models.layers.attention_check import Trial, first_correct
 from bge_rerank_adapters.engine.models.layers.linear import PlainLinear, few_sizes
 
 
@@ -78,41 +78,44 @@ class PlainKit:
         """Return the attention function for these layers' query, key and value."""
         heads = self.config.heads
         width = self.config.hidden // heads
-        ways = (
+        candidates = (
             attention_for(self.device, self.dtype, heads=heads, width=width),
             partial(grouped_attention, copied=True),
         )
         layout = Layout(PROBE_LENGTHS, self.device)
-        place = first_right(
-            [lambda *states, way=way: way(*states, layout, heads) for way in ways],
+        index = first_correct(
+            [
+                lambda *states, attend=attend: attend(*states, layout, heads)
+                for attend in candidates
+            ],
             Trial(heads, heads, width, width**-0.5),
-            asked=layout.first,
+            single_rows=layout.first,
             device=self.device,
             dtype=self.dtype,
         )
-        return ways[place]
+        return candidates[index]
 
     def pack_rows(self, tokens: int) -> int:
         """Return the number of tokens that a pack is padded to."""
         return few_sizes(tokens) if self.device.type == "cpu" else tokens
 
     def stream_count(self) -> int:
-        """Return among how many streams packs are best divided."""
+        """Return the number of streams that share a pack."""
         return stream_count(self.device, self.layer_dtype)
 
 
 def check_plain_attention(device: torch.device, dtype: torch.dtype) -> None:
-    """Refuse a device on which torch's attention gives wrong values, as other libraries call it.
+    """Refuse a device on which torch's attention gives wrong values in other libraries' models.
 
     Raises:
-        DeviceError: It does so.
+        DeviceError: The values are wrong.
     """
     heads, width = 4, 32
     layout = Layout(PROBE_LENGTHS, device)
-    first_right(
+    first_correct(
         [lambda query, key, value: grouped_attention(query, key, value, layout, heads)],
         Trial(heads, heads, width, width**-0.5),
-        asked=layout.first,
+        single_rows=layout.first,
         device=device,
         dtype=dtype,
     )

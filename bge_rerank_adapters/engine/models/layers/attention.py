@@ -1,4 +1,4 @@
-"""Attention over packs: each pair attends to itself alone, without a mask over the whole row."""
+"""Attention over packs: tokens attend within their pair, without a mask over the whole pack."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -12,13 +12,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from bge_rerank_adapters.engine.models.cpu.threads import ALONE, Helpers, in_one_thread
-from bge_rerank_adapters.engine.models.layers.one_call import Kernel, Sight, Spans, kernels_for
+from bge_rerank_adapters.engine.models.layers.one_call import (
+    AttentionOptions,
+    Kernel,
+    Spans,
+    kernels_for,
+)
 from bge_rerank_adapters.engine.models.layers.transfers import Integers
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Neighbouring pairs of equal length in a pack: rows `start` to `start + pairs * tokens`."""
+    """Neighbouring pairs of equal length: rows `start` to `start + pairs * tokens` of a pack."""
 
     start: int
     pairs: int
@@ -30,13 +35,13 @@ class Layout:
 
     Attributes:
         lengths: Number of tokens of each of the n pairs.
-        device: Where the model runs.
-        groups: Runs of pairs of equal length, which one call can serve.
+        device: Device of the model.
+        groups: Runs of pairs of equal length, which share one attention call.
         bounds: Row at which each pair begins, and the end of the last; int32, shape (n + 1,).
         first: Row of each pair's first token; int64, shape (n,).
-        counts: 0 to n; int32, shape (n + 1,): the bounds of rows of one query each.
-        longest: The largest of the lengths.
-        helpers: Threads that take a share of each layer, where its layers do not use torch's.
+        counts: 0 to n, which are the bounds if each pair has one query row; int32, shape (n + 1,).
+        longest: The largest length.
+        helpers: Threads that share the work of each layer, if its layers do not use torch's.
     """
 
     def __init__(
@@ -47,13 +52,13 @@ class Layout:
         *,
         bounds: Tensor | None = None,
     ) -> None:
-        """Take the lengths, in the order in which the pairs stand in the row.
+        """Lay out pairs in the order of their lengths.
 
         Args:
             lengths: Number of tokens of each pair.
-            device: Where the model runs.
-            helpers: Threads that take a share of each layer.
-            bounds: `bounds_of` the lengths, where they are on the device already.
+            device: Device of the model.
+            helpers: Threads that share the work of each layer.
+            bounds: `bounds_of` the lengths, if they are on the device already.
         """
         self.lengths = list(lengths)
         self.device, self.helpers = device, helpers
@@ -70,7 +75,7 @@ class Layout:
         self.longest = max(self.lengths)
 
     def spans(self, *, single: bool) -> Spans:
-        """Return where the pairs' rows are, of a query with one row for each pair if `single`."""
+        """Return where the pairs' rows are; if `single`, the query has one row for each pair."""
         if single:
             return Spans(self.counts, self.bounds, 1, self.longest)
         return Spans(self.bounds, self.bounds, self.longest, self.longest)
@@ -81,16 +86,35 @@ def bounds_of(lengths: Sequence[int]) -> Integers:
     return np.cumsum([0, *lengths], dtype=np.int64)
 
 
-# Pairs below this are served by torch's fused kernel in any dtype.
+# Shorter pairs use torch's fused kernel in any dtype.
 _SHORT_TOKENS = 64
 _ROWS_STEP = 32
-# The pair that ways to attend are timed on, and how often; ten milliseconds at most.
+# Length of the pair on which attention is timed, and how often; ten milliseconds at most.
 _TIMED_TOKENS = 192
 _TIMINGS = 6
 
-# From query, key and value of shapes (rows, heads * width) to the attended values; query has
-# either as many rows as key and value, or one per pair, which is the pair's first token's.
+# Maps query, key and value of shapes (rows, heads * width) to the output. The query has either as
+# many rows as key and value, or one for each pair: that of its first token.
 Attention = Callable[[Tensor, Tensor, Tensor, Layout, int], Tensor]
+
+
+# Attends over the pairs of a group, all at once.
+GroupAttention = Callable[[Tensor, Tensor, Tensor, Group], Tensor]
+
+
+def by_groups(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, attend: GroupAttention
+) -> Tensor:
+    """Attend by one call for each group of pairs; the query has all rows, or one for each pair."""
+    single = len(query) != len(key)
+    attended = torch.empty_like(query)
+    begin = 0
+    for group in layout.groups:
+        rows = slice(group.start, group.start + group.pairs * group.tokens)
+        query_rows = slice(begin, begin + group.pairs) if single else rows
+        begin += group.pairs
+        attended[query_rows] = attend(query[query_rows], key[rows], value[rows], group)
+    return attended
 
 
 def grouped_attention(
@@ -102,28 +126,18 @@ def grouped_attention(
     *,
     copied: bool = False,
 ) -> Tensor:
-    """Attend by one call for each run of pairs of equal length; runs on any device.
+    """Attend by one call for each group of pairs; runs on any device.
 
-    With `copied` torch's kernel is given contiguous copies that lie head by head.
+    If `copied`, torch's kernel gets contiguous copies of each head.
     """
-    single = len(query) != len(key)
-    attended = torch.empty_like(query)
-    begin = 0
-    for group in layout.groups:
-        rows = slice(group.start, group.start + group.pairs * group.tokens)
-        asked = slice(begin, begin + group.pairs) if single else rows
-        begin += group.pairs
-        attended[asked] = _attend(
-            query[asked], key[rows], value[rows], group.pairs, heads, copied=copied
-        )
-    return attended
+    return by_groups(query, key, value, layout, attend=partial(_attend, heads=heads, copied=copied))
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, pairs: int, heads: int, *, copied: bool = False
+    query: Tensor, key: Tensor, value: Tensor, group: Group, *, heads: int, copied: bool = False
 ) -> Tensor:
     def split(rows: Tensor) -> Tensor:
-        states = rows.reshape(pairs, -1, heads, rows.shape[-1] // heads).transpose(1, 2)
+        states = rows.reshape(group.pairs, -1, heads, rows.shape[-1] // heads).transpose(1, 2)
         return states.contiguous() if copied else states
 
     out = functional.scaled_dot_product_attention(split(query), split(key), split(value))
@@ -135,8 +149,9 @@ def product_attention(
 ) -> Tensor:
     """Attend by plain matrix products, one pair at a time: for bfloat16 on some CPUs.
 
-    With AVX512 alone torch's fused kernel takes nearly twice as long as oneDNN's own products,
-    which run here; with AMX it takes half as long. In float32, and for short pairs, it is as fast.
+    On CPUs with AVX512 but no AMX, torch's fused kernel takes nearly twice as long as oneDNN's
+    matrix products, which run here. With AMX it takes half as long. In float32, and for short
+    pairs, both are equally fast.
     """
     if len(query) != len(key):
         return grouped_attention(query, key, value, layout, heads)
@@ -145,7 +160,7 @@ def product_attention(
         end = group.start + group.pairs * group.tokens
         if group.tokens < _SHORT_TOKENS:
             rows = slice(group.start, end)
-            attended[rows] = _attend(query[rows], key[rows], value[rows], group.pairs, heads)
+            attended[rows] = _attend(query[rows], key[rows], value[rows], group, heads=heads)
             continue
         for start in range(group.start, end, group.tokens):
             rows = slice(start, start + group.tokens)
@@ -156,14 +171,14 @@ def product_attention(
 def _products(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     """Attend over one pair.
 
-    oneDNN makes code for each size of a product and keeps it, so a pair is taken with the rows
-    after it that bring it to one of few sizes: those of other pairs for query and key, whose
-    scores are not used, and zeros for the value, which no weight can turn into something else.
+    oneDNN compiles and keeps code for each size of a product, so pairs are padded to a multiple of
+    32 rows. Query and key are padded with the rows that follow, whose scores are not used; the
+    value is padded with zeros, which add nothing to the output.
 
     Args:
-        query: Rows that begin with the pair's.
-        key: Likewise.
-        value: The rows of the pair alone.
+        query: The pair's rows, and all after them.
+        key: The same for the key.
+        value: The rows of the pair only.
         heads: Number of attention heads.
     """
     tokens, hidden = value.shape
@@ -175,11 +190,11 @@ def _products(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
             taken = functional.pad(taken, (0, 0, 0, rows - len(taken)))
         return taken.view(rows, heads, -1).transpose(0, 1)
 
-    # Copied: oneDNN's product gains more from a key that lies head by head than the copy costs.
+    # Copied, since oneDNN's product gains more from contiguous heads than the copy costs.
     keys = split(key).contiguous().transpose(1, 2)
     scores = torch.bmm(split(query) * (hidden // heads) ** -0.5, keys)
     scores[:, :, tokens:] = float("-inf")
-    # It sums in float32, whatever the dtype.
+    # softmax sums in float32, whatever the dtype.
     out = torch.bmm(torch.softmax(scores, dim=-1), split(value))
     return out[:, :tokens].transpose(0, 1).reshape(tokens, hidden)
 
@@ -193,17 +208,19 @@ def one_call_attention(
         return rows.reshape(len(rows), heads, -1)
 
     spans = layout.spans(single=len(query) != len(key))
-    return kernel(split(query), split(key), split(value), spans, Sight()).reshape(len(query), -1)
+    return kernel(split(query), split(key), split(value), spans, AttentionOptions()).reshape(
+        len(query), -1
+    )
 
 
 def attention_for(device: torch.device, dtype: torch.dtype, *, heads: int, width: int) -> Attention:
     """Return the fastest attention that this device and dtype can run.
 
     Args:
-        device: Where the model runs.
-        dtype: Of its activations.
-        heads: How many the model has.
-        width: Of a head.
+        device: Device of the model.
+        dtype: Dtype of its activations.
+        heads: Number of heads.
+        width: Width of a head.
     """
     if device.type == "cpu" and dtype == torch.bfloat16:
         return product_attention if _products_win(heads, width) else grouped_attention
@@ -215,9 +232,9 @@ def attention_for(device: torch.device, dtype: torch.dtype, *, heads: int, width
 
 @cache
 def _products_win(heads: int, width: int) -> bool:
-    """Return whether plain products attend faster in bfloat16 here than torch's fused kernel.
+    """Return whether plain products are faster in bfloat16 here than torch's fused kernel.
 
-    One is about twice as fast as the other, so a short timing does not waver between them.
+    One is about twice as fast as the other, so a short timing always gives the same answer.
     """
     layout = Layout([_TIMED_TOKENS], torch.device("cpu"))
     states = torch.ones(_TIMED_TOKENS, 3 * heads * width, dtype=torch.bfloat16)
@@ -242,13 +259,13 @@ def _products_win(heads: int, width: int) -> bool:
 def _works(
     kernel: Kernel, device: torch.device, dtype: torch.dtype, *, heads: int, width: int
 ) -> bool:
-    """Return whether a kernel runs for such heads, and is right, on a small pack."""
+    """Return whether a kernel runs for such heads and gives correct values on a small pack."""
     layout = Layout(PROBE_LENGTHS, device)
-    # Side by side in one matrix, as they come out of a layer.
+    # Columns of one matrix, as a layer returns them.
     query, key, value = probe_states(3 * heads * width, device, dtype).chunk(3, dim=-1)
     return agree(
-        lambda asked: one_call_attention(asked, key, value, layout, heads, kernel=kernel),
-        lambda asked: grouped_attention(asked, key, value, layout, heads),
+        lambda rows: one_call_attention(rows, key, value, layout, heads, kernel=kernel),
+        lambda rows: grouped_attention(rows, key, value, layout, heads),
         (query, query[layout.first]),
     )
 
@@ -257,7 +274,7 @@ PROBE_LENGTHS = (40, 3)
 
 
 def probe_states(width: int, device: torch.device, dtype: torch.dtype, *, seed: int = 0) -> Tensor:
-    """Return random states of a pack of `PROBE_LENGTHS`, the same each time; shape (43, width)."""
+    """Return the random states of a pack of `PROBE_LENGTHS` for a seed; shape (43, width)."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
     states = torch.randn(sum(PROBE_LENGTHS), width, generator=generator, dtype=torch.float32)
     return states.to(device, dtype)
@@ -266,14 +283,14 @@ def probe_states(width: int, device: torch.device, dtype: torch.dtype, *, seed: 
 def agree(
     fast: Callable[[Tensor], Tensor], plain: Callable[[Tensor], Tensor], queries: Sequence[Tensor]
 ) -> bool:
-    """Return whether a fast way to attend runs here at all, and gives what the plain one does.
+    """Return whether a fast attention runs here and agrees with the plain one.
 
-    Releases of torch differ in which windows, widths and shared heads its one call takes.
+    Releases of torch differ in which windows, widths and shared heads its kernels support.
 
     Args:
-        fast: From query to attended values.
-        plain: Likewise.
-        queries: What both are tried with.
+        fast: Maps a query to the output.
+        plain: The same by the plain attention.
+        queries: The queries to try.
     """
     try:
         return all(

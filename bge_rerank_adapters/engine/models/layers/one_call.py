@@ -1,9 +1,9 @@
-"""Attention over a whole pack by one call of a kernel that knows where each pair begins and ends.
+"""Attention over a whole pack by one call of torch's kernels for sequences of variable length.
 
-torch has three, all on CUDA alone: FlashAttention, for half types from compute capability 8.0 on,
-as an operator of torch's own and, in newer releases, as a public function; and the
-memory-efficient kernel, for float32 and older cards. The operators are private to torch, so each
-is tried at load before it is used (`attention_for`, `causal_attention_for`).
+torch has three, all for CUDA: FlashAttention as a private operator and, in newer releases, as a
+public function, for half types from compute capability 8.0 on; and the memory-efficient kernel,
+for float32 and older GPUs. Since the operators are private, each is tried at load before it is
+used (`attention_for`, `causal_attention_for`).
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 _HALF = (torch.float16, torch.bfloat16)
-# What FlashAttention's kernels in torch are built for.
+# Lowest compute capability that torch's FlashAttention supports.
 _FLASH_CAPABILITY = (8, 0)
 
 
@@ -21,10 +21,10 @@ class Spans(NamedTuple):
     """Where the rows of each pair are.
 
     Attributes:
-        queries: Bounds of each pair's rows of the query; int32, shape (pairs + 1,).
-        keys: Likewise of key and value.
-        most_queries: Most rows of the query that a pair has.
-        most_keys: Likewise of key and value.
+        queries: Row of the query at which each pair begins, and the end; int32, (pairs + 1,).
+        keys: The same for key and value.
+        most_queries: Maximum number of query rows of a pair.
+        most_keys: The same for key and value.
     """
 
     queries: Tensor
@@ -33,13 +33,13 @@ class Spans(NamedTuple):
     most_keys: int
 
 
-class Sight(NamedTuple):
-    """What a token attends to in its pair.
+class AttentionOptions(NamedTuple):
+    """How tokens attend within their pair.
 
     Attributes:
-        scale: Factor of the products of query and key; `None` is one by the root of a head's width.
-        causal: Whether it sees those before it alone, where the query has a row for each token.
-        window: How many it sees then, itself included; `None` is all before it.
+        scale: Factor of the attention scores; `None` is 1 / sqrt(head width).
+        causal: Whether a token attends only to itself and earlier ones.
+        window: Number of tokens it then attends to, itself included; `None` is no limit.
     """
 
     scale: float | None = None
@@ -47,14 +47,16 @@ class Sight(NamedTuple):
     window: int | None = None
 
 
-# From query of shape (rows, heads, width), and key and value, whose heads may be fewer, to the
-# attended values, shaped like the query.
-Kernel = Callable[[Tensor, Tensor, Tensor, Spans, Sight], Tensor]
+# Maps query (rows, heads, width), key and value, which may have fewer heads, to the output, shaped
+# like the query.
+Kernel = Callable[[Tensor, Tensor, Tensor, Spans, AttentionOptions], Tensor]
 
 
-def flash(query: Tensor, key: Tensor, value: Tensor, spans: Spans, sight: Sight) -> Tensor:
-    """Attend by FlashAttention's operator, which torch has since before 2.6."""
-    left, right = _window(sight)
+def flash(
+    query: Tensor, key: Tensor, value: Tensor, spans: Spans, options: AttentionOptions
+) -> Tensor:
+    """Attend by FlashAttention's private operator, in all supported releases of torch."""
+    left, right = _window(options)
     out: Tensor = torch.ops.aten._flash_attention_forward(  # noqa: SLF001
         query,
         key,
@@ -64,17 +66,19 @@ def flash(query: Tensor, key: Tensor, value: Tensor, spans: Spans, sight: Sight)
         spans.most_queries,
         spans.most_keys,
         0.0,  # no dropout
-        sight.causal,
-        False,  # no mask for debugging
-        scale=sight.scale,
+        options.causal,
+        False,  # no debug mask
+        scale=options.scale,
         window_size_left=left,
         window_size_right=right,
     )[0]
     return out
 
 
-def varlen(query: Tensor, key: Tensor, value: Tensor, spans: Spans, sight: Sight) -> Tensor:
-    """Attend by the public function around the same kernel, which costs some more time a call."""
+def varlen(
+    query: Tensor, key: Tensor, value: Tensor, spans: Spans, options: AttentionOptions
+) -> Tensor:
+    """Attend by the public function for the same kernel, whose calls take a little longer."""
     # Imported here: torch before 2.10 lacks it.
     from torch.nn.attention.varlen import varlen_attn
 
@@ -86,16 +90,18 @@ def varlen(query: Tensor, key: Tensor, value: Tensor, spans: Spans, sight: Sight
         spans.keys,
         spans.most_queries,
         spans.most_keys,
-        scale=sight.scale,
-        window_size=_window(sight),
+        scale=options.scale,
+        window_size=_window(options),
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    # A tuple only where more than the values is asked for.
+    # A tuple only if more than the values is requested.
     return cast(Tensor, out)
 
 
-def efficient(query: Tensor, key: Tensor, value: Tensor, spans: Spans, sight: Sight) -> Tensor:
-    """Attend by the memory-efficient kernel, which knows no window (`takes_windows`)."""
+def efficient(
+    query: Tensor, key: Tensor, value: Tensor, spans: Spans, options: AttentionOptions
+) -> Tensor:
+    """Attend by the memory-efficient kernel, which has no window (`takes_windows`)."""
     shared = query.shape[1] // key.shape[1]
     if shared > 1:
         key, value = (rows.repeat_interleave(shared, dim=1) for rows in (key, value))
@@ -103,33 +109,33 @@ def efficient(query: Tensor, key: Tensor, value: Tensor, spans: Spans, sight: Si
         query[None],
         key[None],
         value[None],
-        None,  # nothing is added to the products
+        None,  # no bias
         spans.queries,
         spans.keys,
         spans.most_queries,
         spans.most_keys,
         0.0,  # no dropout
-        # 1 is causal, counted from a pair's first token.
-        int(sight.causal),
-        scale=sight.scale,
+        # 1 is a causal mask that starts at a pair's first token.
+        int(options.causal),
+        scale=options.scale,
     )[0]
     return out[0]
 
 
 def takes_windows(kernel: Kernel) -> bool:
-    """Return whether a kernel limits how many tokens are seen where it is told to."""
+    """Return whether a kernel supports a window."""
     return kernel is not efficient
 
 
 def kernels_for(device: torch.device, dtype: torch.dtype) -> Sequence[Kernel]:
-    """Return what may run on a device in a dtype, the fastest first; none on most devices."""
+    """Return the kernels for a device and dtype, the fastest first; none on most devices."""
     if device.type != "cuda":
         return ()
     has_flash = torch.cuda.get_device_capability(device) >= _FLASH_CAPABILITY
     return (flash, varlen, efficient) if dtype in _HALF and has_flash else (efficient,)
 
 
-def _window(sight: Sight) -> tuple[int, int]:
-    """Return how many tokens are seen to the left and to the right, -1 for all of them."""
-    left = -1 if sight.window is None else sight.window - 1
-    return left, 0 if sight.causal or sight.window is not None else -1
+def _window(options: AttentionOptions) -> tuple[int, int]:
+    """Return how many tokens to the left and right are attended to, -1 for all of them."""
+    left = -1 if options.window is None else options.window - 1
+    return left, 0 if options.causal or options.window is not None else -1

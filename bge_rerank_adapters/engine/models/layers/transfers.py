@@ -1,4 +1,4 @@
-"""How token ids reach a device and logits come back: one copy each way for each pack."""
+"""Copies token ids to a device and logits back: one copy each way for each pack."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -10,21 +10,21 @@ import torch
 from torch import Tensor
 
 Integers = npt.NDArray[np.int64]
-# Gives the numbers of a tensor as lists, once the device has them.
-Coming = Callable[[], Any]
+# Waits for the device, and returns the values of a tensor as lists.
+Pending = Callable[[], Any]
 
-# What the check at load has the device do before the numbers come: a millisecond or more of
-# products, so that numbers that are read too early are not there yet.
+# Work for the device in the check at load: a millisecond or more of matrix products, so that
+# values that are read too early are not there yet.
 _CHECK_SIZE, _CHECK_PRODUCTS = 1024, 64
 
 _log = logging.getLogger(__name__)
 
 
 class Transfers:
-    """Copies that wait for all that the device has been given before; right on any device.
+    """Copies that wait for all earlier work of the device; correct on any device.
 
     Attributes:
-        overlap: Whether copies leave the device to its work, and the thread to its own.
+        overlap: Whether copies run while the device and the thread go on working.
     """
 
     overlap = False
@@ -40,8 +40,8 @@ class Transfers:
         uploaded = joined.to(self.device, non_blocking=self.overlap)
         return list(torch.split(uploaded, [len(array) for array in arrays]))
 
-    def download(self, values: Tensor) -> Coming:
-        """Return what gives the values as lists of floats."""
+    def download(self, values: Tensor) -> Pending:
+        """Return a function that waits for the values and returns them as lists of floats."""
         return values.tolist
 
     def _host_memory(self, size: int, dtype: torch.dtype) -> Tensor:
@@ -57,15 +57,15 @@ class HostTransfers(Transfers):
 
 
 class PinnedTransfers(Transfers):
-    """Copies through pinned memory, in the order of the device's own queue; for CUDA.
+    """Copies through pinned memory, in the order of the CUDA stream.
 
-    torch keeps a pinned block from being used again before the copies of it are done.
+    torch does not reuse a pinned block before its copies have finished.
     """
 
     overlap = True
 
-    def download(self, values: Tensor) -> Coming:
-        """Copy the values once the device has them; what is returned waits for that alone."""
+    def download(self, values: Tensor) -> Pending:
+        """Queue a copy of the values; the function returned waits for that copy only."""
         host = self._host_memory(values.numel(), values.dtype).view(values.shape)
         host.copy_(values, non_blocking=True)
         done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -82,42 +82,42 @@ class PinnedTransfers(Transfers):
 
 
 def transfers_for(device: torch.device) -> Transfers:
-    """Return the fastest way to copy to and from a device that is right there.
+    """Return the fastest correct way to copy to and from a device.
 
     Only CUDA's pinned copies are tried: on MPS, copies that do not wait have read memory that was
-    given back meanwhile (pytorch/pytorch#139550, #189690).
+    already freed (pytorch/pytorch#139550, #189690).
     """
     if device.type != "cuda":
         return waiting_transfers(device)
     pinned = PinnedTransfers(device)
     try:
-        right = _is_right(pinned)
-        reason = "numbers do not come back as they were"
+        correct = _is_correct(pinned)
+        reason = "values change on the way"
     except RuntimeError as error:
-        right, reason = False, str(error).partition("\n")[0]
-    if right:
+        correct, reason = False, str(error).partition("\n")[0]
+    if correct:
         return pinned
     _log.warning("%s is used without pinned memory: %s", device, reason)
     return waiting_transfers(device)
 
 
 def waiting_transfers(device: torch.device) -> Transfers:
-    """Return a way to copy to and from any device, which waits for it."""
+    """Return a way to copy to and from any device that waits for the device."""
     return HostTransfers(device) if device.type == "cpu" else Transfers(device)
 
 
 @torch.inference_mode()
-def _is_right(transfers: Transfers) -> bool:
-    """Return whether numbers that go to the device and back, behind other work, are the same."""
+def _is_correct(transfers: Transfers) -> bool:
+    """Return whether values survive the way to the device and back behind other work."""
     sent = [np.arange(start, start + 1000, dtype=np.int64) for start in (0, 7)]
     first, second = transfers.upload(sent)
-    # Each row sums to 1, so the products stay what they are.
-    mixing = torch.full((_CHECK_SIZE, _CHECK_SIZE), 1 / _CHECK_SIZE, device=transfers.device)
-    busy = mixing
+    # Each row sums to 1, so the products keep their values.
+    average = torch.full((_CHECK_SIZE, _CHECK_SIZE), 1 / _CHECK_SIZE, device=transfers.device)
+    busy = average
     for _ in range(_CHECK_PRODUCTS):
-        busy = busy @ mixing
+        busy = busy @ average
     still = (busy[0, 0] * _CHECK_SIZE).round().long()
-    coming = transfers.download(first * still + second)
-    # A second pack goes out before the first has come back.
+    pending = transfers.download(first * still + second)
+    # A second pack is sent before the first has returned.
     again = transfers.download(transfers.upload(sent)[1] * still)
-    return bool(coming() == (sent[0] + sent[1]).tolist() and again() == sent[1].tolist())
+    return bool(pending() == (sent[0] + sent[1]).tolist() and again() == sent[1].tolist())
