@@ -6,11 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from tokenizers import Tokenizer
 
-from bge_rerank_adapters.engine.checkpoints.adapter import Adapter
-from bge_rerank_adapters.engine.models.base import Model
+from bge_rerank_adapters.engine.models.base import Model, NativeModel
 from bge_rerank_adapters.engine.models.causal.config import parse_causal
 from bge_rerank_adapters.engine.models.causal.cutoff import HeadLayers
 from bge_rerank_adapters.engine.models.causal.decoder import DecoderModel
@@ -20,18 +18,17 @@ from bge_rerank_adapters.engine.models.causal.lightweight import (
     lightweight_heads,
 )
 from bge_rerank_adapters.engine.models.cpu.streams import stream_count, with_streams
-from bge_rerank_adapters.engine.models.encoder.calibration import sample_pairs
 from bge_rerank_adapters.engine.models.encoder.config import ENCODER_TYPES, parse_config
 from bge_rerank_adapters.engine.models.encoder.model import EncoderModel
+from bge_rerank_adapters.engine.models.source import ModelSource
 from bge_rerank_adapters.engine.text.pairs import PairTemplate
 from bge_rerank_adapters.engine.text.prompts import (
     CONTAINS_ANSWER,
-    YES,
     YES_OR_NO,
     PromptStyle,
     decoder_template,
 )
-from bge_rerank_adapters.engine.text.tokenizer import PairTokenizer, read_template
+from bge_rerank_adapters.engine.text.tokenizer import read_template
 from bge_rerank_adapters.settings import EngineSettings
 
 
@@ -47,29 +44,6 @@ class Sizes(Protocol):
     def vocabulary(self) -> int:
         """Number of embeddings."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSource:
-    """What a model is made from.
-
-    Attributes:
-        config: The checkpoint's `config.json`.
-        folder: Holds its safetensors.
-        adapter: The adapter to merge with them, if any.
-        settings: The engine's settings.
-        tokenizer: The checkpoint's tokenizer.
-        device: The model's device.
-        dtype: The dtype of weights and activations, or int8.
-    """
-
-    config: dict[str, Any]
-    folder: Path
-    adapter: Adapter | None
-    settings: EngineSettings
-    tokenizer: PairTokenizer
-    device: torch.device
-    dtype: torch.dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,53 +111,12 @@ def _prompted(
 
 
 def _load_encoder(source: ModelSource) -> Model:
-    model = EncoderModel(
-        source.config,
-        source.folder,
-        device=source.device,
-        dtype=source.dtype,
-        adapter=source.adapter,
-        sample=lambda: source.tokenizer.tokenize(sample_pairs()).distinct,
-    )
+    model = EncoderModel(source)
     return with_streams(model, model.kit.stream_count())
 
 
-def _load_decoder(source: ModelSource) -> Model:
-    model = DecoderModel(
-        source.config,
-        source.folder,
-        device=source.device,
-        dtype=source.dtype,
-        adapter=source.adapter,
-        yes_id=source.tokenizer.first_id(YES),
-    )
-    return with_streams(model, stream_count(source.device, source.dtype))
-
-
-def _load_layerwise(source: ModelSource) -> Model:
-    model = LayerwiseModel(
-        source.config,
-        source.folder,
-        device=source.device,
-        dtype=source.dtype,
-        adapter=source.adapter,
-        cutoff_layer=source.settings.cutoff_layers,
-    )
-    return with_streams(model, stream_count(source.device, source.dtype))
-
-
-def _load_lightweight(source: ModelSource) -> Model:
-    model = LightweightModel(
-        source.config,
-        source.folder,
-        device=source.device,
-        dtype=source.dtype,
-        adapter=source.adapter,
-        cutoff_layer=source.settings.cutoff_layers,
-        compress_ratio=source.settings.compress_ratio or 1,
-        compress_layers=source.settings.compress_layers,
-    )
-    return with_streams(model, stream_count(source.device, source.dtype))
+def _load_decoder(make: Callable[[ModelSource], NativeModel], source: ModelSource) -> Model:
+    return with_streams(make(source), stream_count(source.device, source.dtype))
 
 
 _ROWS = (
@@ -203,7 +136,7 @@ _ROWS = (
         asked_types=("llama", "mistral", "qwen2", "qwen3"),
         read_sizes=parse_causal,
         template=partial(_prompted, PromptStyle(YES_OR_NO)),
-        load=_load_decoder,
+        load=partial(_load_decoder, DecoderModel),
         flag_class="FlagLLMReranker",
     ),
     Family(
@@ -211,7 +144,7 @@ _ROWS = (
         model_types=("minicpm",),
         read_sizes=parse_causal,
         template=partial(_prompted, PromptStyle(YES_OR_NO, needs_bos=True)),
-        load=_load_layerwise,
+        load=partial(_load_decoder, LayerwiseModel),
         heads=layerwise_heads,
         flag_class="LayerWiseFlagLLMReranker",
     ),
@@ -220,7 +153,7 @@ _ROWS = (
         model_types=("cost_wise_gemma",),
         read_sizes=parse_causal,
         template=partial(_prompted, PromptStyle(CONTAINS_ANSWER, needs_bos=True)),
-        load=_load_lightweight,
+        load=partial(_load_decoder, LightweightModel),
         heads=lightweight_heads,
         flag_class="LightWeightFlagLLMReranker",
     ),

@@ -19,12 +19,12 @@ from bge_rerank_adapters.engine.models.encoder.plain import check_plain_attentio
 from bge_rerank_adapters.engine.models.families import (
     FAMILIES,
     Family,
-    ModelSource,
     Sizes,
     family_of,
 )
 from bge_rerank_adapters.engine.models.flag import FlagModel, TextPairTokenizer
 from bge_rerank_adapters.engine.models.precision import warn_of_matmul_precision
+from bge_rerank_adapters.engine.models.source import ModelSource
 from bge_rerank_adapters.engine.models.unsupported import unsupported_message
 from bge_rerank_adapters.engine.text.tokenizer import PairTokenizer
 from bge_rerank_adapters.engine.text.tokenizer_config import check_truncation_side

@@ -7,55 +7,34 @@ It follows FlagEmbedding 1.4.2 (`inference/reranker/decoder_only/layerwise.py` a
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from bge_rerank_adapters.engine.checkpoints.adapter import Adapter
 from bge_rerank_adapters.engine.models.causal.config import parse_causal
 from bge_rerank_adapters.engine.models.causal.cutoff import HeadLayers, read_entry
 from bge_rerank_adapters.engine.models.causal.readout import SeveralHeadsModel
+from bge_rerank_adapters.engine.models.causal.tensors import CausalReader
 from bge_rerank_adapters.engine.models.lora import open_weights
+from bge_rerank_adapters.engine.models.source import ModelSource
 from bge_rerank_adapters.errors import UnsupportedCheckpointError
 
 
 class LayerwiseModel(SeveralHeadsModel):
     """A MiniCPM model on one device, run up to the layer whose logit is read."""
 
-    def __init__(
-        self,
-        config: dict[str, Any],
-        folder: Path,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        adapter: Adapter | None = None,
-        cutoff_layer: int | None = None,
-    ) -> None:
+    def __init__(self, source: ModelSource) -> None:
         """Load the layers up to the cutoff layer.
-
-        Args:
-            config: The checkpoint's `config.json`.
-            folder: Folder of the safetensors.
-            device: Device to run on.
-            dtype: A floating-point dtype.
-            adapter: LoRA adapter to merge, if any.
-            cutoff_layer: Number of layers after which the logit is read; `None` is the last.
 
         Raises:
             CheckpointError: Tensors are missing, damaged or of the wrong shape.
             UnsupportedCheckpointError: The config has an unsupported option.
-            SettingsError: The layer has no head.
+            SettingsError: The cutoff layer has no head.
         """
-        parsed = parse_causal(config, folder=folder)
-        _check_head_type(config, folder)
-        heads = layerwise_heads(config, folder=folder)
-        depth = heads.check(cutoff_layer)
-        self._first = heads.first if config.get("head_multi", True) else None
-        with open_weights(folder, adapter) as weights:
+        config = parse_causal(source.config, folder=source.folder)
+        _check_head_type(source.config, source.folder)
+        heads = layerwise_heads(source.config, folder=source.folder)
+        depth = heads.check(source.settings.cutoff_layers)
+        self._first = heads.first if source.config.get("head_multi", True) else None
+        with open_weights(source.folder, source.adapter) as weights:
             super().__init__(
-                parsed,
-                weights,
-                device=device,
-                dtype=dtype,
+                CausalReader(weights, config, source.device, source.dtype),
                 depth=depth,
                 heads=self._head_names(depth),
                 default=self.head_index(depth, 0),

@@ -19,12 +19,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from bge_rerank_adapters.engine.checkpoints.adapter import Adapter
 from bge_rerank_adapters.engine.models.causal.attention import CausalLayout
 from bge_rerank_adapters.engine.models.causal.config import parse_causal
 from bge_rerank_adapters.engine.models.causal.cutoff import HeadLayers, read_entry
 from bge_rerank_adapters.engine.models.causal.readout import SeveralHeadsModel, readout_of
+from bge_rerank_adapters.engine.models.causal.tensors import CausalReader
 from bge_rerank_adapters.engine.models.lora import open_weights
+from bge_rerank_adapters.engine.models.source import ModelSource
 from bge_rerank_adapters.engine.text.pairs import TokenPair
 from bge_rerank_adapters.errors import CheckpointError, SettingsError, UnsupportedCheckpointError
 
@@ -37,51 +38,32 @@ class LightweightModel(SeveralHeadsModel):
     # Averaging needs every row of a document, so rows are not shared.
     shares_queries = False
 
-    def __init__(
-        self,
-        config: dict[str, Any],
-        folder: Path,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        adapter: Adapter | None = None,
-        cutoff_layer: int | None = None,
-        compress_ratio: int = 1,
-        compress_layers: Sequence[int] | None = None,
-    ) -> None:
+    def __init__(self, source: ModelSource) -> None:
         """Load the layers up to the cutoff layer.
-
-        Args:
-            config: The checkpoint's `config.json`.
-            folder: Folder of the safetensors.
-            device: Device to run on.
-            dtype: A floating-point dtype.
-            adapter: LoRA adapter to merge, if any.
-            cutoff_layer: Number of layers after which the logit is read; `None` is the last.
-            compress_ratio: Number of document tokens that are averaged into one.
-            compress_layers: Layers before which this happens, counted from 0; `None` is layer 8,
-                if it exists.
 
         Raises:
             CheckpointError: Tensors are missing, damaged or of the wrong shape.
             UnsupportedCheckpointError: The config has an unsupported option.
-            SettingsError: A layer does not exist, or has no head.
+            SettingsError: A layer of the settings does not exist, or has no head.
         """
-        parsed = parse_causal(config, folder=folder)
-        if not config.get("layer_wise", False):
+        folder, settings = source.folder, source.settings
+        config = parse_causal(source.config, folder=folder)
+        if not source.config.get("layer_wise", False):
             raise UnsupportedCheckpointError(
                 f"{folder / 'config.json'}: layer_wise must be true for a reranker of the "
-                f"lightweight family, got {config.get('layer_wise')!r}."
+                f"lightweight family, got {source.config.get('layer_wise')!r}."
             )
-        heads = lightweight_heads(config, folder=folder)
-        depth = heads.check(cutoff_layer)
-        self._ratio = compress_ratio
-        self._compress_layers = check_compress_layers(compress_layers, parsed.layers)
-        self._cap = _cap(config, folder)
-        names = [f"lm_head.{place}.linear_head.weight" for place in range(len(heads.up_to(depth)))]
-        with open_weights(folder, adapter) as weights:
+        heads = lightweight_heads(source.config, folder=folder)
+        depth = heads.check(settings.cutoff_layers)
+        self._ratio = settings.compress_ratio or 1
+        self._compress_layers = check_compress_layers(settings.compress_layers, config.layers)
+        self._cap = _cap(source.config, folder)
+        with open_weights(folder, source.adapter) as weights:
             super().__init__(
-                parsed, weights, device=device, dtype=dtype, depth=depth, heads=names, default=0
+                CausalReader(weights, config, source.device, source.dtype),
+                depth=depth,
+                heads=[f"lm_head.{k}.linear_head.weight" for k in range(len(heads.up_to(depth)))],
+                default=0,
             )
 
     def head_index(self, layer: int, place: int) -> int:

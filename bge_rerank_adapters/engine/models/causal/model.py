@@ -17,13 +17,11 @@ from bge_rerank_adapters.engine.models.causal.attention import (
     SharedRows,
     checked_causal_attention,
 )
-from bge_rerank_adapters.engine.models.causal.config import CausalConfig
 from bge_rerank_adapters.engine.models.causal.tensors import CausalReader, HeadRow
 from bge_rerank_adapters.engine.models.cpu.threads import ALONE, Helpers
 from bge_rerank_adapters.engine.models.layers.activations import ACTIVATIONS
 from bge_rerank_adapters.engine.models.layers.norm import RmsNorm
 from bge_rerank_adapters.engine.models.layers.transfers import transfers_for
-from bge_rerank_adapters.engine.models.weights import Weights
 from bge_rerank_adapters.engine.text.pairs import TokenPair
 
 
@@ -45,44 +43,32 @@ class CausalModel:
     streams = 1
     shares_queries = True
 
-    def __init__(
-        self,
-        config: CausalConfig,
-        weights: Weights,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        depth: int,
-        head: HeadRow,
-    ) -> None:
+    def __init__(self, read: CausalReader, *, depth: int, head: HeadRow) -> None:
         """Load the first `depth` layers.
 
         Args:
-            config: The checkpoint's parsed config.
-            weights: The checkpoint's open files.
-            device: Device to run on.
-            dtype: A floating-point dtype.
+            read: Reads the checkpoint; its dtype is a floating-point dtype.
             depth: Number of layers to run, from 1 to the config's number.
             head: The row that gives the logit.
 
         Raises:
             CheckpointError: Tensors are missing, damaged or of the wrong shape.
         """
-        self.config, self.device, self.dtype, self.depth = config, device, dtype, depth
-        self.pack_tokens = default_pack_tokens(device)
-        self.transfers = transfers_for(device)
+        self.config = config = read.config
+        self.device, self.dtype, self.depth = read.device, read.dtype, depth
+        self.pack_tokens = default_pack_tokens(self.device)
+        self.transfers = transfers_for(self.device)
         self.runs_ahead = self.transfers.overlap
         self._activation = ACTIVATIONS[config.activation]
         beyond = f"model.layers.{config.layers}.mlp.down_proj.weight"
-        weights.check_absent(beyond, layers=config.layers)
-        read = CausalReader(weights, config, device, dtype)
+        read.weights.check_absent(beyond, layers=config.layers)
         self._words = read.tensor("model.embed_tokens.weight", (config.vocabulary, config.hidden))
         self._norm = read.norm("model.norm")
         self._layers = [read.layer(index) for index in range(depth)]
         self._attend = checked_causal_attention(
-            device, dtype, heads=config.heads(0), width=config.head_width
+            self.device, self.dtype, heads=config.heads(0), width=config.head_width
         )
-        self._frequencies = config.rotary.frequencies(config.head_width).to(device)
+        self._frequencies = config.rotary.frequencies(config.head_width).to(self.device)
         self._head = read.row(head.tensor, head.row, (head.rows, config.hidden))
 
     def logits(self, pairs: Sequence[TokenPair], *, helpers: Helpers = ALONE) -> list[float]:

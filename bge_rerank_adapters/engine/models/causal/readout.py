@@ -14,11 +14,9 @@ from typing import Self
 import torch
 
 from bge_rerank_adapters.engine.models.base import PendingLogits
-from bge_rerank_adapters.engine.models.causal.config import CausalConfig
 from bge_rerank_adapters.engine.models.causal.model import CausalModel
 from bge_rerank_adapters.engine.models.causal.tensors import CausalReader, HeadRow
 from bge_rerank_adapters.engine.models.cpu.threads import ALONE, Helpers
-from bge_rerank_adapters.engine.models.weights import Weights
 from bge_rerank_adapters.engine.text.pairs import TokenPair
 
 
@@ -81,23 +79,12 @@ class SeveralHeadsModel(CausalModel):
     """A decoder with a head after each of several layers; each call may choose its layers."""
 
     def __init__(
-        self,
-        config: CausalConfig,
-        weights: Weights,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        depth: int,
-        heads: Sequence[str],
-        default: int,
+        self, read: CausalReader, *, depth: int, heads: Sequence[str], default: int
     ) -> None:
         """Load the first `depth` layers, and all heads.
 
         Args:
-            config: The checkpoint's parsed config.
-            weights: The checkpoint's open files.
-            device: Device to run on.
-            dtype: A floating-point dtype.
+            read: Reads the checkpoint.
             depth: Number of layers to load.
             heads: Names of the heads' tensors, in the order of `head_index`.
             default: Index of the head that gives the logit if a call chooses no layers.
@@ -105,10 +92,8 @@ class SeveralHeadsModel(CausalModel):
         Raises:
             CheckpointError: Tensors are missing, damaged or of the wrong shape.
         """
-        head = HeadRow(heads[default])
-        super().__init__(config, weights, device=device, dtype=dtype, depth=depth, head=head)
-        read = CausalReader(weights, config, device, dtype)
-        self._heads = [read.row(name, 0, (1, config.hidden)) for name in heads]
+        super().__init__(read, depth=depth, head=HeadRow(heads[default]))
+        self._heads = [read.row(name, 0, (1, read.config.hidden)) for name in heads]
 
     @abstractmethod
     def head_index(self, layer: int, place: int) -> int:

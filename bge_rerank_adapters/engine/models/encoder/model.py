@@ -5,19 +5,16 @@ and ends. The results equal those of `modeling_xlm_roberta.py` and `modeling_ber
 transformers 4 and 5 up to float32 rounding.
 """
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bge_rerank_adapters.engine.checkpoints.adapter import Adapter
 from bge_rerank_adapters.engine.models.base import PendingLogits, default_pack_tokens
 from bge_rerank_adapters.engine.models.cpu.threads import ALONE, Helpers, in_one_thread
-from bge_rerank_adapters.engine.models.encoder.calibration import SampleRun
+from bge_rerank_adapters.engine.models.encoder.calibration import SampleRun, sample_pairs
 from bge_rerank_adapters.engine.models.encoder.config import parse_config
 from bge_rerank_adapters.engine.models.encoder.kit import choose_kit
 from bge_rerank_adapters.engine.models.encoder.layer import EncoderLayer, LayerSource
@@ -25,7 +22,9 @@ from bge_rerank_adapters.engine.models.encoder.tensors import EncoderReader, che
 from bge_rerank_adapters.engine.models.layers.attention import Layout, bounds_of
 from bge_rerank_adapters.engine.models.layers.transfers import transfers_for
 from bge_rerank_adapters.engine.models.lora import open_weights
+from bge_rerank_adapters.engine.models.source import ModelSource
 from bge_rerank_adapters.engine.text.pairs import TokenIds, TokenPair
+from bge_rerank_adapters.engine.text.tokenizer import PairTokenizer
 
 
 class EncoderModel:
@@ -44,40 +43,24 @@ class EncoderModel:
 
     streams = 1
 
-    def __init__(
-        self,
-        config: dict[str, Any],
-        folder: Path,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        adapter: Adapter | None = None,
-        sample: Callable[[], Sequence[TokenPair]],
-    ) -> None:
+    def __init__(self, source: ModelSource) -> None:
         """Load the weights.
-
-        Args:
-            config: The checkpoint's `config.json`.
-            folder: Folder of the safetensors.
-            device: Device to run on.
-            dtype: A floating-point dtype, or int8.
-            adapter: LoRA adapter to merge, if any.
-            sample: Returns typical pairs, on which 8-bit layers are calibrated.
 
         Raises:
             CheckpointError: Tensors are missing, damaged or of the wrong shape.
             UnsupportedCheckpointError: The model gives several labels instead of one logit.
         """
-        self.config = parse_config(config, folder=folder)
-        self.device, self.dtype = device, dtype
-        self.pack_tokens = default_pack_tokens(device)
-        self._transfers = transfers_for(device)
+        self.config = parse_config(source.config, folder=source.folder)
+        self.device, self.dtype = source.device, source.dtype
+        self.pack_tokens = default_pack_tokens(self.device)
+        self._transfers = transfers_for(self.device)
         self.runs_ahead = self._transfers.overlap
-        with open_weights(folder, adapter) as weights:
+        with open_weights(source.folder, source.adapter) as weights:
             check_tensors(weights, self.config)
-            self.kit = choose_kit(self.config, device, dtype)
+            self.kit = choose_kit(self.config, self.device, self.dtype)
             self._attend = self.kit.attention()
-            self._load(EncoderReader(weights, self.config, device, self.kit.dtype), sample)
+            read = EncoderReader(weights, self.config, self.device, self.kit.dtype)
+            self._load(read, source.tokenizer)
 
     def logits(self, pairs: Sequence[TokenPair], *, helpers: Helpers = ALONE) -> list[float]:
         """Return the logit of each pair of a pack.
@@ -123,7 +106,7 @@ class EncoderModel:
         filler = TokenPair(pairs[0].ids[:1], 1, truncated=False, index=0)
         return [filler] * (self.kit.pack_rows(tokens) - tokens)
 
-    def _load(self, read: EncoderReader, sample: Callable[[], Sequence[TokenPair]]) -> None:
+    def _load(self, read: EncoderReader, tokenizer: PairTokenizer) -> None:
         config = self.config
         rows = {"word": config.vocabulary, "position": config.positions, "token_type": config.types}
         self._words, self._positions, self._types = (
@@ -134,7 +117,11 @@ class EncoderModel:
             f"{config.prefix}.embeddings.LayerNorm", self.kit.norm_dtype
         )
         self._layers: list[EncoderLayer]
-        self._layers = self._int8_layers(read, sample()) if self.kit.int8 else self._layers_of(read)
+        if self.kit.int8:
+            sample = tokenizer.tokenize(sample_pairs()).distinct
+            self._layers = self._int8_layers(read, sample)
+        else:
+            self._layers = self._layers_of(read)
         self._head = read.head()
 
     def _layers_of(self, read: EncoderReader) -> list[EncoderLayer]:
