@@ -66,7 +66,7 @@ def flash_operator(query, key, value, bounds_query, bounds_key, *rest, **options
     assert options["window_size_left"] == -1
     assert options["window_size_right"] == (0 if causal else -1)
     spans = one_call.Spans(bounds_query, bounds_key, most_queries, most_keys)
-    sight = one_call.Sight(options["scale"], causal=causal)
+    sight = one_call.AttentionOptions(options["scale"], causal=causal)
     return attend_in_spans(query, key, value, spans, sight), None, None, None, None
 
 
@@ -79,7 +79,7 @@ def varlen_function(
     assert causal or options["window_size"] == (-1, -1)
     spans = one_call.Spans(bounds_query, bounds_key, most_queries, most_keys)
     return attend_in_spans(
-        query, key, value, spans, one_call.Sight(options["scale"], causal=causal)
+        query, key, value, spans, one_call.AttentionOptions(options["scale"], causal=causal)
     )
 
 
@@ -89,7 +89,7 @@ def efficient_operator(query, key, value, bias, bounds_query, bounds_key, *rest,
     assert (bias, dropout, len(query)) == (None, 0.0, 1)
     assert query.shape[2] == key.shape[2], "a key for each query head"
     spans = one_call.Spans(bounds_query, bounds_key, most_queries, most_keys)
-    sight = one_call.Sight(options["scale"], causal=mask == 1)
+    sight = one_call.AttentionOptions(options["scale"], causal=mask == 1)
     return attend_in_spans(query[0], key[0], value[0], spans, sight)[None], None
 
 

@@ -88,7 +88,7 @@ def test_one_warning_tells_that_a_server_is_waited_for(caplog):
         reranker.rerank("q", TEXTS)
     told = [each.message for each in caplog.records if each.levelname == "WARNING"]
     assert len(told) == 1
-    assert "answered 503, 3 times in a row; asking again until timeout_s=60 is over" in told[0]
+    assert "answered 503, 3 times in a row; sending again until timeout_s=60 is over" in told[0]
 
 
 @pytest.mark.parametrize("wait", ["0", "1"])
@@ -181,7 +181,9 @@ def test_a_500_of_a_proxy_is_sent_once_more(body):
         assert len(server.posts) == 2
         assert reranker.stats().retries == 1
     with answering(died) as (reranker, server):
-        with pytest.raises(RemoteError, match=r"500: a proxy says so.*Sent 2 times") as told:
+        with pytest.raises(
+            RemoteError, match=r"500: this comes from a proxy.*Sent 2 times"
+        ) as told:
             reranker.rerank("q", TEXTS)
         assert told.value.status_code == 500
         assert len(server.posts) == 2
@@ -244,7 +246,7 @@ GOOD = [{"index": index, "relevance_score": 0.5} for index in range(3)]
         ({"results": [*GOOD[:2], GOOD[2] | {"relevance_score": None}]}, "no number"),
         ({"results": [*GOOD[:2], GOOD[2] | {"relevance_score": "0.5"}]}, "no number"),
         ({"results": [*GOOD[:2], GOOD[2] | {"relevance_score": True}]}, "no number"),
-        ({"results": [*GOOD[:2], GOOD[2] | {"logit": 0.0}]}, "logits for some documents alone"),
+        ({"results": [*GOOD[:2], GOOD[2] | {"logit": 0.0}]}, "logits for only some documents"),
         ({"results": [*GOOD[:2], GOOD[2] | {"logit": float("inf")}]}, "not finite"),
         ({"results": [*GOOD[:2], 7]}, "no object"),
         ({"results": {"0": 0.5}}, "without a list of results"),
@@ -309,7 +311,7 @@ def test_documents_that_are_sent_back_are_no_huge_answer():
         (403, "api_key is needed"),
         (404, "try the address without a path"),
         (405, "no such route"),
-        (413, "a single document is more than it takes"),
+        (413, "a single document is too large for it"),
         (422, "check api='auto' and model=None"),
         (424, "answered 424"),
         (500, "answered 500"),

@@ -203,7 +203,7 @@ def test_servers_are_sent_the_field_that_they_know_or_there_is_an_error(api, sen
     for tokens, (name, theirs) in enumerate(zip(names, sent, strict=True), start=1):
         limits = TokenLimits(**{name: tokens})
         if theirs is None:
-            with pytest.raises(SettingsError, match=f"{name} cannot be asked of this server"):
+            with pytest.raises(SettingsError, match=f"{name} is not supported by this server"):
                 kind.request("q", ["a"], model=None, scale="score", token_limits=limits)
         else:
             body = kind.request("q", ["a"], model=None, scale="score", token_limits=limits)

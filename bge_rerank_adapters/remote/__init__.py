@@ -1,4 +1,4 @@
-"""Reranking by a server elsewhere, behind the interface of `Reranker`.
+"""Reranking on a server, with the interface of `Reranker`.
 
 ```python
 from bge_rerank_adapters import RemoteReranker
@@ -8,12 +8,12 @@ reranker = RemoteReranker("http://gpu-box:8080")
 compressor = BGEDocumentCompressor(reranker=reranker, top_k=3)
 ```
 
-It needs httpx and nothing of torch, transformers or numpy, so a small image will do:
+It needs httpx, but not torch, transformers or numpy, so a small image suffices:
 `pip install --no-deps bge-rerank-adapters`, then httpx and the host.
 """
 
 try:
-    import httpx  # noqa: F401 - asked for here, so that the message names the extra
+    import httpx  # noqa: F401 - so that the error names the extra
 except ImportError as error:
     raise ImportError(
         'bge_rerank_adapters.remote needs httpx; run: pip install "bge-rerank-adapters[remote]"'

@@ -1,4 +1,4 @@
-"""Turns a server's answer into scores that can be trusted, in pure Python."""
+"""Parses and checks the answer of a rerank server."""
 
 import json
 import math
@@ -10,46 +10,45 @@ from bge_rerank_adapters.calls.ranking import PairScore, ScoredRequest, Usage, s
 from bge_rerank_adapters.calls.requests import Request
 from bge_rerank_adapters.errors import RemoteError
 
-# Of somebody else's text in an error: enough to understand it.
+# Maximum length of a server's text in an error.
 SHOWN_CHARACTERS = 300
-# How far beyond [0, 1] float32 arithmetic may put a score that is meant to be within.
+# How far float32 rounding may move a score out of [0, 1].
 _ROUNDING = 1e-6
-# More than this is no count of tokens.
-_MOST_TOKENS = 1 << 53
+# Larger numbers are not taken as a count of tokens.
+_MAX_TOKENS = 1 << 53
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteScore:
-    """What a server answered about one document.
+    """A server's result for one document.
 
     Attributes:
-        index: Its position among the documents that were asked about.
-        score: What is known of the pair; `truncated`, `query_truncated` and `span` where the server
-            says so.
+        index: Index of the document in the request.
+        score: Its score; `truncated`, `query_truncated` and `span` only if the server states them.
     """
 
     index: int
     score: PairScore
 
     def moved(self, places: int) -> "RemoteScore":
-        """Return the same of a document that stands so many places further on."""
+        """Return the result with a larger index."""
         return replace(self, index=self.index + places)
 
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """What a server answered about n documents.
+    """A server's results for n documents.
 
     Attributes:
-        scores: n of them, in its order.
-        tokens: How many it read, by its own account; `None` where it gives none.
+        scores: The n results, in the server's order.
+        tokens: Number of tokens that the server states; `None` if it states none.
     """
 
     scores: list[RemoteScore]
     tokens: int | None = None
 
     def joined(self, rest: "Answered", *, places: int) -> "Answered":
-        """Return this with the answer about documents that stand so many places further on."""
+        """Return this and the results for further documents, whose indexes begin at `places`."""
         tokens = None
         if self.tokens is not None and rest.tokens is not None:
             tokens = self.tokens + rest.tokens
@@ -57,26 +56,26 @@ class Answered:
 
 
 def read_answer(body: bytes, *, documents: int, scale: str, server: str) -> Answered:
-    """Return what a server answered about n documents.
+    """Return a server's results for n documents.
 
     Args:
         body: A list of `{"index", "score"}`, as text-embeddings-inference and SGLang answer, or an
             object with a list of `{"index", "relevance_score"}` under `results` (Cohere, Jina,
             vLLM, infinity, llama.cpp) or `data` (older infinity). A `logit` beside the score is
-            taken along. Tokens are read from `usage` (most of them), `meta.tokens` (Cohere) or
+            kept. Tokens are read from `usage` (most of them), `meta.tokens` (Cohere) or
             each row's `meta_info` (SGLang).
         documents: n.
-        scale: `"logit"` where the numbers are logits, `"score"` where they are in [0, 1].
-        server: Its address, for errors.
+        scale: `"logit"` if the numbers are logits, `"score"` if they are in [0, 1].
+        server: The server's address, for errors.
 
     Raises:
-        RemoteError: It is no such thing, an index is missing, doubled or out of range, or a number
-            is not finite or not in [0, 1].
+        RemoteError: The body is none of these, an index is missing, repeated or out of range, or a
+            number is not finite or not in [0, 1].
     """
     answer, rows = _rows(body, server)
     scores = [_remote_score(row, scale=scale, server=server) for row in rows]
     if len({each.score.logit is None for each in scores}) > 1:
-        raise RemoteError(f"{server} answered with logits for some documents alone.")
+        raise RemoteError(f"{server} answered with logits for only some documents.")
     _check_indexes([each.index for each in scores], documents, server)
     return Answered(scores, _tokens(answer, rows))
 
@@ -86,7 +85,7 @@ def _rows(body: bytes, server: str) -> tuple[Any, list[Any]]:
         answer = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise RemoteError(
-            f"{server} answered with something else than JSON: {shortened(body)}; "
+            f"{server} answered without JSON: {shortened(body)}; "
             "is it the address of a rerank server?"
         ) from error
     rows = answer
@@ -101,29 +100,30 @@ def _rows(body: bytes, server: str) -> tuple[Any, list[Any]]:
 
 
 def _tokens(answer: object, rows: list[Any]) -> int | None:
-    """Return how many tokens were read; some servers say 0 where they did not count."""
-    told = _number_at(answer, "usage", "prompt_tokens") or _number_at(
-        answer, "usage", "total_tokens"
+    """Return the number of tokens; `None` for 0, which some servers state without counting."""
+    stated = (
+        _number_at(answer, "usage", "prompt_tokens")
+        or _number_at(answer, "usage", "total_tokens")
+        or _number_at(answer, "meta", "tokens", "input_tokens")
     )
-    told = told or _number_at(answer, "meta", "tokens", "input_tokens")
-    if told is None and rows:
+    if stated is None and rows:
         each = [_number_at(row, "meta_info", "prompt_tokens") for row in rows]
-        told = None if None in each else sum(filter(None, each))
-    return told
+        stated = None if None in each else sum(filter(None, each))
+    return stated
 
 
 def _number_at(value: object, *names: str) -> int | None:
-    """Return the whole number above 0 that stands there; Cohere writes it as 12.0."""
+    """Return the positive integer at this path, if any; Cohere writes it as 12.0."""
     for name in names:
         value = value.get(name) if isinstance(value, dict) else None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return int(value) if 1 <= value <= _MOST_TOKENS else None
+    return int(value) if 1 <= value <= _MAX_TOKENS else None
 
 
 def _remote_score(row: object, *, scale: str, server: str) -> RemoteScore:
     if not isinstance(row, dict):
-        raise _wrong(server, row, "is no object with an index and a score")
+        raise _wrong(server, row, "is not an object with an index and a score")
     index = row.get("index")
     if not isinstance(index, int) or isinstance(index, bool):
         raise _wrong(server, row, "has no index")
@@ -195,7 +195,7 @@ def _wrong(server: str, row: object, what: str) -> RemoteError:
 
 
 def shortened(text: str | bytes) -> str:
-    """Return the beginning of somebody else's text, on one line."""
+    """Return the beginning of a server's text, on one line."""
     if isinstance(text, bytes):
         text = text[: 4 * SHOWN_CHARACTERS].decode("utf-8", errors="replace")
     line = " ".join(text.split())
@@ -203,11 +203,11 @@ def shortened(text: str | bytes) -> str:
 
 
 class Question:
-    """A request, of whose documents identical ones are asked about once.
+    """A request whose identical documents are sent once.
 
     Attributes:
         request: The query and its n documents.
-        distinct: Those documents that differ, in the order of their first places.
+        distinct: The distinct documents, in order of first occurrence.
     """
 
     def __init__(self, request: Request) -> None:
@@ -220,12 +220,12 @@ class Question:
         self._answered = Answered([], 0)
 
     def parts(self, max_documents: int) -> Iterator[tuple[int, list[str]]]:
-        """Yield where each part of the distinct documents begins, and the part."""
+        """Yield parts of the distinct documents, each with the index at which it begins."""
         for start in range(0, len(self.distinct), max_documents):
             yield start, self.distinct[start : start + max_documents]
 
     def take(self, start: int, answered: Answered) -> None:
-        """Keep what the server answered about the part that begins there."""
+        """Store the results for the part that begins at an index."""
         self._answered = self._answered.joined(answered, places=start)
 
     def scored(self) -> ScoredRequest:

@@ -1,4 +1,4 @@
-"""The HTTP interfaces that rerank servers speak: a frozen table, and how one is found.
+"""A table of the APIs of rerank servers, and how a server's API is recognised.
 
 Sources, besides our own server: text-embeddings-inference `router/src/http/types.rs` and
 `server.rs`; vLLM `vllm/entrypoints/pooling/scoring/protocol.py`; infinity_emb 0.0.78
@@ -17,26 +17,26 @@ from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.settings.token_limits import NO_TOKEN_LIMITS, TokenLimits
 
 AUTO = "auto"
-# Hosts that speak one interface; all others are known by their path, or asked.
+# Hosts whose API is known.
 _HOSTS = {"api.cohere.com": "cohere", "api.cohere.ai": "cohere", "api.jina.ai": "jina"}
 _VERSION = re.compile(r"/v\d+$")
 
 
 @dataclass(frozen=True, slots=True)
 class Api:
-    """How one kind of server wants to be asked.
+    """The request format of one kind of server.
 
     Attributes:
-        paths: Where it may answer, below a base address; the first that is there is used.
-        texts: The name of the documents in a request.
-        constants: What else every request says.
-        raw: What asks for logits in place of scores; `None` where there is no way to.
-        scale: What its numbers are where the user leaves it open: `"score"` or `"logit"`.
-        max_documents: Most documents of a request where the user leaves it open.
-        token_limits: What it calls the limits of `TokenLimits`; those that it lacks are left out.
+        paths: Possible paths of its route; the first that exists is used.
+        texts: Name of the field with the documents.
+        constants: Further fields of every request.
+        raw: Fields that request logits instead of scores; `None` if there are none.
+        scale: What its numbers are by default: `"score"` or `"logit"`.
+        max_documents: Maximum number of documents of a request, by default.
+        token_limits: The names of its fields for the limits of `TokenLimits` that it supports.
         states_limit: Whether `GET /info` has `max_client_batch_size`.
-        most_documents: Most documents of a request whatever the server allows: parts of a long
-            call are better sent side by side.
+        most_documents: Maximum number of documents of a request even if the server allows more,
+            since parts of a long call run in parallel.
     """
 
     paths: tuple[str, ...]
@@ -58,16 +58,16 @@ class Api:
         scale: str,
         token_limits: TokenLimits = NO_TOKEN_LIMITS,
     ) -> dict[str, Any]:
-        """Return the body of a request for all scores of n texts, ready for JSON.
+        """Return the JSON body of a request for the scores of all n texts.
 
         Raises:
-            SettingsError: There is no field for one of the limits.
+            SettingsError: The API has no field for one of the limits.
         """
         body: dict[str, Any] = {"query": query, self.texts: texts, **self.constants}
         if model is not None:
             body["model"] = model
         if self.texts == "documents":
-            # Some servers cut to a few where it is left out.
+            # Without it some servers return only a few.
             body["top_n"] = len(texts)
         if scale == "logit" and self.raw is not None:
             body |= self.raw
@@ -100,7 +100,7 @@ APIS: Mapping[str, Api] = {
         max_documents=32,
         states_limit=True,
     ),
-    # -1 cuts to the model's length; left out, a pair that is too long is an error there.
+    # -1 truncates to the model's length; without it a pair that is too long is an error.
     "vllm": Api(
         ("/rerank",),
         constants={"truncate_prompt_tokens": -1},
@@ -109,17 +109,17 @@ APIS: Mapping[str, Api] = {
     ),
     "infinity": Api(("/rerank",), raw={"raw_scores": True}),
     "cohere": Api(("/v2/rerank",), token_limits={"max_document_tokens": "max_tokens_per_doc"}),
-    # What answers in Jina's form without being Jina may have no version in its path.
+    # Other servers with Jina's API may have no version in their path.
     "jina": Api(("/v1/rerank", "/rerank"), constants={"return_documents": False}),
-    # Both answer with what the model's head gives, which of a BGE reranker is a logit.
+    # Both return the output of the model's head, which is a logit for BGE rerankers.
     "llamacpp": Api(("/v1/rerank",), scale="logit"),
     "sglang": Api(("/v1/rerank",), constants={"return_documents": False}, scale="logit"),
 }
-# Who owns the models, by `GET /v1/models`, where that tells what the server is.
+# Values of `owned_by` in `GET /v1/models` that identify a server.
 _OWNERS = ("llamacpp", "sglang")
-# What our own server calls itself in `/info`.
+# The name of our own server in `/info`.
 OUR_NAME = "bge_rerank_adapters"
-# What Cohere's, Jina's, vLLM's, infinity's and our own server have in common.
+# The common part of the APIs of Cohere, Jina, vLLM, infinity and our own server.
 COMMON = Api(("/rerank", "/v1/rerank", "/v2/rerank"))
 NAMES = (AUTO, *APIS)
 
@@ -127,15 +127,15 @@ NAMES = (AUTO, *APIS)
 def _no_field(name: str) -> str:
     able = " or ".join(f'"{api}"' for api, each in APIS.items() if name in each.token_limits)
     return (
-        f"{name} cannot be asked of this server, whose API has no field for it; leave it out, or "
-        f"give api={able} if the server is of such a kind."
+        f"{name} is not supported by this server, whose API has no field for it; leave it out, or "
+        f"give api={able} if the server is one of these."
     )
 
 
 def api_of_address(url: str) -> Api | None:
-    """Return the interface that an address alone implies, or `None` where the server must be asked.
+    """Return the API that an address implies, or `None` if the server must be queried for it.
 
-    A known host has its own; a path such as `/v1/rerank` or `/v1` means the common one.
+    A known host has its own API; a path such as `/v1/rerank` or `/v1` means the common one.
     """
     parts = urlsplit(url)
     if parts.hostname in _HOSTS:
@@ -145,7 +145,7 @@ def api_of_address(url: str) -> Api | None:
 
 
 def addresses(url: str, api: Api) -> tuple[str, ...]:
-    """Return the addresses to ask, best guess first: that of the user, or those below it."""
+    """Return the possible addresses of the route, the most likely one first."""
     path = urlsplit(url).path
     if path.endswith("/rerank"):
         return (url,)
@@ -155,7 +155,7 @@ def addresses(url: str, api: Api) -> tuple[str, ...]:
 
 
 def api_of_info(info: object) -> Api:
-    """Return the interface of a server from its `/info`; `None` for no answer."""
+    """Return the API of a server, given its `/info` or `None`."""
     if not isinstance(info, dict):
         return COMMON
     if info.get("server") == OUR_NAME:
@@ -164,7 +164,7 @@ def api_of_info(info: object) -> Api:
 
 
 def api_of_models(models: object) -> Api:
-    """Return the interface of a server from its `/v1/models`; the common one for no answer."""
+    """Return the API of a server, given its `/v1/models` or `None`."""
     listed = models.get("data") if isinstance(models, dict) else None
     first = listed[0] if isinstance(listed, list) and listed else None
     owner = first.get("owned_by") if isinstance(first, dict) else None
@@ -172,7 +172,7 @@ def api_of_models(models: object) -> Api:
 
 
 def limit_of_info(info: object, api: Api) -> int:
-    """Return the most documents of a request, from its `/info` or else by default."""
+    """Return the maximum number of documents of a request, given a server's `/info` or `None`."""
     limit = info.get("max_client_batch_size") if isinstance(info, dict) else None
     if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
         return api.max_documents
@@ -180,12 +180,12 @@ def limit_of_info(info: object, api: Api) -> int:
 
 
 def info_address(url: str) -> str:
-    """Return where our server and text-embeddings-inference say what they are."""
+    """Return the address at which our server and text-embeddings-inference describe themselves."""
     return _beside(url, "/info")
 
 
 def models_address(url: str) -> str:
-    """Return where llama.cpp, SGLang and others list their models."""
+    """Return the address at which llama.cpp, SGLang and others list their models."""
     return _beside(url, "/v1/models")
 
 

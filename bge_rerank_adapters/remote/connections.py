@@ -1,8 +1,8 @@
-"""The connections to a server, and how it is asked over them.
+"""The connections to a server, and the event loop that sends requests over them.
 
-All of a reranker's requests run on one event loop in a thread of its own. A call from any thread
-or event loop hands its request over and gets a future, so there is one pool of connections and one
-implementation, wherever the call comes from.
+All requests of a reranker run on one event loop in its own thread. Calls from any thread or event
+loop submit their requests to it and get a future, so there is one pool of connections and one
+implementation for all of them.
 """
 
 import asyncio
@@ -29,11 +29,11 @@ from bge_rerank_adapters.remote.stats import Tally
 
 T = TypeVar("T")
 
-# Of an answer with all scores: room for each result, and for documents that are sent back although
-# nobody asked, with escapes.
+# Limit on the size of an answer: room for each result, and for documents that are returned
+# although they were not requested, with escapes.
 _ANSWER_BYTES = 1 << 20
 _ANSWER_FACTOR = 8
-# A host that does not answer at all is tried again after this, as one that refuses is at once.
+# After this a host that does not answer counts as one that cannot be reached.
 _CONNECT_S = 10.0
 _JOIN_S = 5.0
 
@@ -41,7 +41,7 @@ _log = logging.getLogger(__name__)
 
 
 class Connections:
-    """The connections of one reranker in one process, on an event loop of their own."""
+    """The connections of one reranker in one process, with their event loop; thread-safe."""
 
     def __init__(self, settings: RemoteSettings, tally: Tally) -> None:
         self._settings, self._tally = settings, tally
@@ -59,7 +59,7 @@ class Connections:
             limits=httpx.Limits(
                 max_connections=None, max_keepalive_connections=settings.max_connections
             ),
-            # The documents and the key would go along to wherever a redirect points.
+            # A redirect would send the documents and the key elsewhere.
             follow_redirects=False,
         )
         self._client, self._exchange = client, Exchange(client, settings, tally)
@@ -67,32 +67,32 @@ class Connections:
         self._thread.start()
 
     def plan(self) -> "Future[Plan]":
-        """Return a future of how the server is asked, which may have to be asked for that."""
+        """Return a future of the plan, for which the server may be queried."""
         return self._submit(lambda: self._timed(self._planned))
 
     def known_plan(self) -> Plan | None:
-        """Return how the server is asked, if that is known."""
+        """Return the plan, if it is known already."""
         return self._plan
 
     def ask(self, request: Request) -> "Future[Answered]":
-        """Return a future of what the server answers about n texts."""
+        """Return a future of the server's results for the texts of a request."""
         return self._submit(lambda: self._timed(lambda deadline: self._asked(request, deadline)))
 
     def close(self) -> None:
-        """End requests under way with `ClosedError`, and close the connections."""
+        """Fail running requests with `ClosedError`, and close the connections."""
         with self._lock:
             self._open = False
-        self.let_go()
+        self.stop_soon()
         self._thread.join(_JOIN_S)
 
-    def let_go(self) -> None:
-        """Signal the thread to end, without waiting for it; safe in a garbage collection."""
+    def stop_soon(self) -> None:
+        """Signal the thread to end without waiting for it; safe during garbage collection."""
         with suppress(RuntimeError):  # it has ended already
             self._loop.call_soon_threadsafe(self._stop.set)
 
     def _submit(self, make: Callable[[], Coroutine[Any, Any, T]]) -> "Future[T]":
         future: Future[T] = Future()
-        # What is handed over before the lock is given to `close` starts before the loop stops.
+        # Under the lock, so that no request is submitted after `close` has stopped the loop.
         with self._lock:
             if not self._open:
                 raise _closed()
@@ -109,7 +109,7 @@ class Connections:
         future.add_done_callback(lambda done: self._cancel_with(done, task))
 
     def _cancel_with(self, future: "Future[Any]", task: "asyncio.Task[None]") -> None:
-        # The caller has gone, from whatever thread: its request goes too.
+        # The caller no longer waits, so the request is cancelled too.
         if future.cancelled():
             with suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(task.cancel)
@@ -121,7 +121,7 @@ class Connections:
             result = await make()
         except asyncio.CancelledError:
             _fail(future, _closed())
-        except BaseException as error:  # noqa: BLE001 - raised to who asked
+        except BaseException as error:  # noqa: BLE001 - passed on to the caller
             _fail(future, error)
         else:
             with suppress(InvalidStateError):  # cancelled meanwhile
@@ -170,7 +170,9 @@ class Connections:
         if answer.status != 413 or len(texts) == 1:
             raise refusal(answer, url, self._settings)
         half = len(texts) // 2
-        _log.info("%s refused %d documents as too many or too long; asking in halves", url, half)
+        _log.info(
+            "%s refused %d documents as too many or too long; sending them in halves", url, half
+        )
         first, rest = [
             await self._ask(plan, replace(request, texts=part), deadline)
             for part in (texts[:half], texts[half:])
@@ -178,7 +180,7 @@ class Connections:
         return first.joined(rest, places=half)
 
     async def _post(self, plan: Plan, body: bytes, deadline: float | None) -> tuple[Answer, str]:
-        """Send a request to the first address that is there, and remember which that is."""
+        """Send a request to the first address that exists, and keep that address."""
         longest = _ANSWER_BYTES + _ANSWER_FACTOR * len(body)
         # Another request may have found it meanwhile.
         urls = plan.urls if self._plan is None else self._plan.urls
@@ -190,7 +192,7 @@ class Connections:
         return answer, " or ".join(urls)
 
     async def _timed(self, work: Callable[[float | None], Coroutine[Any, Any, T]]) -> T:
-        """Return what `work` returns, which is given its deadline; count it, and its errors."""
+        """Run `work`, given its deadline, within the timeout; count it and its errors."""
         limit = self._settings.timeout_s
         begin = time.monotonic()
         self._tally.add(under_way=1)
@@ -213,7 +215,7 @@ class Connections:
 
 
 class _Bearer(httpx.Auth):
-    """Puts the key into each request, and shows it nowhere."""
+    """Adds the key to each request; its repr does not contain the key."""
 
     def __init__(self, api_key: str | None) -> None:
         self._value = None if api_key is None else f"Bearer {api_key}"
@@ -229,7 +231,7 @@ def _encoded(body: dict[str, Any]) -> bytes:
     try:
         return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     except UnicodeEncodeError:
-        # A lone surrogate, which is no text but has an escape; the server decides what it means.
+        # Lone surrogates cannot be encoded, but they can be escaped; the server decides.
         return json.dumps(body, separators=(",", ":")).encode("ascii")
 
 

@@ -1,4 +1,4 @@
-"""One HTTP request and its answer, sent again where that may help."""
+"""Sends HTTP requests, with retries."""
 
 import asyncio
 import email.utils
@@ -18,37 +18,37 @@ from bge_rerank_adapters.remote.stats import Tally
 __all__ = ["Answer", "Exchange"]
 
 # A proxy answers 502 while the server behind it starts.
-_AGAIN = frozenset({429, 502, 503})
+_RETRIED = frozenset({429, 502, 503})
 _FIRST_WAIT_S = 0.25
 _LONGEST_WAIT_S = 8.0
-# Less than this before the deadline nothing is sent again.
+# No retry if less than this is left until the deadline.
 _SHORTEST_WAIT_S = 0.05
-# Longer than this nobody without a deadline waits because a server says so: the caller decides.
+# Maximum Retry-After that is obeyed without a deadline; a longer wait is for the caller to decide.
 _LONGEST_RETRY_AFTER_S = 30.0
-# A server may be restarted more than once while a request is under way.
-_MOST_BREAKS = 3
-# As many failures in a row are worth a warning.
-_WORTH_A_WARNING = 3
-# Of an answer that is an error: enough for its message.
+# Maximum retries after broken connections; a server may restart more than once during a request.
+_MAX_BREAKS = 3
+# Number of failures in a row after which a warning is logged.
+_WARN_AFTER = 3
+# Limit on the size of an error's body: enough for its message.
 _ERROR_BYTES = 1 << 16
-# Nothing of the request has reached the server.
+# The request did not reach the server.
 _NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError)
-# The connection broke, before the answer or within it.
+# The connection broke before or during the answer.
 _BROKEN = (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError, httpx.CloseError)
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class _Again:
-    """Why a request is to be sent again, and the error if it is not.
+class _Failure:
+    """A failure after which a request may be sent again.
 
     Attributes:
-        why: What the log says.
-        error: What the caller gets in the end.
-        cause: Of the error.
-        wait_s: Seconds that the server asks to wait.
-        most: How often to send it again at most, for such reasons; `None` is as often as allowed.
+        why: The reason, for the log.
+        error: The error if the request is not sent again.
+        cause: The cause of the error.
+        wait_s: Seconds to wait, if the server states them.
+        most: Maximum number of retries for such reasons; `None` is no limit of its own.
     """
 
     why: str
@@ -58,20 +58,20 @@ class _Again:
     most: int | None = None
 
     def final_error(self, tries: int) -> RerankError:
-        """Return the error, with how often the request was sent."""
+        """Return the error, with the number of times that the request was sent."""
         asked = "" if self.wait_s is None else f"; the server asks to wait {self.wait_s:.0f} s"
         self.error.args = (f"{self.error} (Sent {tries} times{asked}.)",)
         return self.error
 
 
 class Exchange:
-    """Sends requests, and again on 429, 502, 503, and where the server cannot be reached.
+    """Sends requests, with retries on 429, 502, 503, and if the server cannot be reached.
 
-    It does so until the deadline, unless `max_retries` says less, so that a server that comes back
-    in time loses no request. Scoring changes nothing on a server, so a request whose connection
-    broke is sent again too, but three times at most: a request that makes servers die should not
-    go round for ever. A 500 that is no JSON is sent again once: a proxy answers so where the server
-    behind it died. A server whose model failed says so in JSON.
+    It retries until the deadline or `max_retries`, so no request is lost if the server returns in
+    time. Scoring has no side effects, so a request is also repeated after its connection broke, but
+    three times at most, since the request itself may crash the server. A 500 without JSON is
+    retried once: a proxy sends it if the server behind it died. A server whose model failed
+    answers in JSON.
     """
 
     def __init__(self, client: httpx.AsyncClient, settings: RemoteSettings, tally: Tally) -> None:
@@ -79,22 +79,22 @@ class Exchange:
         self._warned = False
 
     async def get(self, url: str, *, deadline: float | None, longest: int) -> Answer:
-        """Return the answer to a GET; otherwise as `post`."""
+        """Return the answer to a GET; see `post`."""
         return await self._send("GET", url, None, deadline=deadline, longest=longest)
 
     async def post(self, url: str, body: bytes, *, deadline: float | None, longest: int) -> Answer:
-        """Return the answer to a POST of JSON, unless its status says to send it again.
+        """Return the answer to a POST of JSON.
 
         Args:
-            url: Where to.
+            url: The address.
             body: JSON.
-            deadline: When the caller gives up, by `time.monotonic`; no wait goes past it, and the
-                last ones are shorter, so that the server is asked until then.
-            longest: Most bytes of an answer.
+            deadline: When the caller stops waiting, by `time.monotonic`. The last waits before it
+                are shorter, so that the last try is close to it.
+            longest: Maximum size of an answer in bytes.
 
         Raises:
-            Overloaded: It was 429 to the end.
-            RemoteError: It was 502 or 503 to the end or a proxy's 500 twice, the server cannot be
+            Overloaded: The server answered 429 until the end.
+            RemoteError: It answered 502 or 503 until the end or a proxy's 500 twice, it cannot be
                 reached, or the answer was cut off or is too long.
         """
         return await self._send("POST", url, body, deadline=deadline, longest=longest)
@@ -106,15 +106,15 @@ class Exchange:
         while True:
             tries += 1
             self._tally.add(http_requests=1)
-            again = await self._try(method, url, body, longest)
-            if isinstance(again, Answer):
+            outcome = await self._try(method, url, body, longest)
+            if isinstance(outcome, Answer):
                 self._warned = False
-                return again
-            suspect += again.most is not None
-            wait_s = _wait_s(tries, again.wait_s, deadline)
-            if wait_s is None or self._is_enough(tries, suspect, again.most):
-                raise again.final_error(tries) from again.cause
-            self._tell(url, again.why, wait_s, tries=tries)
+                return outcome
+            suspect += outcome.most is not None
+            wait_s = _wait_s(tries, outcome.wait_s, deadline)
+            if wait_s is None or self._is_enough(tries, suspect, outcome.most):
+                raise outcome.final_error(tries) from outcome.cause
+            self._log_retry(url, outcome.why, wait_s, tries=tries)
             self._tally.add(retries=1)
             await asyncio.sleep(wait_s)
 
@@ -122,34 +122,34 @@ class Exchange:
         allowed = self._settings.max_retries
         return (allowed is not None and tries > allowed) or (most is not None and suspect > most)
 
-    def _tell(self, url: str, why: str, wait_s: float, *, tries: int) -> None:
-        """Log a retry; who waits for a server that is away learns it, once for all requests."""
+    def _log_retry(self, url: str, why: str, wait_s: float, *, tries: int) -> None:
+        """Log a retry; warn once if the server has been away for some time."""
         _log.info("%s %s; sending again in %.2f s", url, why, wait_s)
-        if tries >= _WORTH_A_WARNING and not self._warned:
+        if tries >= _WARN_AFTER and not self._warned:
             self._warned = True
             limit = self._settings.timeout_s
             until = "" if limit is None else f" until timeout_s={limit:g} is over"
-            _log.warning("%s %s, %d times in a row; asking again%s", url, why, tries, until)
+            _log.warning("%s %s, %d times in a row; sending again%s", url, why, tries, until)
 
     async def _try(
         self, method: str, url: str, body: bytes | None, longest: int
-    ) -> "Answer | _Again":
+    ) -> "Answer | _Failure":
         try:
             answer = await self._once(method, url, body, longest)
         except _NOT_SENT as error:
             why = f"cannot be reached ({_named(error)})"
             message = f"{url} {why}; is the server running, and the address right?"
-            return _Again(why, RemoteError(message), error)
+            return _Failure(why, RemoteError(message), error)
         except _BROKEN as error:
             why = f"broke the connection off ({_named(error)})"
             message = f"{url} {why}; its log may say why."
-            return _Again(why, RemoteError(message), error, most=_MOST_BREAKS)
+            return _Failure(why, RemoteError(message), error, most=_MAX_BREAKS)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise RemoteError(f"The request to {url} failed ({_named(error)}).") from error
         by_proxy = answer.status == 500 and not answer.is_json
-        if answer.status not in _AGAIN and not by_proxy:
+        if answer.status not in _RETRIED and not by_proxy:
             return answer
-        return _Again(
+        return _Failure(
             f"answered {answer.status}",
             refusal(answer, url, self._settings),
             wait_s=answer.retry_after_s,
@@ -183,10 +183,10 @@ class Exchange:
 
 
 def _wait_s(tries: int, asked_s: float | None, deadline: float | None) -> float | None:
-    """Return how long to wait, or `None` where there is no time for it.
+    """Return the seconds to wait, or `None` if there is no time for another try.
 
-    Longer each time, and not the same for all who were refused; but at most half of what is left
-    until the deadline, and never less than the server asks for.
+    Exponential backoff with jitter: at most half of the time until the deadline, and at least what
+    the server states.
     """
     left_s = math.inf if deadline is None else deadline - time.monotonic()
     longest_s = min(_FIRST_WAIT_S * 2.0 ** min(tries - 1, 10), _LONGEST_WAIT_S)
@@ -199,7 +199,7 @@ def _wait_s(tries: int, asked_s: float | None, deadline: float | None) -> float 
 
 
 def _retry_after_s(value: str | None) -> float | None:
-    """Return the seconds of a Retry-After header, which may also be a date; `None` for neither."""
+    """Return the seconds of a Retry-After header, which may be a date; `None` if it is neither."""
     if value is None:
         return None
     if value.isascii() and value.isdigit():

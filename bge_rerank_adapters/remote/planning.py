@@ -1,4 +1,4 @@
-"""How a server is asked: what its address and what it says of itself tell."""
+"""Finds out which API a server has, from its address and its description of itself."""
 
 import json
 from dataclasses import dataclass
@@ -21,19 +21,19 @@ from bge_rerank_adapters.remote.exchange import Answer, Exchange
 from bge_rerank_adapters.remote.refusals import refusal
 from bge_rerank_adapters.remote.settings import RemoteSettings
 
-# Of what a server says of itself.
-_LONGEST_BYTES = 1 << 20
+# Limit on the size of a server's description.
+_MAX_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How the server is asked.
+    """How requests to the server are made.
 
     Attributes:
-        api: What it speaks.
-        urls: Where; several where it has not answered yet.
+        api: The server's API.
+        urls: Addresses to try; one once the server has answered there.
         scale: What its numbers are: `"score"` or `"logit"`.
-        max_documents: Most documents of a request.
+        max_documents: Maximum number of documents of a request.
     """
 
     api: Api
@@ -43,11 +43,11 @@ class Plan:
 
 
 async def find_plan(settings: RemoteSettings, exchange: Exchange, deadline: float | None) -> Plan:
-    """Return how the server is asked, which is asked for `/info` and `/v1/models` where needed.
+    """Return the plan, after `GET /info` and `GET /v1/models` if they are needed for it.
 
     Raises:
-        SettingsError: Logits are wanted of what may be any kind of server.
-        RemoteError: It cannot be reached, or wants another key.
+        SettingsError: Logits are requested, but the kind of server is not known.
+        RemoteError: The server cannot be reached, or refuses the key.
     """
     api = APIS.get(settings.api) or api_of_address(settings.url)
     limit_wanted = settings.max_documents_per_request is None
@@ -57,7 +57,7 @@ async def find_plan(settings: RemoteSettings, exchange: Exchange, deadline: floa
     if api is None:
         api = api_of_info(info)
     if api is COMMON:
-        answer = await _asked(exchange, models_address(settings.url), deadline)
+        answer = await _get(exchange, models_address(settings.url), deadline)
         api = api_of_models(_content(answer))
     if api is COMMON and settings.scale == "logit":
         raise SettingsError(_logits_of_any(settings.url))
@@ -67,16 +67,16 @@ async def find_plan(settings: RemoteSettings, exchange: Exchange, deadline: floa
 
 
 async def _info(settings: RemoteSettings, exchange: Exchange, deadline: float | None) -> object:
-    """Return what the server's `/info` says, or `None` where there is none."""
+    """Return the server's `/info`, or `None` if it has none."""
     url = info_address(settings.url)
-    answer = await _asked(exchange, url, deadline)
+    answer = await _get(exchange, url, deadline)
     if answer.status in {401, 403}:
         raise refusal(answer, url, settings)
     return _content(answer)
 
 
-async def _asked(exchange: Exchange, url: str, deadline: float | None) -> Answer:
-    return await exchange.get(url, deadline=deadline, longest=_LONGEST_BYTES)
+async def _get(exchange: Exchange, url: str, deadline: float | None) -> Answer:
+    return await exchange.get(url, deadline=deadline, longest=_MAX_BYTES)
 
 
 def _content(answer: Answer) -> object:
@@ -88,7 +88,7 @@ def _content(answer: Answer) -> object:
 
 def _logits_of_any(url: str) -> str:
     return (
-        f'scale="logit" needs api=, for {url} may be of any kind, and would not be asked for '
-        'logits; give api="vllm" or "infinity" if it is one, or api="jina" (api="cohere", if its '
-        "path is /v2/rerank) where logits are what it answers anyway."
+        f'scale="logit" needs api=, since {url} may be any kind of server, and how to request '
+        'logits is not known; give api="vllm" or "infinity" if it is one, or api="jina" '
+        '(api="cohere", if its path is /v2/rerank) if it returns logits anyway.'
     )

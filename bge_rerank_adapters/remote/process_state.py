@@ -1,4 +1,4 @@
-"""What a remote reranker keeps for one process: connections, threads and counts."""
+"""The state of a remote reranker in one process: connections, threads and counts."""
 
 import os
 import threading
@@ -13,18 +13,18 @@ from bge_rerank_adapters.remote.stats import Tally
 class ProcessState:
     """The connections of a remote reranker in one process, opened on first use.
 
-    After a fork the threads are gone, the connections are the parent's, and a lock may be held for
-    ever. So the child makes a state of its own, and leaves its parent's alone.
+    After a fork the threads are gone, the connections belong to the parent, and locks may stay held
+    forever. So the child makes its own state, and does not touch its parent's.
 
     Attributes:
         runner: Runs calls from event loops.
-        tally: Counts what is done.
+        tally: Counts the work done.
     """
 
     def __init__(self, settings: RemoteSettings, *, parents: "ProcessState | None" = None) -> None:
         self.runner, self.tally = AsyncRunner(), Tally()
         self._settings = settings
-        # Kept, for freeing it would close the parent's loop and connections.
+        # Kept, since freeing it would close the parent's loop and connections.
         self._parents = parents
         self._pid = os.getpid()
         self._lock = threading.Lock()
@@ -33,7 +33,7 @@ class ProcessState:
 
     @property
     def here(self) -> bool:
-        """Whether it is of this process."""
+        """Whether this is the process that made it."""
         return self._pid == os.getpid()
 
     @property
@@ -47,7 +47,7 @@ class ProcessState:
             raise ClosedError("The remote reranker has been closed; make another one.")
 
     def connections(self) -> Connections:
-        """Return the connections; the first time takes a hundredth of a second or more.
+        """Return the connections; the first call takes 10 ms or more.
 
         Raises:
             ClosedError: It has been closed.
@@ -59,16 +59,16 @@ class ProcessState:
             return self._connections
 
     def close(self) -> None:
-        """End requests under way with `ClosedError`; may be repeated."""
+        """Fail running requests with `ClosedError`; may be repeated."""
         with self._lock:
             self.closed = True
         self.runner.close()
         if self._connections is not None:
             self._connections.close()
 
-    def let_go(self) -> None:
-        """Let the threads end, without waiting for them; safe in a garbage collection."""
+    def stop_soon(self) -> None:
+        """Signal the threads to end without waiting for them; safe during garbage collection."""
         if self.here:
             self.runner.close()
             if self._connections is not None:
-                self._connections.let_go()
+                self._connections.stop_soon()

@@ -1,4 +1,4 @@
-"""A server's refusals, as errors of this package that say what to do."""
+"""Turns a server's error answers into errors of this package that say what to do."""
 
 import json
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ class Answer:
 
     Attributes:
         status: Its status code.
-        body: Its bytes, or the beginning of them where it is an error.
-        retry_after_s: Seconds after which the server wants to be asked again.
-        location: Where a redirect points.
+        body: Its body, or the beginning of it for an error.
+        retry_after_s: Seconds of its Retry-After header, if any.
+        location: Target of a redirect.
     """
 
     status: int
@@ -26,12 +26,12 @@ class Answer:
 
     @property
     def is_json(self) -> bool:
-        """Whether the body begins as JSON does; it may be cut off."""
+        """Whether the body begins like JSON; it may be cut off."""
         return self.body.lstrip().startswith((b"{", b"["))
 
 
 def refusal(answer: Answer, url: str, settings: RemoteSettings) -> RerankError:
-    """Return the error for an answer that is not 200, with the server's own message, bounded."""
+    """Return the error for an answer that is not 200, with the beginning of its message."""
     said = _message(answer.body)
     if settings.api_key:
         # Some servers repeat the key that they refuse.
@@ -56,27 +56,27 @@ def _advice(answer: Answer, settings: RemoteSettings) -> str:
     if 300 <= status < 400:
         return (
             f": a redirect to {shortened(answer.location or 'nowhere')}, which is not followed, "
-            "for the documents and the api_key would go along; give that address as url if it "
+            "since it would receive the documents and the api_key; give that address as url if it "
             "is right."
         )
     if status == 413:
-        return ": a single document is more than it takes; make it shorter."
+        return ": a single document is too large for it; make it shorter."
     if status in {400, 422}:
         return (
-            f": the request is not what it takes; check api={settings.api!r} and "
+            f": it does not accept the request; check api={settings.api!r} and "
             f"model={settings.model!r}."
         )
     if status == 429:
-        return ": it has more to do than it takes; send less at a time, or try again later."
+        return ": it is overloaded; send less at a time, or try again later."
     if status == 500 and not answer.is_json:
-        return ": a proxy says so, and the server behind it may have died with the request."
+        return ": this comes from a proxy; the server behind it may have died on the request."
     if status == 503:
         return ": it is starting, closing or overloaded; try again later."
     return "."
 
 
 def _message(body: bytes) -> str:
-    """Return what a body says, under one of the names that servers have for it."""
+    """Return the message of a body, under one of the names that servers use."""
     text = body.decode("utf-8", errors="replace").strip()
     try:
         said = json.loads(text)

@@ -1,4 +1,4 @@
-"""`RemoteReranker`: the interface of `Reranker` in front of a rerank server."""
+"""`RemoteReranker`: the interface of `Reranker` for a rerank server."""
 
 import os
 import threading
@@ -20,12 +20,13 @@ from bge_rerank_adapters.remote.planning import Plan
 from bge_rerank_adapters.remote.process_state import ProcessState
 from bge_rerank_adapters.remote.settings import RemoteSettings
 from bge_rerank_adapters.remote.stats import RemoteStats
+from bge_rerank_adapters.settings.table import documents
 
 _lock = threading.Lock()
 
 
 def _forget_after_fork() -> None:
-    # It may be held there for ever by a thread that did not come along.
+    # In the child it may be held by a thread that does not exist there.
     global _lock
     _lock = threading.Lock()
 
@@ -35,7 +36,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class _Part(NamedTuple):
-    """Documents of a question that go in one HTTP request, and where they begin."""
+    """Documents of a question that are sent in one HTTP request, and where they begin."""
 
     question: Question
     start: int
@@ -43,36 +44,35 @@ class _Part(NamedTuple):
     last: bool
 
 
-_UnderWay = deque[tuple[_Part, Future[Answered] | None]]
+_InProgress = deque[tuple[_Part, Future[Answered] | None]]
 
 
 class RemoteReranker(BaseReranker[RemoteSettings]):
-    """Scores how well documents answer a query by asking a server, with `Reranker`'s interface.
+    """Scores how well documents answer a query on a server, with `Reranker`'s interface.
 
-    Safe to use from many threads and event loops at once: all requests share one pool of
-    connections. It goes wherever a `Reranker` goes, such as an adapter's `reranker=`. Making one
-    sends nothing. After a fork the child opens connections of its own.
+    It is safe to use from many threads and event loops at once: all requests share one pool of
+    connections. It can replace a `Reranker` anywhere, such as an adapter's `reranker=`. Making one
+    sends nothing. After a fork the child opens its own connections.
 
-    With `api="auto"` a known host (Cohere's, Jina's) says what the server speaks. Any other is
-    asked once, before the first request: for `/info`, which our server and
-    text-embeddings-inference answer, unless the address has a version (`/v1`, `/v1/rerank`); then
-    for `/v1/models`, by which llama.cpp and SGLang are known. All others are asked in Cohere's
-    form, at the address given, or the first that is there of `/rerank`, `/v1/rerank` and
-    `/v2/rerank` below it.
+    With `api="auto"` a known host (Cohere's, Jina's) implies the API. Any other server is queried
+    once, before the first request: `/info` identifies our server and text-embeddings-inference, and
+    is skipped if the address has a version (`/v1`, `/v1/rerank`); `/v1/models` identifies llama.cpp
+    and SGLang. All others get requests in Cohere's format, at the address given or the first that
+    exists of `/rerank`, `/v1/rerank` and `/v2/rerank` below it.
 
-    What comes back: all scores are asked for, and threshold and `top_k` are applied here. Our
-    server, text-embeddings-inference, llama.cpp and SGLang give logits; of others `logit` is
-    `None`, and results are ordered by score. What is equal keeps the server's order. `truncated`,
-    `query_truncated` and `span` are known of our server alone, and `usage.tokens` where the server
-    tells it. Identical documents of a call are sent once.
+    All scores are requested, and the threshold and `top_k` are applied here. Our server,
+    text-embeddings-inference, llama.cpp and SGLang return logits. For others `logit` is `None`, and
+    results are ordered by score. Ties keep the server's order. `truncated`, `query_truncated` and
+    `span` come only from our server, and `usage.tokens` is set if the server states it. Identical
+    documents of a call are sent once.
 
-    Requests are sent again on 429, 502 and 503, with growing, random waits or the server's
-    `Retry-After`, and where the server cannot be reached, until `timeout_s` is over: a server that
-    comes back within that time loses none. A request whose connection broke is sent again three
-    times at most. A request that a server finds too large (413) goes in halves.
+    Requests are retried on 429, 502 and 503 and if the server cannot be reached, with growing,
+    random waits or the server's `Retry-After`, until `timeout_s` is over. So no request is lost if
+    the server returns in time. A request whose connection broke is retried three times at most. A
+    request that is too large for a server (413) is sent in halves.
 
     Attributes:
-        settings: The settings it was made with.
+        settings: Its settings.
 
     Example:
         ```python
@@ -84,7 +84,8 @@ class RemoteReranker(BaseReranker[RemoteSettings]):
 
     settings: RemoteSettings
 
-    def __init__(
+    @documents(RemoteSettings)
+    def __init__(  # noqa: D417 - the table of settings fills it in
         self,
         url: str,
         *,
@@ -100,27 +101,7 @@ class RemoteReranker(BaseReranker[RemoteSettings]):
         """Check the settings; nothing is sent.
 
         Args:
-            url: The server's address, `"http://gpu-box:8080"`, or that of its route,
-                `"https://api.jina.ai/v1/rerank"`.
-            api: What it speaks: `"bge"` for our own server, `"tei"` for text-embeddings-inference,
-                `"vllm"`, `"infinity"`, `"cohere"`, `"jina"`, `"llamacpp"`, `"sglang"`; `"auto"`
-                finds out. With `"vllm"` that server is asked to cut long documents instead of
-                refusing them.
-            model: What the server calls its model; `None` is not sent.
-            api_key: Secret, sent as a bearer token; in no repr, dump, error, log or pickle.
-            scale: What the server's numbers are: `"score"`, in [0, 1]; `"logit"`, which vLLM
-                (from `use_activation` on) and infinity are then asked for, `api` being given;
-                `"auto"` is logits from our server, text-embeddings-inference, llama.cpp and
-                SGLang, else scores. The last two answer with what the model's head gives: for
-                checkpoints that end in a sigmoid or softmax of their own, give `"score"`.
-            timeout_s: Seconds that one HTTP request may take at most, with its retries and their
-                waits; `None` is for ever. A call of many documents may be several requests.
-            max_retries: How often a request is sent again at most; `None` is as often as
-                `timeout_s` allows, 0 fails at once.
-            max_documents_per_request: Longer calls go in several requests, side by side; `None`
-                is the server's limit where it states one (32 or more for
-                text-embeddings-inference), and at most 1000.
-            max_connections: Most HTTP requests under way at once; one call uses half of them.
+            **settings: Those of `RemoteSettings`.
 
         Raises:
             SettingsError: A setting has a value that is not allowed.
@@ -145,7 +126,7 @@ class RemoteReranker(BaseReranker[RemoteSettings]):
 
     def _hold(self, state: ProcessState) -> None:
         self._state = state
-        self._finalizer = weakref.finalize(self, state.let_go)
+        self._finalizer = weakref.finalize(self, state.stop_soon)
         # At exit its thread is a daemon's, and the system closes the connections.
         self._finalizer.atexit = False
 
@@ -155,7 +136,7 @@ class RemoteReranker(BaseReranker[RemoteSettings]):
         return self._state.closed
 
     def warm_up(self) -> None:
-        """Ask the server for one score, which finds out what it speaks and opens a connection.
+        """Request one score, which finds out the server's API and opens a connection.
 
         Raises:
             RerankError: As `rerank`.
@@ -163,11 +144,11 @@ class RemoteReranker(BaseReranker[RemoteSettings]):
         self.rerank("warm-up", ["warm-up"])
 
     def stats(self) -> RemoteStats:
-        """Return what has been done so far; cheap, and good to ask at any time."""
+        """Return the counts so far; cheap."""
         return self._state_here().tally.read()
 
     def close(self) -> None:
-        """Close the connections; calls under way and later ones raise `ClosedError`.
+        """Close the connections; running and later calls raise `ClosedError`.
 
         May be repeated.
         """
@@ -179,7 +160,7 @@ class RemoteReranker(BaseReranker[RemoteSettings]):
         return f"RemoteReranker({self.settings.url!r}, api={self.settings.api!r}{state})"
 
     def _state_here(self) -> ProcessState:
-        """Return the state of this process, which after a fork is another one."""
+        """Return the state of this process, and make one after a fork."""
         if not self._state.here:
             with _lock:
                 if not self._state.here:
@@ -195,7 +176,7 @@ class RemoteReranker(BaseReranker[RemoteSettings]):
 
     def _no_logits(self) -> RemoteError:
         return RemoteError(
-            f"{self.settings.url} gives scores alone, no logits; use score(), or give "
+            f"{self.settings.url} returns scores without logits; use score(), or give "
             'api="vllm" or "infinity" and scale="logit" if it is such a server.'
         )
 
@@ -204,7 +185,7 @@ class RemoteReranker(BaseReranker[RemoteSettings]):
         request: Request,
         reservations: Reservations,
         *,
-        bounded: bool = True,  # noqa: ARG002 - nothing waits here but for the server
+        bounded: bool = True,  # noqa: ARG002 - there is no queue here
     ) -> Call[ScoredRequest]:
         question = Question(request)
         yield from self._ask([question], reservations)
@@ -213,7 +194,7 @@ class RemoteReranker(BaseReranker[RemoteSettings]):
     def _score_pairs(
         self, requests: list[Request], reservations: Reservations
     ) -> Call[list[PairScore]]:
-        """Ask about the pairs of one query in one request."""
+        """Send the pairs of one query in one request."""
         indexes: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             indexes.setdefault(request.query, []).append(index)
@@ -247,12 +228,12 @@ class RemoteReranker(BaseReranker[RemoteSettings]):
         *,
         finish: Callable[[Question], None] = lambda _: None,
     ) -> Call[None]:
-        """Ask all questions, several requests at a time.
+        """Send all questions, several requests at a time.
 
         Args:
-            questions: Read as it goes; each takes what the server answers.
-            reservations: Holds the requests under way.
-            finish: Called with each question, in order, when all of it has been answered.
+            questions: Read lazily; each stores its results.
+            reservations: Holds the running requests.
+            finish: Called with each question, in order, once it has all its results.
         """
         state = self._state_here()
         if not state.connected:
@@ -260,17 +241,17 @@ class RemoteReranker(BaseReranker[RemoteSettings]):
         connections = state.connections()
         plan: Plan | None = None
         at_once = max(1, self.settings.max_connections // 2)
-        under_way: _UnderWay = deque()
+        in_progress: _InProgress = deque()
         for question in questions:
             state.tally.add(requests=1)
             if plan is None and question.distinct:
                 plan = connections.known_plan() or (yield reservations.hold(connections.plan()))
             for part in _parts(question, plan):
-                if len(under_way) == at_once:
-                    yield from _collect(under_way, finish)
-                under_way.append((part, _send(part, connections, reservations)))
-        while under_way:
-            yield from _collect(under_way, finish)
+                if len(in_progress) == at_once:
+                    yield from _collect(in_progress, finish)
+                in_progress.append((part, _send(part, connections, reservations)))
+        while in_progress:
+            yield from _collect(in_progress, finish)
 
 
 def _parts(question: Question, plan: Plan | None) -> Iterator[_Part]:
@@ -291,9 +272,9 @@ def _send(
     return reservations.hold(connections.ask(request))
 
 
-def _collect(under_way: "_UnderWay", finish: Callable[[Question], None]) -> Call[None]:
-    """Wait for the oldest request, and give its question what the server answered."""
-    part, future = under_way.popleft()
+def _collect(in_progress: "_InProgress", finish: Callable[[Question], None]) -> Call[None]:
+    """Wait for the oldest request, and store its results in its question."""
+    part, future = in_progress.popleft()
     if future is not None:
         part.question.take(part.start, (yield future))
     if part.last:

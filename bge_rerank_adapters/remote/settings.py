@@ -1,4 +1,4 @@
-"""The settings of a remote reranker: one table of every name, default, check and text."""
+"""The settings of a remote reranker: one table with names, defaults, checks and texts."""
 
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
@@ -12,7 +12,7 @@ SCALES = (AUTO, "score", "logit")
 
 
 def _url(name: str, value: object) -> str:
-    """Check an address; none of its messages shows one that may hold a password."""
+    """Check an address; no message shows one that may contain a password."""
     if not isinstance(value, str):
         raise SettingsError(f"{name} must be a str, got a {type(value).__name__}.")
     try:
@@ -37,7 +37,7 @@ def _url(name: str, value: object) -> str:
 @documented
 @dataclass(frozen=True, kw_only=True)
 class RemoteSettings(Table):
-    """Which server is asked, and how.
+    """The settings of a remote reranker.
 
     The key is in no repr, dump, error, log or pickle.
 
@@ -55,36 +55,48 @@ class RemoteSettings(Table):
     api: str = setting(
         AUTO,
         checks.one_of(*NAMES, shown=str),
-        '`"auto"`, `"bge"` for our own server, `"tei"`, `"vllm"`, `"infinity"`, `"cohere"`, '
-        '`"jina"`, `"llamacpp"` or `"sglang"`',
+        'The server\'s API: `"bge"` for our own server, `"tei"` for text-embeddings-inference, '
+        '`"vllm"`, `"infinity"`, `"cohere"`, `"jina"`, `"llamacpp"`, `"sglang"`, or `"auto"` to '
+        'find out; with `"vllm"` the server truncates long documents instead of refusing them',
     )
     model: str | None = setting(
-        None, checks.optional(checks.text), "What the server calls its model", none="not sent"
+        None, checks.optional(checks.text), "The server's name of its model", none="not sent"
     )
     api_key: str | None = setting(
-        None, checks.header_secret, "Secret, sent as a bearer token", secret=True
+        None,
+        checks.header_secret,
+        "Secret, sent as a bearer token; in no repr, dump, error, log or pickle",
+        secret=True,
     )
     scale: str = setting(
         AUTO,
         checks.one_of(*SCALES, shown=str),
-        'What the server\'s numbers are: `"score"`, in [0, 1], `"logit"`, or `"auto"`',
+        'What the server\'s numbers are: `"score"`, in [0, 1]; `"logit"`, which vLLM (from '
+        '`use_activation` on) and infinity are asked for if `api` is given; `"auto"` is logits '
+        "from our server, text-embeddings-inference, llama.cpp and SGLang, else scores. llama.cpp "
+        "and SGLang return the output of the model's head; if the checkpoint ends in its own "
+        'sigmoid or softmax, give `"score"`',
     )
     timeout_s: float | None = setting(
         60.0,
         checks.optional(checks.seconds),
-        "Seconds that one HTTP request may take at most, waits and retries included",
-        none="for ever",
+        "Maximum seconds of one HTTP request, with its retries and their waits; a call of many "
+        "documents may be several requests",
+        none="no limit",
     )
     max_retries: int | None = setting(
         None,
         checks.optional(checks.at_least(0)),
-        "How often a request is sent again at most",
-        none="as often as `timeout_s` allows",
+        "Maximum number of retries of a request; 0 fails at once",
+        none="as many as `timeout_s` allows",
     )
     max_documents_per_request: int | None = setting(
         None,
         checks.optional(checks.count),
-        "Longer calls go in several requests",
-        none="the server's own limit where it tells one",
+        "Longer calls are sent as several requests in parallel",
+        none="the server's limit if it states one (32 or more for text-embeddings-inference), and "
+        "at most 1000",
     )
-    max_connections: int = setting(16, checks.count, "Most HTTP requests under way at once")
+    max_connections: int = setting(
+        16, checks.count, "Maximum number of HTTP requests at once; one call uses half of them"
+    )

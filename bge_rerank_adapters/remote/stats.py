@@ -1,4 +1,4 @@
-"""What a remote reranker has done, for dashboards and logs."""
+"""Counts of a remote reranker's work, for dashboards and logs."""
 
 import threading
 from dataclasses import asdict, dataclass
@@ -7,18 +7,18 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RemoteStats:
-    """What a remote reranker has done; `RemoteReranker.stats()` returns it.
+    """Counts of a remote reranker's work; `RemoteReranker.stats()` returns them.
 
-    All but `under_way` only ever grow. What the server does is in its own metrics.
+    All but `under_way` only grow. The work of the server is in its own metrics.
 
     Attributes:
-        requests: Calls that were let in; of `rerank_many`, each of its requests.
-        pairs: Pairs that the server scored; identical ones of a call count once.
-        tokens: Tokens that the server read for them, by its own account; 0 where it gives none.
-        http_requests: Sent, retries included.
-        retries: How many of them were sent again.
-        failed_requests: Requests that ended with an error, given-up ones included.
-        under_way: Requests that wait for the server, or for a connection, at this moment.
+        requests: Accepted calls; `rerank_many` counts each of its requests.
+        pairs: Scored pairs; identical ones of a call count once.
+        tokens: Tokens of these pairs as the server states them; 0 if it states none.
+        http_requests: HTTP requests sent, retries included.
+        retries: HTTP requests that were retries.
+        failed_requests: Requests that ended with an error or were cancelled.
+        under_way: Requests that are waiting for the server or a connection now.
         waiting_s: Seconds that requests took, retries included; a sum over all of them.
     """
 
@@ -37,7 +37,7 @@ class RemoteStats:
 
 
 class Tally:
-    """Counts what a remote reranker does; safe to use from many threads at once."""
+    """Counts a remote reranker's work; thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -50,6 +50,6 @@ class Tally:
                 self._counts[name] += count
 
     def read(self) -> RemoteStats:
-        """Return the counts, all of one moment."""
+        """Return a consistent snapshot of the counts."""
         with self._lock:
             return RemoteStats(**self._counts)

@@ -5,7 +5,7 @@ is written once: whatever shows or reads settings takes them from `rows`.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from textwrap import fill, indent
 from typing import Any, TypeVar
@@ -14,6 +14,7 @@ from bge_rerank_adapters.settings.checks import Check
 from bge_rerank_adapters.settings.parsing import TEXT, TextFormat
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 _LINE_LENGTH = 100
 _PLACEHOLDER = re.compile(r"^( *)\*\*\w+: .*$", re.MULTILINE)
 
@@ -100,6 +101,16 @@ def documented(table: type[T]) -> type[T]:
     """Describe the rows in a table's docstring."""
     table.__doc__ = with_entries(table.__doc__, rows(table).values())
     return table
+
+
+def documents(table: type) -> Callable[[F], F]:
+    """Return a decorator that describes a table's rows in a function's docstring."""
+
+    def decorate(function: F) -> F:
+        function.__doc__ = with_entries(function.__doc__, rows(table).values())
+        return function
+
+    return decorate
 
 
 def with_entries(documentation: str | None, shown: Iterable[Row]) -> str | None:

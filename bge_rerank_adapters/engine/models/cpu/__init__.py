@@ -1,1 +1,1 @@
-"""What runs on CPUs alone."""
+"""Code that runs only on CPUs."""
