@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -32,14 +33,14 @@ def engine(monkeypatch) -> Iterator[Reranker]:
 def tokenised(engine: Reranker, monkeypatch, happening=lambda number: None) -> list[int]:
     """Return a list that gets the number of pairs whenever some are about to be tokenised."""
     found: list[int] = []
-    whole = engine._tokenizer.tokenize
+    whole = engine._calls._tokenizer.tokenize
 
     def tokenize(pairs, lengths=None):
         found.append(len(pairs))
         happening(len(found))
         return whole(pairs, lengths)
 
-    monkeypatch.setattr(engine._tokenizer, "tokenize", tokenize)
+    monkeypatch.setattr(engine._calls._tokenizer, "tokenize", tokenize)
     return found
 
 
@@ -135,7 +136,7 @@ def test_the_first_part_is_scored_before_the_second_is_tokenised(engine, monkeyp
 def test_an_error_names_the_document_by_its_place_in_the_whole_call(engine, monkeypatch):
     worker = engine._core.workers[0]
     whole = worker._launch
-    bad = engine._tokenizer.tokenize([(QUERY, TEXTS[9])]).distinct[0].ids
+    bad = engine._calls._tokenizer.tokenize([(QUERY, TEXTS[9])]).distinct[0].ids
 
     def launch(pairs, **options):
         logits = whole(pairs, **options)()
@@ -160,7 +161,7 @@ def test_all_of_a_call_keeps_its_room_until_it_is_tokenised(monkeypatch):
             waiting.append(engine.stats().queued_pairs)
             if number == 1:
                 with pytest.raises(Overloaded):
-                    engine._core.reserve(reranker_module.Future(), 4)
+                    engine._core.reserve(Future(), 4)
 
         tokenised(engine, monkeypatch, look)
         engine.rerank(QUERY, TEXTS[:10])
