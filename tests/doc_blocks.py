@@ -92,6 +92,8 @@ def check_command(words: list[str], url: str) -> None:
         name, arguments = arguments[1], arguments[2:]
     if name in {"bge-rerank", "bge_rerank_adapters"}:
         _parse(arguments)
+    elif name in {"python", "python3"}:
+        assert (ROOT / arguments[0]).is_file(), arguments
     elif name == "pip":
         _check_extras(arguments)
     elif name == "make":
