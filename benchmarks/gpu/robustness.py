@@ -31,7 +31,7 @@ def robustness(setting: Setting) -> Rows:
     yield checked("out of memory is survived", lambda: _out_of_memory(setting))
     yield checked("two engines in one process", lambda: _two_engines(setting))
     yield checked("an event loop", lambda: asyncio.run(_event_loop(setting)))
-    # Last: until then this process may not have used the device.
+    # Last, since a child process has what this one had at that moment.
     yield checked("a fork is refused", lambda: _fork(setting))
 
 
