@@ -40,17 +40,17 @@ def evaluate_folder(
         list[str] | None, typer.Option(help="A dtype to compare; may be repeated.")
     ] = None,
     run: Annotated[
-        Path | None, typer.Option(help="TREC run of the first stage; else BM25 searches.")
+        Path | None, typer.Option(help="TREC run of the first stage; without it BM25 searches.")
     ] = None,
     language: Annotated[
-        str, typer.Option(help='Whose word stems BM25 uses; "none" for none.')
+        str, typer.Option(help='Language of the word stems in BM25; "none" for no stems.')
     ] = "english",
-    depth: Annotated[int, typer.Option(help="Candidates of a query.", min=1)] = 100,
+    depth: Annotated[int, typer.Option(help="Candidates for each query.", min=1)] = 100,
     queries: Annotated[
-        int | None, typer.Option(help="Only so many queries, evenly spread.", min=1)
+        int | None, typer.Option(help="Take only so many of the queries, evenly spread.", min=1)
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for results.")
+        Path | None, typer.Option("--output", "-o", help="Folder to write results to.")
     ] = None,
     plots: Annotated[
         bool, typer.Option("--plots", help="Also draw pictures; needs --output.")

@@ -26,7 +26,9 @@ def _default(row: Row) -> str:
 Model = Annotated[str, typer.Option(help=_help(_ROWS["model"]))]
 Device = Annotated[str, typer.Option(help=_help(_ROWS["device"]))]
 Dtype = Annotated[str, typer.Option(help=_help(_ROWS["dtype"]))]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on standard error but errors.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Write nothing but errors to standard error.")
+]
 
 # Commands list model, device and dtype themselves; secrets must not get into a shell's history.
 _ADDED = {

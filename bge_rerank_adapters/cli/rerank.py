@@ -70,7 +70,7 @@ def rerank(
         list[str] | None,
         typer.Argument(
             metavar="[FILE | DOCUMENT...]",
-            help="JSONL, or a TREC run; - or nothing for standard input. With --query the "
+            help="JSONL, or a TREC run; - or nothing is standard input. With --query the "
             "documents, or nothing for lines of standard input.",
         ),
     ] = None,
@@ -78,21 +78,26 @@ def rerank(
         str | None, typer.Option(help="One question; the result is a table of its documents.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="File to write; else standard output.")
+        Path | None,
+        typer.Option("--output", "-o", help="File to write; without it standard output."),
     ] = None,
     collection: Annotated[
         Path | None, typer.Option(help="BEIR folder with the texts of a TREC run.")
     ] = None,
     output_format: Annotated[
-        Format | None, typer.Option("--format", help="As the input is, if not given.")
+        Format | None, typer.Option("--format", help="Of the output; without it that of the input.")
     ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Most results of a query; else all.")] = None,
-    score_threshold: Annotated[float | None, typer.Option(help="Lowest score to keep.")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Most results for each query; without it all.")
+    ] = None,
+    score_threshold: Annotated[
+        float | None, typer.Option(help="Lowest score to keep, from 0 to 1.")
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue a run that was stopped; needs --output.")
     ] = False,
     on_error: Annotated[
-        OnError, typer.Option(help="At a bad line: stop, or skip it and put it aside.")
+        OnError, typer.Option(help="What to do at a bad line: stop, or skip it and put it aside.")
     ] = OnError.STOP,
     model: options.Model = DEFAULT_MODEL,
     device: options.Device = "auto",
@@ -110,7 +115,7 @@ def rerank(
     actors: Annotated[
         int | None,
         typer.Option(
-            help="Models loaded in the cluster; else one per GPU, or per machine without any.",
+            help="Models to load in the cluster; without it one per GPU, or per machine.",
             min=1,
             rich_help_panel="Many machines",
         ),
