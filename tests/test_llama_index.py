@@ -35,7 +35,6 @@ from llama_index.core.schema import (
     RelatedNodeInfo,
     TextNode,
 )
-from llama_index.retrievers.bm25 import BM25Retriever
 
 from bge_rerank_adapters.calls.ranking import Scorer
 from bge_rerank_adapters.engine import shared as sharing
@@ -251,7 +250,8 @@ async def test_what_is_added_reaches_no_prompt(door, postprocessor):
 
 @pytest.mark.parametrize("door", DOORS)
 async def test_query_engine_over_bm25(door, postprocessor):
-    first_stage = BM25Retriever.from_defaults(
+    bm25 = pytest.importorskip("llama_index.retrievers.bm25")
+    first_stage = bm25.BM25Retriever.from_defaults(
         nodes=[each.node for each in nodes()], similarity_top_k=4
     )
     before = {each.node.node_id: each.score for each in first_stage.retrieve(QUERY)}
