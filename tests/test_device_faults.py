@@ -62,6 +62,7 @@ class GpuModel:
     """A model on the fake GPU."""
 
     device, dtype, streams, pack_tokens = GPU, torch.float32, 1, 16_384
+    runs_ahead = False
 
     def __init__(self, gpu: FakeGpu, model: loading.Model) -> None:
         self.gpu, self.model = gpu, model

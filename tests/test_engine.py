@@ -579,7 +579,7 @@ def test_unlike_devices_have_each_their_own_budget_and_dtype(folder, monkeypatch
         """Stands for a model on an accelerator."""
 
         device, dtype = torch.device("cuda:0"), torch.float16
-        streams, pack_tokens = 1, 16_384
+        streams, pack_tokens, runs_ahead = 1, 16_384, False
 
     load, made = loading.load_model, [Accelerated()]
 

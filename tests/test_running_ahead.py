@@ -9,7 +9,6 @@ import torch
 
 from bge_rerank_adapters import ClosedError, NonFiniteLogitError, Reranker, ScoringError
 from bge_rerank_adapters.engine.models import device_faults
-from bge_rerank_adapters.engine.models.base import launch_of
 from bge_rerank_adapters.engine.queue.core import ScoringCore
 from bge_rerank_adapters.engine.queue.packs import Job
 from bge_rerank_adapters.engine.text.pairs import TokenPair
@@ -116,7 +115,7 @@ def test_a_model_that_does_not_run_ahead_is_never_launched(make_core):
 
 def test_on_a_cpu_every_pack_is_read_before_the_next():
     with Reranker("tiny", device="cpu", dtype="float32") as engine:
-        assert [launch_of(worker.model) for worker in engine._core.workers] == [None]
+        assert [worker.model.runs_ahead for worker in engine._core.workers] == [False]
 
 
 def test_an_error_that_comes_late_reaches_its_own_callers_alone(make_core):

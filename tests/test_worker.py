@@ -48,6 +48,7 @@ class FakeModel:
     dtype = torch.float32
     streams = 1
     pack_tokens = MANY_PAIRS
+    runs_ahead = False
 
     def __init__(self, fault: Fault = lambda _: None, logits: dict[int, float] | None = None):
         self.fault = fault

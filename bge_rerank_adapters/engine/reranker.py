@@ -14,7 +14,7 @@ from bge_rerank_adapters.calls.ranking import PairScore, ScoredRequest
 from bge_rerank_adapters.calls.requests import Request
 from bge_rerank_adapters.calls.runner import AsyncRunner, Call, Reservations
 from bge_rerank_adapters.engine.checkpoints.hub import find_folder
-from bge_rerank_adapters.engine.models.base import Model, launch_of
+from bge_rerank_adapters.engine.models.base import Model
 from bge_rerank_adapters.engine.models.causal.readout import LayerLogits
 from bge_rerank_adapters.engine.models.cpu.threads import settle_threads
 from bge_rerank_adapters.engine.models.device_faults import check_usable
@@ -103,7 +103,7 @@ class Reranker(BaseReranker[EngineSettings]):
             pack_tokens=settings.pack_tokens if isinstance(settings.pack_tokens, int) else None,
         )
         self.pack_tokens = max(worker.budget for worker in self._core.workers)
-        runs_ahead = any(launch_of(model) for model in models)
+        runs_ahead = any(model.runs_ahead for model in models)
         self._runner = AsyncRunner()
         self._calls = EngineCalls(
             tokenizer,

@@ -19,6 +19,9 @@ _PACK_TOKENS_MAX = 16_384
 # On other accelerators, which report nothing comparable.
 _PACK_TOKENS_OTHERS = 4096
 
+# Waits for the logits of a pack that was launched, and returns them.
+PendingLogits = Callable[[], list[float]]
+
 
 class Model(Protocol):
     """What the engine needs of a model.
@@ -28,12 +31,14 @@ class Model(Protocol):
         dtype: Dtype of weights and activations.
         streams: Number of threads that run parts of a pack at the same time; 1 runs it as a whole.
         pack_tokens: Default token budget of a pack.
+        runs_ahead: Whether `launch` returns before the device has finished.
     """
 
     device: torch.device
     dtype: torch.dtype
     streams: int
     pack_tokens: int
+    runs_ahead: bool
 
     def logits(self, pairs: Sequence[TokenPair]) -> list[float]:
         """Return the logit of each pair of a pack.
@@ -46,20 +51,13 @@ class Model(Protocol):
         """
         ...
 
-
-# Waits for the logits of a pack that was launched, and returns them.
-PendingLogits = Callable[[], list[float]]
-Launch = Callable[[Sequence[TokenPair]], PendingLogits]
+    def launch(self, pairs: Sequence[TokenPair]) -> PendingLogits:
+        """Start a pack and return a function that waits for its logits; see `logits`."""
+        ...
 
 
 class NativeModel(Model, Protocol):
-    """A model of this package; thread-safe.
-
-    Attributes:
-        runs_ahead: Whether `launch` returns before the device has finished.
-    """
-
-    runs_ahead: bool
+    """A model of this package; thread-safe."""
 
     def logits(self, pairs: Sequence[TokenPair], *, helpers: Helpers = ALONE) -> list[float]:
         """Return the logit of each pair of a pack, as `Model.logits` does.
@@ -71,14 +69,8 @@ class NativeModel(Model, Protocol):
         ...
 
     def launch(self, pairs: Sequence[TokenPair], *, helpers: Helpers = ALONE) -> PendingLogits:
-        """Start a pack and return a function that waits for its logits; see `logits`."""
+        """Start a pack, as `Model.launch` does; arguments as of `logits`."""
         ...
-
-
-def launch_of(model: Model) -> Launch | None:
-    """Return the model's `launch` if it returns before the device has finished, else `None`."""
-    launch: Launch | None = getattr(model, "launch", None)
-    return launch if getattr(model, "runs_ahead", False) else None
 
 
 def default_pack_tokens(device: torch.device) -> int:

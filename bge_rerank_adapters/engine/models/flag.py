@@ -9,13 +9,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bge_rerank_adapters.engine.checkpoints.model_config import read_config
-from bge_rerank_adapters.engine.models.base import default_pack_tokens
+from bge_rerank_adapters.engine.models.base import PendingLogits, default_pack_tokens
 from bge_rerank_adapters.engine.models.device_faults import is_out_of_memory
 from bge_rerank_adapters.engine.models.encoder.config import parse_config
 from bge_rerank_adapters.engine.models.encoder.tensors import check_one_label
@@ -92,9 +93,11 @@ class FlagModel:
         dtype: The dtype of weights and activations.
         streams: 1, since a pack is run as a whole.
         pack_tokens: Token budget of a pack.
+        runs_ahead: False: FlagEmbedding waits for the device.
     """
 
     streams = 1
+    runs_ahead = False
 
     def __init__(
         self,
@@ -151,6 +154,10 @@ class FlagModel:
         if names:
             config = read_config(folder)
             raise missing_weights_error(names, folder, model=model, config=config, prefix=prefix)
+
+    def launch(self, pairs: Sequence[TokenPair]) -> PendingLogits:
+        """Return a function that scores a pack."""
+        return partial(self.logits, pairs)
 
     def logits(self, pairs: Sequence[TokenPair]) -> list[float]:
         """Return the logit of each pair of a pack.

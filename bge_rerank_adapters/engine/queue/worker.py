@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
-from bge_rerank_adapters.engine.models.base import Model, PendingLogits, launch_of
+from bge_rerank_adapters.engine.models.base import Model, PendingLogits
 from bge_rerank_adapters.engine.models.cpu.threads import settle_threads
 from bge_rerank_adapters.engine.models.device_faults import (
     is_lost,
@@ -94,7 +94,7 @@ class DeviceWorker:
         self.thread: threading.Thread | None = None
         self._number, self._backlog, self._tally = number, backlog, tally
         self._warm_ups: deque[TokenJob] = deque()
-        self._launch = launch_of(model)
+        self._launch = model.launch if model.runs_ahead else None
         self._launched: deque[_Launched] = deque()
         self._last_end = 0.0
 

@@ -8,10 +8,11 @@ products, and longer if another part of the program also computes with torch.
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
+from functools import partial
 
 import torch
 
-from bge_rerank_adapters.engine.models.base import Model, NativeModel
+from bge_rerank_adapters.engine.models.base import Model, NativeModel, PendingLogits
 from bge_rerank_adapters.engine.models.cpu.threads import (
     Helpers,
     Tasks,
@@ -69,7 +70,10 @@ class StreamedModel:
         dtype: The model's dtype.
         streams: Number of streams.
         pack_tokens: Token budget of a pack, enough for all streams.
+        runs_ahead: False: a CPU has nothing to do meanwhile.
     """
+
+    runs_ahead = False
 
     def __init__(self, model: NativeModel, streams: int) -> None:
         """Divide the threads that torch uses in this thread among the streams.
@@ -88,6 +92,10 @@ class StreamedModel:
         self._helpers = Helpers(Tasks(), streams)
         weakref.finalize(self, end_threads, self._helpers.tasks, streams).atexit = False
         start_threads(streams, own, self._helpers.tasks)
+
+    def launch(self, pairs: Sequence[TokenPair]) -> PendingLogits:
+        """Return a function that scores a pack."""
+        return partial(self.logits, pairs)
 
     def logits(self, pairs: Sequence[TokenPair]) -> list[float]:
         """Return the logit of each pair of a pack; the same pack always gives the same."""
