@@ -17,7 +17,7 @@ from benchmarks.gpu.device import (
     product_rate,
     wall_seconds,
 )
-from benchmarks.gpu.models import checkpoint, shape_of
+from benchmarks.gpu.models import checkpoint, pair_lengths, shape_of
 from benchmarks.gpu.peers import load_peer
 from benchmarks.gpu.profile import busiest_kernels, gaps_between_packs
 from benchmarks.gpu.results import Row, Rows
@@ -119,7 +119,7 @@ def _share(
     layers = shape_of(setting, shape)
     rows, width = setting.size(16_384, 512), layers.hidden
     ceiling = product_rate(device, dtype, rows=rows, width=4 * width)
-    lengths = [len(each) for each in reranker._tokenize(pairs).distinct]  # noqa: SLF001
+    lengths = pair_lengths(checkpoint(setting, shape), pairs)
     runs = (after.pairs - before.pairs) / len(lengths)
     rate = runs * layers.gigaflops(lengths) / 1e3 / (after.scoring_s - before.scoring_s)
     share = rate / ceiling

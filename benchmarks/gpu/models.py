@@ -1,10 +1,13 @@
 """The encoders that figures are of, with random weights."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 
 from benchmarks.checkpoints import SHAPES, Shape, build
+from benchmarks.contenders import MAX_LENGTH
 from benchmarks.gpu.setting import Setting
 from benchmarks.texts import read_collection
 
@@ -20,3 +23,9 @@ def checkpoint(setting: Setting, name: str) -> Path:
     path = setting.folder / f"bge-reranker-{setting.shape_name(name)}"
     shape = shape_of(setting, name)
     return build(path, shape, texts=[query, *texts], dtype=torch.float16)
+
+
+def pair_lengths(folder: Path, pairs: Sequence[tuple[str, str]]) -> list[int]:
+    """Return the number of tokens of each pair as the model sees it."""
+    encodings = Tokenizer.from_file(str(folder / "tokenizer.json")).encode_batch(list(pairs))
+    return [min(MAX_LENGTH, len(each.ids)) for each in encodings]
