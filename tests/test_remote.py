@@ -329,7 +329,7 @@ def test_scores_come_in_input_order(server):
 
 
 def test_logits_of_a_server_that_tells_scores_alone_are_an_error(server):
-    with remote(server) as reranker, pytest.raises(RemoteError, match="scores alone"):
+    with remote(server) as reranker, pytest.raises(RemoteError, match="scores without logits"):
         reranker.logits("q", TEXTS)
 
 

@@ -249,7 +249,7 @@ GOOD = [{"index": index, "relevance_score": 0.5} for index in range(3)]
         ({"results": [*GOOD[:2], GOOD[2] | {"relevance_score": True}]}, "no number"),
         ({"results": [*GOOD[:2], GOOD[2] | {"logit": 0.0}]}, "logits for only some documents"),
         ({"results": [*GOOD[:2], GOOD[2] | {"logit": float("inf")}]}, "not finite"),
-        ({"results": [*GOOD[:2], 7]}, "no object"),
+        ({"results": [*GOOD[:2], 7]}, "not an object"),
         ({"results": {"0": 0.5}}, "without a list of results"),
         ({"error": "model is loading"}, "without a list of results.*model is loading"),
         ([], "0 results for 3 documents"),
