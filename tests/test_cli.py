@@ -1,5 +1,6 @@
 """The command line, as a user calls it."""
 
+import inspect
 import json
 import re
 import shutil
@@ -108,6 +109,22 @@ def test_the_server_has_an_option_for_each_setting_that_is_not_left_to_its_envir
     wanted = {name for name in rows(ServerSettings) if name.replace("_", "-") not in shown}
     assert wanted == left
     assert {each.removeprefix("--") for each in ENGINE_OPTIONS} <= shown
+
+
+def test_the_servers_options_say_what_its_table_says():
+    pytest.importorskip("fastapi")
+    from bge_rerank_adapters.serve import ServerSettings
+
+    server = next(each for each in app.registered_commands if each.callback.__name__ == "serve")
+    options = inspect.signature(server.callback, eval_str=True).parameters
+    said = {name: each.annotation.__metadata__[0].help for name, each in options.items()}
+    table = rows(EngineSettings) | rows(ServerSettings)
+    compared = [name for name in said if name in table and not name.startswith("engine")]
+    assert {"model", "served_model", "timeout_s"} <= {*compared}
+    for name in compared:
+        row = table[name]
+        default = "" if name not in rows(ServerSettings) else f"; else {row.none or row.default}"
+        assert said[name].startswith(f"{row.text}{default}".replace("`", ""))
 
 
 def test_the_engine_settings_change_what_is_computed(tmp_path):

@@ -10,7 +10,7 @@ from bge_rerank_adapters.settings import EngineSettings
 from bge_rerank_adapters.settings.options import keyword, with_keywords
 from bge_rerank_adapters.settings.table import Row, rows
 
-_ROWS = rows(EngineSettings)
+ENGINE_ROWS = rows(EngineSettings)
 Given = dict[str, Any]
 """Engine settings by name, from command-line options."""
 
@@ -19,13 +19,18 @@ def _help(row: Row) -> str:
     return f"{row.text.replace('`', '')}."
 
 
+def help_or_default(row: Row) -> str:
+    """Return an option's help text with what applies if it is not given."""
+    return f"{row.text.replace('`', '')}; else {_default(row)}."
+
+
 def _default(row: Row) -> str:
     return (row.none or str(row.default)).replace("`", "")
 
 
-Model = Annotated[str, typer.Option(help=_help(_ROWS["model"]))]
-Device = Annotated[str, typer.Option(help=_help(_ROWS["device"]))]
-Dtype = Annotated[str, typer.Option(help=_help(_ROWS["dtype"]))]
+Model = Annotated[str, typer.Option(help=_help(ENGINE_ROWS["model"]))]
+Device = Annotated[str, typer.Option(help=_help(ENGINE_ROWS["device"]))]
+Dtype = Annotated[str, typer.Option(help=_help(ENGINE_ROWS["dtype"]))]
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Write nothing but errors to standard error.")
 ]
@@ -33,7 +38,7 @@ Quiet = Annotated[
 # Commands list model, device and dtype themselves; secrets must not get into a shell's history.
 _ADDED = {
     name: row
-    for name, row in _ROWS.items()
+    for name, row in ENGINE_ROWS.items()
     if name not in {"model", "device", "dtype"} and not row.secret
 }
 
@@ -88,7 +93,7 @@ def read(name: str, value: object) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return _ROWS[name].format.read(value)
+        return ENGINE_ROWS[name].format.read(value)
     except ValueError as error:
         raise typer.BadParameter(
             f"{error}, got {value!r}", param_hint=f"--{name.replace('_', '-')}"

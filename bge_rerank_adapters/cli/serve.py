@@ -33,34 +33,45 @@ def _option(help_text: str, **limits: Any) -> Any:
     return typer.Option(help=help_text, show_default=False, **limits)
 
 
+def _engine_option(name: str) -> Any:
+    return _option(options.help_or_default(options.ENGINE_ROWS[name]))
+
+
+# The server's own are in words of their own, held against its table by a test: importing the table
+# needs the extra.
+
+
 @options.with_engine_options
 def serve(
-    model: Annotated[
-        str | None, _option('A folder, a name on the hub, or "tiny"; else BAAI/bge-reranker-v2-m3.')
-    ] = None,
-    device: Annotated[str | None, _option('"cpu", "cuda", "cuda:1", ...; else "auto".')] = None,
-    dtype: Annotated[
-        str | None, _option('"float32", "bfloat16", "float16" or "int8"; else "auto".')
-    ] = None,
+    model: Annotated[str | None, _engine_option("model")] = None,
+    device: Annotated[str | None, _engine_option("device")] = None,
+    dtype: Annotated[str | None, _engine_option("dtype")] = None,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Its port.", min=0, max=65535)] = 8000,
     served_model: Annotated[
-        str | None, _option("The model's names in requests, with commas; else that of --model.")
+        str | None,
+        _option(
+            "The model's name in requests and answers, or several of them, of which the first is "
+            'in answers; "*" among them lets requests name any; else the engine\'s model, of a '
+            "folder its last part.",
+            metavar="NAME[,NAME...]",
+        ),
     ] = None,
     max_documents: Annotated[
         int | None, _option("Most documents of a request; else 1000.", min=1)
     ] = None,
     max_characters: Annotated[
-        int | None, _option("Most characters of a document; else 100000.", min=1)
+        int | None, _option("Most characters of a document, and of the query; else 100000.", min=1)
     ] = None,
     max_body_bytes: Annotated[
-        int | None, _option("Largest body of a request; else 4 MiB.", min=1)
+        int | None, _option("Largest body of a request; else 4194304.", min=1)
     ] = None,
     max_concurrent_requests: Annotated[
-        int | None, _option("Most requests at a time; else 256.", min=1)
+        int | None,
+        _option("Most requests for scores that are served at a time; else 256.", min=1),
     ] = None,
     timeout_s: Annotated[
-        float | None, _option("Seconds that scoring a request may take; else 60.")
+        float | None, _option("Seconds that scoring a request may take; else 60.0.")
     ] = None,
     access_log: Annotated[
         bool, typer.Option("--access-log", help="Log a line for each request.")
