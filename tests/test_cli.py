@@ -212,7 +212,9 @@ def test_verify_without_weights_says_so(monkeypatch):
     result = invoke("verify", "--device", "cpu")
     assert result.exit_code == 1
     text = plain(result.output)
-    assert text.startswith("Nothing was compared, for want of the weights: model 'BAAI/bge-rer")
+    assert text.startswith(
+        "Nothing was compared, since the weights are missing: model 'BAAI/bge-rer"
+    )
     assert "could not be downloaded from the hub" in text
 
 

@@ -24,6 +24,6 @@ def read_json(path: Path, *, kind: type = dict) -> Any:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(found, kind):
-        wanted = "an object" if kind is dict else "a list"
+        wanted = "a JSON object" if kind is dict else "a JSON list"
         raise CheckpointError(f"{path} must hold {wanted}, got a {type(found).__name__}.")
     return found
