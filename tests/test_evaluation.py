@@ -303,7 +303,9 @@ def test_scores_of_a_scorer_that_tells_nothing_of_itself_are_not_kept(
     tmp_path, collection, first_stage
 ):
     few = collection.sample(2)
-    with pytest.raises(SettingsError, match="a ByWords, has no __repr__ that says what its scores depend on"):
+    with pytest.raises(
+        SettingsError, match="a ByWords, has no __repr__ that says what its scores depend on"
+    ):
         evaluate(few, first_stage, {"words": ByWords()}, folder=tmp_path)
 
     class Told(ByWords):

@@ -29,6 +29,7 @@ LAYERS = (
 )
 # Likewise the parts of the engine.
 ENGINE_LAYERS = (
+    ("json_files",),
     ("text", "checkpoints", "stats"),
     ("models",),
     ("queue",),

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from bge_rerank_adapters import CheckpointError, DeviceError, Reranker
-from bge_rerank_adapters.engine.models import devices, families
+from bge_rerank_adapters.engine.models import devices
 from bge_rerank_adapters.engine.models.cpu.kernels.kit import KernelKit
 from bge_rerank_adapters.engine.models.cpu.onednn import int8, ranges, timing
 from bge_rerank_adapters.engine.models.cpu.onednn import kit as onednn_kit
@@ -27,6 +27,7 @@ from bge_rerank_adapters.engine.models.cpu.onednn.int8 import (
 from bge_rerank_adapters.engine.models.cpu.onednn.ranges import int8_works, steps
 from bge_rerank_adapters.engine.models.encoder import calibration
 from bge_rerank_adapters.engine.models.encoder import kit as encoder_kit
+from bge_rerank_adapters.engine.models.encoder import model as encoder_model
 from bge_rerank_adapters.engine.models.layers.linear import packed_works
 from tests.checkpoints import build_xlm_roberta, read_queries, read_sentences
 
@@ -478,9 +479,9 @@ def test_a_sum_that_saturates_is_noticed(monkeypatch):
 def test_layers_are_8_bit_where_that_is_faster(monkeypatch, pays):
     monkeypatch.setattr(encoder_kit, "KITS", WITHOUT_OWN_KERNELS)
     monkeypatch.setattr(onednn_kit, "int8_pays", lambda *_: pays)
-    read = families.sample_pairs
+    read = encoder_model.sample_pairs
     sampled = []
-    monkeypatch.setattr(families, "sample_pairs", lambda: sampled.append(1) or read())
+    monkeypatch.setattr(encoder_model, "sample_pairs", lambda: sampled.append(1) or read())
     with Reranker("tiny", device="cpu", dtype="int8") as reranker:
         assert reranker.dtype == "int8"
         assert len(reranker.logits("a", ["b", "c"])) == 2
@@ -508,7 +509,7 @@ def test_8_bit_layers_are_timed_against_the_others(monkeypatch, slow):
 
 
 def test_the_sample_is_of_several_languages_and_fills_half_a_pack():
-    pairs = families.sample_pairs()
+    pairs = calibration.sample_pairs()
     assert len(pairs) == len(set(pairs)) >= 12
     with Reranker("tiny", device="cpu", dtype="float32") as reranker:
         tokens = sum(map(len, reranker._calls._tokenizer.tokenize(pairs).distinct))

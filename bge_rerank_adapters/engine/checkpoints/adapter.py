@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bge_rerank_adapters.engine.checkpoints.json_files import read_json
+from bge_rerank_adapters.engine.json_files import read_json
 from bge_rerank_adapters.errors import CheckpointError, UnsupportedCheckpointError
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from bge_rerank_adapters.engine.checkpoints.formats import describe_folder
-from bge_rerank_adapters.engine.checkpoints.json_files import read_json
 from bge_rerank_adapters.engine.checkpoints.quantised import check_config_plain
+from bge_rerank_adapters.engine.json_files import read_json
 from bge_rerank_adapters.errors import CheckpointError
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bge_rerank_adapters.engine.checkpoints.json_files import read_json
+from bge_rerank_adapters.engine.json_files import read_json
 from bge_rerank_adapters.errors import CheckpointError, UnsupportedCheckpointError
 
 _MODULES, _CONFIG = "modules.json", "config_sentence_transformers.json"

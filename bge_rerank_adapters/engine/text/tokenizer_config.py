@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 
-from bge_rerank_adapters.engine.checkpoints.json_files import read_json
+from bge_rerank_adapters.engine.json_files import read_json
 from bge_rerank_adapters.engine.text.tokenizer import read_template
 from bge_rerank_adapters.errors import CheckpointError, UnsupportedCheckpointError
 
