@@ -1,10 +1,14 @@
 """The engine that most tests share."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 
 from bge_rerank_adapters import Reranker
+
+# Before Haystack is imported, which would send usage data from a thread.
+os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "False"
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import asyncio
 import copy
 import gc
 import json
+import logging
 import math
 import os
 import pickle
@@ -668,6 +669,17 @@ def test_closing_ends_the_threads(make):
     assert scoring_threads() - before
     engine.close()
     wait_for(lambda: not scoring_threads() - before)
+
+
+def test_a_handler_that_keeps_records_keeps_no_engine(caplog):
+    caplog.set_level(logging.INFO, logger="bge_rerank_adapters")
+    engine = Reranker("tiny", device="cpu", dtype="float32")
+    gone = weakref.ref(engine)
+    engine.close()
+    del engine
+    gc.collect()
+    assert [record.msg.split()[0] for record in caplog.records] == ["Loaded", "Closed"]
+    assert gone() is None
 
 
 def test_an_engine_that_is_dropped_takes_its_threads_along(folder):

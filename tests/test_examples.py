@@ -7,6 +7,7 @@ cannot run anywhere has `<!-- not run: why -->` on the line before it.
 """
 
 import json
+import logging
 import re
 import shutil
 import tomllib
@@ -60,7 +61,7 @@ def server(reranker: Reranker) -> Iterator[str]:
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch) -> Path:
+def folder(tmp_path, monkeypatch) -> Iterator[Path]:
     """The folder that examples run in, with the files that they speak of."""
     shutil.copytree(XQUAD, tmp_path / "my-collection")
     row = {"query_id": "q1", "query": "Who wrote Faust?", "documents": ["Goethe wrote Faust."]}
@@ -68,7 +69,12 @@ def folder(tmp_path, monkeypatch) -> Path:
     for path in ("questions.jsonl", "questions/part.jsonl"):
         (tmp_path / path).write_text(json.dumps(row) + "\n", "utf-8")
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    loggers = [logging.getLogger(name) for name in (None, "bge_rerank_adapters")]
+    before = [(each.level, each.handlers[:]) for each in loggers]
+    yield tmp_path
+    for logger, (level, handlers) in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+        logger.handlers[:] = handlers
 
 
 @pytest.fixture

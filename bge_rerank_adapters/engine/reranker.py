@@ -115,7 +115,8 @@ class Reranker(BaseReranker[EngineSettings]):
         self._finalizer = weakref.finalize(self, _stop, self._core, self._runner)
         # At exit the core's own hook, which waits for threads, must run instead.
         self._finalizer.atexit = False
-        _log.info("Loaded %r in %.1f s", self, time.monotonic() - begin)
+        # As text: handlers that keep records would keep the engine.
+        _log.info("Loaded %s in %.1f s", repr(self), time.monotonic() - begin)
 
     @property
     def closed(self) -> bool:
@@ -182,7 +183,7 @@ class Reranker(BaseReranker[EngineSettings]):
         self._core.close()
         self._runner.close()
         if first:
-            _log.info("Closed %r", self)
+            _log.info("Closed %s", repr(self))
 
     def __repr__(self) -> str:
         """Name the model, device and dtype in use."""
