@@ -405,7 +405,7 @@ def test_the_command_tells_what_is_wrong_in_one_line():
 def test_the_key_cannot_be_given_where_other_users_see_it():
     shown = plain(invoke("serve", "--help").output)
     assert "--model" in shown
-    assert "the API key from there alone" in shown
+    assert "the API key only from there" in shown
     assert invoke("serve", "--api-key", "x").exit_code == 2
 
 

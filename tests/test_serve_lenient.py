@@ -338,7 +338,7 @@ async def test_a_body_that_another_server_lost_is_explained(client):
         answer = await client.post("/v2/rerank", content=content, headers=headers)
         assert answer.status_code == status
     answer = await client.post("/v2/rerank", content=b"", headers=headers)
-    assert "let the client speak HTTP/1.1 alone" in answer.json()["detail"]
+    assert "let the client use HTTP/1.1 only" in answer.json()["detail"]
 
 
 async def test_bodies_may_be_packed(reranker):
@@ -355,8 +355,8 @@ async def test_bodies_may_be_packed(reranker):
             (content, "gzip", 400, "not the gzip"),
             (packed[:-9], "gzip", 400, "one whole gzip stream"),
             (packed + packed, "gzip", 400, "one whole gzip stream"),
-            (packed, "br", 415, "'br' is not read"),
-            (packed, "gzip, gzip", 415, "is not read"),
+            (packed, "br", 415, "'br' is not supported"),
+            (packed, "gzip, gzip", 415, "is not supported"),
         ):
             headers = {"Content-Encoding": encoding}
             refused = await client.post("/v2/rerank", content=body, headers=headers)

@@ -177,7 +177,11 @@ class Refused(LateTransfers):
 
 @pytest.mark.parametrize(
     ("kind", "reason"),
-    [(Stale, "values change"), (Shifted, "as they were"), (Refused, "operation not supported")],
+    [
+        (Stale, "values change"),
+        (Shifted, "values change on the way"),
+        (Refused, "operation not supported"),
+    ],
 )
 def test_copies_that_are_wrong_or_refused_are_not_used(monkeypatch, caplog, kind, reason):
     with pinned_as(kind, monkeypatch):
