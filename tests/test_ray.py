@@ -497,7 +497,7 @@ def test_a_cluster_with_no_processor_left_for_reading_is_told(cluster, tmp_path,
     rerank_dataset(ray.data.read_parquet(str(tmp_path)), settings=TINY, concurrency=2)
     rerank_dataset(ray.data.read_parquet(str(tmp_path)), settings=TINY, concurrency=1)
     (told,) = (each for each in caplog.records if each.name.startswith("bge_rerank_adapters."))
-    assert told.getMessage().startswith("The actors take 2 of the cluster's 2 processors")
+    assert told.getMessage().startswith("The actors take 2 of the cluster's 2 CPUs")
 
 
 def test_the_examples_of_the_page_on_scaling_run(cluster, tmp_path, monkeypatch, capsys):
@@ -747,7 +747,7 @@ def test_wrong_settings_are_refused():
     ("names", "message"),
     [
         ([], "has no files"),
-        (["a.csv"], "is of no kind that can be read"),
+        (["a.csv"], "is of an unknown format"),
         (["a.jsonl", "b.parquet"], "has both Parquet and JSONL"),
     ],
 )
@@ -800,7 +800,7 @@ def test_what_is_no_cluster_is_told_soon(monkeypatch):
     threading.Thread(target=server.handle_request, daemon=True).start()
     with (
         server.socket,
-        pytest.raises(SettingsError, match="what listens there is no head node"),
+        pytest.raises(SettingsError, match="it is not a head node"),
         connected(f"127.0.0.1:{server.server_port}"),
     ):
         pass
