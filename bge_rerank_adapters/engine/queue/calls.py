@@ -39,6 +39,8 @@ class _Submitted(NamedTuple):
     part: Part
     tokenized: TokenizedPairs
     job: Job[TokenPair]
+    # Read before the job is queued: this thread may not run again before the job is scored.
+    ready_at: float
 
 
 class EngineCalls:
@@ -155,17 +157,17 @@ class EngineCalls:
             return [], Usage(tokens=0)
         begin = time.perf_counter()
         submitted = yield from self._submit(pairs, future, reservations, name=name, read=read)
-        queued, waited_s = time.perf_counter(), 0.0
+        ready_at, waited_s = submitted[-1].ready_at, 0.0
         scores: dict[tuple[str, str], PairScore] = {}
-        for part, tokenized, job in submitted:
+        for part, tokenized, job, _ in submitted:
             logits = yield job.future
             scores |= zip(part.pairs, _pair_scores(tokenized, logits), strict=True)
             waited_s = waited_s or job.waited_s
         usage = Usage(
-            tokens=sum(len(pair) for _, _, job in submitted for pair in job.pairs),
-            tokenizing_s=queued - begin,
+            tokens=sum(len(pair) for _, _, job, _ in submitted for pair in job.pairs),
+            tokenizing_s=ready_at - begin,
             waiting_s=waited_s,
-            scoring_s=max(0.0, time.perf_counter() - queued - waited_s),
+            scoring_s=max(0.0, time.perf_counter() - ready_at - waited_s),
         )
         return [scores[pair] for pair in pairs], usage
 
@@ -196,7 +198,7 @@ class EngineCalls:
             if read == self._tokenizer.tokenize:
                 self._warn_of_cut_query(tokenized)
             job = Job(tokenized.distinct, future, part.name(name))
-            submitted.append(_Submitted(part, tokenized, job))
+            submitted.append(_Submitted(part, tokenized, job, time.perf_counter()))
             left -= len(part.pairs)
             if left:
                 # Reserve for the remaining parts before the job releases this reservation.
