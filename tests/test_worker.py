@@ -451,10 +451,10 @@ def test_what_is_not_finite_is_not_handed_out_by_the_device_that_is_done_last(
     telling, tell = threading.Event(), threading.Event()
     told = worker_module.fail
 
-    def slow_fail(future, error):
+    def slow_fail(future, error, cause=None):
         telling.set()
         tell.wait(WAIT_S)
-        told(future, error)
+        told(future, error, cause=cause)
 
     def wait_for_the_other(ids: list[int]) -> None:
         if ids == [1]:

@@ -169,8 +169,13 @@ class Backlog:
 
 
 # Not `if not done()`: the future may be cancelled in between.
-def fail(future: Logits, error: Exception) -> None:
-    """Set the error of a call, unless it has been cancelled or has failed."""
+def fail(future: Logits, error: Exception, *, cause: BaseException | None = None) -> None:
+    """Set the error of a call, and its cause, unless it has been cancelled or has failed.
+
+    Each caller needs an error of its own: raising one in two threads would mix tracebacks.
+    """
+    if cause is not None:
+        error.__cause__ = cause
     with suppress(InvalidStateError):
         future.set_exception(error)
 
@@ -193,19 +198,17 @@ def pairs_of(pack: TokenPack) -> list[TokenPair]:
 
 def tokens_of(pack: TokenPack) -> int:
     """Return how many tokens a pack has."""
-    return sum(len(job.pairs[position]) for job, position in pack)
+    return sum(map(len, pairs_of(pack)))
 
 
 def fail_pack(pack: TokenPack, error: Exception) -> None:
     """Fail all calls of a pack with an error that names its size."""
-    # One error for each caller: raising the same one in two threads would mix tracebacks.
+    message = (
+        f"The model failed on a pack of {len(pack)} pairs and {tokens_of(pack)} tokens: "
+        f"{type(error).__name__}: {error}"
+    )
     for job in jobs_of(pack):
-        failure = ScoringError(
-            f"The model failed on a pack of {len(pack)} pairs and {tokens_of(pack)} tokens: "
-            f"{type(error).__name__}: {error}"
-        )
-        failure.__cause__ = error
-        fail(job.future, failure)
+        fail(job.future, ScoringError(message), cause=error)
 
 
 def not_finite(job: TokenJob, pair: TokenPair, logit: float) -> NonFiniteLogitError:

@@ -231,9 +231,7 @@ class DeviceWorker:
             _log.error("The engine closes itself: %s", message, exc_info=error)
         self._backlog.refuse(because=message)
         for job in jobs_of(pack):
-            failure = ScoringError(f"The model failed: {message}")
-            failure.__cause__ = error
-            fail(job.future, failure)
+            fail(job.future, ScoringError(f"The model failed: {message}"), cause=error)
         self._backlog.close()
 
     def _count(self, pack: TokenPack, seconds: float) -> None:
@@ -290,13 +288,12 @@ class DeviceWorker:
             len(futures),
             exc_info=error,
         )
+        message = (
+            f"The scoring thread ended: {type(error).__name__}: {error}. "
+            "The next call starts a new one."
+        )
         for future in futures:
-            failure = WorkerDiedError(
-                f"The scoring thread ended: {type(error).__name__}: {error}. "
-                "The next call starts a new one."
-            )
-            failure.__cause__ = error
-            fail(future, failure)
+            fail(future, WorkerDiedError(message), cause=error)
 
 
 # The threads that run, which may outlive a dropped engine until they have freed its weights.

@@ -12,15 +12,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from bge_rerank_adapters.engine.models.layers.attention import (
-    PROBE_LENGTHS,
     Group,
     Layout,
-    agree,
     bounds_of,
     by_groups,
+)
+from bge_rerank_adapters.engine.models.layers.attention_check import (
+    PROBE_LENGTHS,
+    Trial,
+    agree,
+    first_correct,
     probe_states,
 )
-from bge_rerank_adapters.engine.models.layers.attention_check import Trial, first_correct
 from bge_rerank_adapters.engine.models.layers.one_call import (
     AttentionOptions,
     Kernel,

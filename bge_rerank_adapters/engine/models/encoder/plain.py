@@ -10,13 +10,16 @@ from bge_rerank_adapters.engine.models.encoder.config import EncoderConfig
 from bge_rerank_adapters.engine.models.encoder.layer import EncoderLayer, LayerSource, linear_layer
 from bge_rerank_adapters.engine.models.layers.activations import ACTIVATIONS
 from bge_rerank_adapters.engine.models.layers.attention import (
-    PROBE_LENGTHS,
     Attention,
     Layout,
     attention_for,
     grouped_attention,
 )
-from bge_rerank_adapters.engine.models.layers.attention_check import Trial, first_correct
+from bge_rerank_adapters.engine.models.layers.attention_check import (
+    PROBE_LENGTHS,
+    Trial,
+    first_correct,
+)
 from bge_rerank_adapters.engine.models.layers.linear import PlainLinear, few_sizes
 
 

@@ -12,6 +12,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from bge_rerank_adapters.engine.models.cpu.threads import ALONE, Helpers, in_one_thread
+from bge_rerank_adapters.engine.models.layers.attention_check import (
+    PROBE_LENGTHS,
+    agree,
+    probe_states,
+)
 from bge_rerank_adapters.engine.models.layers.one_call import (
     AttentionOptions,
     Kernel,
@@ -268,34 +273,3 @@ def _works(
         lambda rows: grouped_attention(rows, key, value, layout, heads),
         (query, query[layout.first]),
     )
-
-
-PROBE_LENGTHS = (40, 3)
-
-
-def probe_states(width: int, device: torch.device, dtype: torch.dtype, *, seed: int = 0) -> Tensor:
-    """Return the random states of a pack of `PROBE_LENGTHS` for a seed; shape (43, width)."""
-    generator = torch.Generator(device="cpu").manual_seed(seed)
-    states = torch.randn(sum(PROBE_LENGTHS), width, generator=generator, dtype=torch.float32)
-    return states.to(device, dtype)
-
-
-def agree(
-    fast: Callable[[Tensor], Tensor], plain: Callable[[Tensor], Tensor], queries: Sequence[Tensor]
-) -> bool:
-    """Return whether a fast attention runs here and agrees with the plain one.
-
-    Releases of torch differ in which windows, widths and shared heads its kernels support.
-
-    Args:
-        fast: Maps a query to the output.
-        plain: The same by the plain attention.
-        queries: The queries to try.
-    """
-    try:
-        return all(
-            torch.allclose(fast(query).float(), plain(query).float(), atol=0.05, rtol=0.05)
-            for query in queries
-        )
-    except (ImportError, AttributeError, TypeError, RuntimeError, ValueError):
-        return False

@@ -1,7 +1,8 @@
-"""Checks attention on other devices at load against a CPU's in float32.
+"""Checks attention when a model is loaded, on a small pack of random values.
 
-Some releases of torch give wrong values without an error, on MPS for inputs that are not
-contiguous.
+Releases of torch differ in what their fast kernels support, and some give wrong values without an
+error, on MPS for inputs that are not contiguous. So a fast kernel is compared with the plain one,
+and attention on other devices with a CPU's in float32.
 """
 
 import logging
@@ -11,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bge_rerank_adapters.engine.models.layers.attention import PROBE_LENGTHS, probe_states
 from bge_rerank_adapters.errors import DeviceError
 
 # Maps query, key and value, which are columns of one matrix, to the output.
@@ -20,7 +20,17 @@ AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 # Wrong kernels are off by about one; half types, and float32 by TF32, by less than these.
 _TOLERANCE = 0.05
 _TOLERANCE_FLOAT32 = 0.01
+# Numbers of tokens of the pairs on which attention is tried.
+PROBE_LENGTHS = (40, 3)
+
 _log = logging.getLogger(__name__)
+
+
+def probe_states(width: int, device: torch.device, dtype: torch.dtype, *, seed: int = 0) -> Tensor:
+    """Return the random states of a pack of `PROBE_LENGTHS` for a seed; shape (43, width)."""
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    states = torch.randn(sum(PROBE_LENGTHS), width, generator=generator, dtype=torch.float32)
+    return states.to(device, dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,3 +144,22 @@ def _error(
         )
     )
     return float(errors.abs().max()) if bool(errors.isfinite().all()) else float("inf")
+
+
+def agree(
+    fast: Callable[[Tensor], Tensor], plain: Callable[[Tensor], Tensor], queries: Sequence[Tensor]
+) -> bool:
+    """Return whether a fast attention runs here and agrees with the plain one.
+
+    Args:
+        fast: Maps a query to the output.
+        plain: The same by the plain attention.
+        queries: The queries to try.
+    """
+    try:
+        return all(
+            torch.allclose(fast(query).float(), plain(query).float(), atol=0.05, rtol=0.05)
+            for query in queries
+        )
+    except (ImportError, AttributeError, TypeError, RuntimeError, ValueError):
+        return False
