@@ -174,7 +174,7 @@ def test_all_calls_that_wait_for_a_lost_device_hear_of_it(gpu, monkeypatch):
         # All but the pair that is in the model.
         wait_until(lambda: engine.stats().queued_pairs == 8 * len(DOCUMENTS) - 1)
         all_wait.set()
-        errors = [call.exception(30) for call in calls]
+        errors = [call.exception(60) for call in calls]
     assert {type(error) for error in errors} <= {ScoringError, ClosedError}
     assert all("start the process again" in str(error) for error in errors)
 

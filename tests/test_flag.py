@@ -225,9 +225,9 @@ def meet(reranker, barrier: threading.Barrier) -> None:
     compute = reranker.compute_score
 
     def meeting(*args, **kwargs):
-        barrier.wait(30)
+        barrier.wait(100)
         scores = compute(*args, **kwargs)
-        barrier.wait(30)
+        barrier.wait(100)
         return scores
 
     reranker.compute_score = meeting

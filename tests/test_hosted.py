@@ -96,12 +96,12 @@ async def test_loading_leaves_the_event_loop_free(monkeypatch):
 
     def slow_load(settings):
         loading.set()
-        assert released.wait(10)
+        assert released.wait(60)
         return ready
 
     monkeypatch.setattr(shared, "shared_reranker", slow_load)
     asking = asyncio.create_task(LazyEngine(SETTINGS).aget())
-    assert await asyncio.to_thread(loading.wait, 10)
+    assert await asyncio.to_thread(loading.wait, 60)
     released.set()
     assert await asking is ready
 

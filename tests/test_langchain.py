@@ -82,7 +82,14 @@ class Broken:
 class Stuck(Broken):
     """A scorer that never answers; its synchronous method would fail."""
 
+    def __init__(self, calls=1):
+        """Set `all_asked` once so many calls wait."""
+        self.left, self.all_asked = calls, asyncio.Event()
+
     async def arerank(self, query, documents, *, top_k=None, score_threshold=None):
+        self.left -= 1
+        if not self.left:
+            self.all_asked.set()
         await asyncio.Event().wait()
 
 
@@ -330,7 +337,8 @@ async def test_as_runnable_in_a_pipe(compressor, best):
 
 
 async def test_async_leaves_the_event_loop_free():
-    compressor = BGEDocumentCompressor(reranker=Stuck())
+    stuck = Stuck(calls=3)
+    compressor = BGEDocumentCompressor(reranker=stuck)
     waiting = asyncio.create_task(compressor.acompress_documents(documents(), QUERY))
     piped = asyncio.create_task(
         compressor.as_runnable().ainvoke({"query": QUERY, "documents": documents()})
@@ -338,11 +346,13 @@ async def test_async_leaves_the_event_loop_free():
     wrapped = asyncio.create_task(
         compressor.wrap(RunnableLambda(lambda _: documents())).ainvoke(QUERY)
     )
-    _, pending = await asyncio.wait([waiting, piped, wrapped], timeout=0.2)
-    assert pending == {waiting, piped, wrapped}
-    for task in pending:
+    # Each of them waits while the loop lets the others go on.
+    await asyncio.wait_for(stuck.all_asked.wait(), 60)
+    tasks = [waiting, piped, wrapped]
+    assert not any(task.done() for task in tasks)
+    for task in tasks:
         task.cancel()
-    await asyncio.wait(pending)
+    await asyncio.wait(tasks)
 
 
 # --- tracing
@@ -491,10 +501,13 @@ def test_tracer_sees_that_the_model_could_not_be_loaded(tmp_path, tracer):
 
 
 async def test_tracer_sees_a_cancelled_call_end(tracer):
-    compressor = BGEDocumentCompressor(reranker=Stuck())
-    call = compressor.acompress_documents(documents(), QUERY, [tracer])
-    with pytest.raises(TimeoutError):
-        await asyncio.wait_for(call, timeout=0.1)
+    stuck = Stuck()
+    compressor = BGEDocumentCompressor(reranker=stuck)
+    call = asyncio.create_task(compressor.acompress_documents(documents(), QUERY, [tracer]))
+    await asyncio.wait_for(stuck.all_asked.wait(), 60)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
     assert "Cancelled" in only_run(tracer)[0].error
 
 

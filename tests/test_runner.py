@@ -69,7 +69,8 @@ async def test_long_calls_do_not_hold_up_short_ones(runner):
         asyncio.create_task(runner.run(lambda _: long_call(), timeout_s=None, long=True))
         for _ in range(20)
     ]
-    await asyncio.sleep(0.01)
+    # One turn of the loop, in which each of them has been handed to a thread.
+    await asyncio.sleep(0)
     assert await runner.run(lambda _: short_call(), timeout_s=WAIT_S, long=False) == "short"
     gate.set()
     assert await asyncio.gather(*long) == ["long"] * 20

@@ -12,7 +12,17 @@ from bge_rerank_adapters.engine.models import device_faults
 from bge_rerank_adapters.engine.queue.core import ScoringCore
 from bge_rerank_adapters.engine.queue.packs import Job
 from bge_rerank_adapters.engine.text.pairs import TokenPair
-from tests.test_worker import BAD, ONE_PAIR, TOKENS, WAIT_S, FakeModel, failure, pairs, submit
+from tests.test_worker import (
+    BAD,
+    ONE_PAIR,
+    TOKENS,
+    WAIT_S,
+    FakeModel,
+    failure,
+    note_done,
+    pairs,
+    submit,
+)
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -142,11 +152,11 @@ def test_an_error_at_the_launch_reaches_its_own_callers_after_those_before_it_ar
     held = hold_up(core, model, 5)
     calls = {name: submit(core, pairs(each)) for name, each in (("earlier", 7), ("bad", BAD))}
     done: list[str] = []
-    for name, job in calls.items():
-        job.future.add_done_callback(lambda _, name=name: done.append(name))
+    told = note_done({name: job.future for name, job in calls.items()}, done.append)
     model.gate.set()
     assert failure(calls["bad"].future).__cause__ is cause
     assert calls["earlier"].future.result(WAIT_S) == [7.0]
+    assert told.wait(WAIT_S)
     assert done == ["earlier", "bad"]
     assert held.future.result(WAIT_S) == [5.0]
     assert submit(core, pairs(8)).future.result(WAIT_S) == [8.0]

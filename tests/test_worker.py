@@ -2,10 +2,10 @@
 
 import random
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
+from threading import Event
 
 import numpy as np
 import pytest
@@ -61,11 +61,11 @@ class FakeModel:
         self.gate.set()
 
     def logits(self, pack: Sequence[TokenPair]) -> list[float]:
-        ids = [int(pair.ids[0]) for pair in pack]
+        ids, gate = [int(pair.ids[0]) for pair in pack], self.gate
         self.packs.append(ids)
         self.threads.add(threading.current_thread().native_id)
         self.entered.set()
-        assert self.gate.wait(WAIT_S)
+        assert gate.wait(WAIT_S)
         self.fault(ids)
         self.scored += ids
         return [self.odd_logits.get(each, float(each)) for each in ids]
@@ -74,6 +74,12 @@ class FakeModel:
         """Let the next pack begin and wait in the model until `gate` is set."""
         self.entered.clear()
         self.gate.clear()
+
+    def hold_next(self) -> None:
+        """Let the pack that waits in the model go on, and hold the one after it."""
+        let_go, self.gate = self.gate, threading.Event()
+        self.entered.clear()
+        let_go.set()
 
 
 class Cores:
@@ -122,6 +128,24 @@ def hold_up(core: ScoringCore, model: FakeModel, *ids: int) -> Future[list[float
     future = submit(core, pairs(*(ids or (1,)))).future
     assert model.entered.wait(WAIT_S)
     return future
+
+
+def note_done(jobs: dict[str, Future[list[float]]], note: Callable[[str], object]) -> Event:
+    """Call `note` with the name of each future that is done; set the event after the last one.
+
+    A caller of `result` may go on before a future's callbacks have run.
+    """
+    left, all_done = set(jobs), threading.Event()
+
+    def done(name: str) -> None:
+        note(name)
+        left.discard(name)
+        if not left:
+            all_done.set()
+
+    for name, future in jobs.items():
+        future.add_done_callback(lambda _, name=name: done(name))
+    return all_done
 
 
 def fail_on_bad(error: BaseException) -> Fault:
@@ -215,9 +239,10 @@ def test_a_small_job_overtakes_the_rest_of_a_big_one(make_core):
     big = hold_up(core, model, *range(1000))
     small = submit(core, pairs(2001, 2002, 2003)).future
     done_after: list[int] = []
-    small.add_done_callback(lambda _: done_after.append(len(model.scored)))
+    told = note_done({"small": small}, lambda _: done_after.append(len(model.scored)))
     model.gate.set()
     assert small.result(WAIT_S) == [2001.0, 2002.0, 2003.0]
+    assert told.wait(WAIT_S)
     # The pack under way, its own three, and at most one for the job that has waited longest.
     assert done_after[0] <= 5
     assert len(big.result(WAIT_S)) == 1000
@@ -373,9 +398,7 @@ def test_calls_given_up_while_their_pack_failed_are_not_tried_again(make_core):
     sharing: list[Future[list[float]]] = []
     held = hold_up(core, model)
     sharing += [submit(core, pairs(*ids)).future for ids in ((7,), (BAD,))]
-    model.entered.clear()
-    model.gate.set()
-    model.gate.clear()
+    model.hold_next()
     assert held.result(WAIT_S) == [1.0]
     assert model.entered.wait(WAIT_S)
     assert sharing[0].cancel()
@@ -464,9 +487,9 @@ def test_what_is_not_finite_is_not_handed_out_by_the_device_that_is_done_last(
     models = [FakeModel(wait_for_the_other, logits={BAD: float("nan")}) for _ in range(2)]
     core = make_core(*models, pack_tokens=ONE_PAIR)
     future = submit(core, pairs(BAD, 1)).future
-    while core.stats().packs < 2:
-        time.sleep(0.001)
-    time.sleep(0.05)
+    assert telling.wait(WAIT_S)
+    # Scored by the other device, which is therefore done with the pair before it.
+    assert submit(core, pairs(2)).future.result(WAIT_S) == [2.0]
     tell.set()
     assert isinstance(failure(future), NonFiniteLogitError)
 
@@ -541,19 +564,19 @@ def test_close_before_the_first_job_and_again_is_harmless_and_later_jobs_are_ref
 def test_close_from_the_scoring_thread_itself_does_not_wait_for_itself(make_core):
     core = make_core(FakeModel())
     closed_from: list[str] = []
+    closed = threading.Event()
 
     def close(_: object) -> None:
         core.close()
         closed_from.append(threading.current_thread().name)
+        closed.set()
 
-    begin = time.monotonic()
     held = hold_up(core, core.workers[0].model, 1)
     held.add_done_callback(close)
     model = core.workers[0].model
     model.gate.set()
     assert held.result(WAIT_S) == [1.0]
-    while not closed_from and time.monotonic() < begin + WAIT_S:
-        time.sleep(0.01)
+    assert closed.wait(WAIT_S)
     assert closed_from[0].startswith("bge-rerank")
 
 
