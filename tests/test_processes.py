@@ -51,7 +51,7 @@ def run_script(
         [sys.executable, "-W", "error", "-c", textwrap.dedent(begin) + textwrap.dedent(code)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
         cwd=ROOT,
         # More than one, so that torch has threads of its own, which a fork leaves behind.
@@ -78,14 +78,16 @@ def test_a_program_that_ends_while_threads_and_tasks_wait_ends_cleanly(folder, d
 
 def test_a_program_that_ends_while_a_dropped_engine_is_freed_waits_for_that(folder):
     code = """
+    begun = threading.Event()
     class Slow:
         def __del__(self):
             print("begun", flush=True)
+            begun.set()
             time.sleep(1)
             print("freed", flush=True)
     engine._core.workers[0].model.slow = Slow()
     del engine
-    time.sleep(0.5)
+    begun.wait(60)
     """
     assert_clean(run_script(code, folder), out="begun\nfreed\n")
 
@@ -228,8 +230,10 @@ def test_a_process_whose_event_loop_is_interrupted_ends_cleanly(folder):
     code = """
     import signal
     async def ask_many():
-        asyncio.get_running_loop().call_later(0.3, os.kill, os.getpid(), signal.SIGINT)
-        await asyncio.gather(*(engine.arerank("query", LONG) for _ in range(4)))
+        calls = [asyncio.create_task(engine.arerank("query", LONG)) for _ in range(4)]
+        await asyncio.to_thread(wait_until_busy)
+        os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.gather(*calls)
     try:
         asyncio.run(ask_many())
     except KeyboardInterrupt:

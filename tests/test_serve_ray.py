@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import httpx
 import pytest
@@ -18,7 +19,7 @@ from tests.checkpoints import read_sentences
 from tests.test_serve_http import free_port
 from tests.texts import DOCUMENTS, QUERY
 
-pytestmark = pytest.mark.timeout(280)
+pytestmark = pytest.mark.timeout(600)
 
 KEY = "sekret-42"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
@@ -47,7 +48,9 @@ def url() -> Iterator[str]:
         # Processes of the cluster get the environment that it is started in.
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
-        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        ray.init(
+            "local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
+        )
         try:
             serve.start(http_options={"host": "127.0.0.1", "port": opened})
             serve.run(ours.deployment, name="rerank", route_prefix="/")
@@ -76,18 +79,20 @@ def test_replicas_answer_as_the_engine_does(url, reranker: Reranker):
         assert [each["relevance_score"] for each in answer["results"]] == pytest.approx(
             [each.score for each in wanted], abs=1e-5
         )
-    assert httpx.get(f"{url}/health").json() == {"status": "ok"}
-    assert "bge_rerank_engine_pairs_total" in httpx.get(f"{url}/metrics", headers=HEADERS).text
+    assert httpx.get(f"{url}/health", timeout=60).json() == {"status": "ok"}
+    metrics = httpx.get(f"{url}/metrics", headers=HEADERS, timeout=60).text
+    assert "bge_rerank_engine_pairs_total" in metrics
 
 
 def test_replicas_ask_for_the_key_and_refuse_as_one_process_does(url):
     body = {"query": QUERY, "documents": DOCUMENTS}
-    refused = httpx.post(f"{url}/v2/rerank", json=body)
+    post = partial(httpx.post, timeout=60)
+    refused = post(f"{url}/v2/rerank", json=body)
     assert refused.status_code == 401
     assert "needs its API key" in refused.json()["message"]
-    refused = httpx.post(f"{url}/rerank", json={"query": "", "texts": []}, headers=HEADERS)
+    refused = post(f"{url}/rerank", json={"query": "", "texts": []}, headers=HEADERS)
     assert (refused.status_code, refused.json()["error_type"]) == (400, "Empty")
-    large = httpx.post(f"{url}/v2/rerank", content=b" " * 5_000_000, headers=HEADERS)
+    large = post(f"{url}/v2/rerank", content=b" " * 5_000_000, headers=HEADERS)
     assert large.status_code == 413
 
 
