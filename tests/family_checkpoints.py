@@ -230,7 +230,10 @@ def _cases() -> list[Case]:
         ("one-key-head", {"seed": 3, "config": {"num_key_value_heads": 1}}, {"prompt": "Yes?"}),
         (
             "own-head",
-            {"seed": 4, "config": {"tie_word_embeddings": False, "hidden_activation": "gelu"}},
+            {
+                "seed": 4,
+                "config": {"tie_word_embeddings": False, "hidden_activation": "gelu_pytorch_tanh"},
+            },
             {"query_instruction": "Query: ", "passage_instruction": "Passage: "},
         ),
         ("no-instructions", {"seed": 4}, {"query_instruction": "", "passage_instruction": ""}),

@@ -62,6 +62,7 @@ def train(base: Path, folder: Path, *, kind: str = "encoder", **options: Any) ->
         "target_modules": ENCODER_MODULES if kind == "encoder" else "all-linear",
         "task_type": "SEQ_CLS" if kind == "encoder" else "CAUSAL_LM",
     } | options
+    torch.manual_seed(1)  # peft draws what is multiplied with the shifts below
     model = CLASSES[kind].from_pretrained(base)
     adapted = peft.get_peft_model(model, peft.LoraConfig(**options))
     shift_trained(adapted)

@@ -6,7 +6,7 @@ from typing import Any
 from bge_rerank_adapters.engine.checkpoints.formats import describe_folder
 from bge_rerank_adapters.engine.checkpoints.quantised import check_config_plain
 from bge_rerank_adapters.engine.json_files import read_json
-from bge_rerank_adapters.errors import CheckpointError
+from bge_rerank_adapters.errors import CheckpointError, UnsupportedCheckpointError
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -27,6 +27,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     config: dict[str, Any] = read_json(path)
     _check_kind(config, path)
     check_config_plain(config, path)
+    _check_complete(config, path)
     return config
 
 
@@ -44,3 +45,18 @@ def _check_kind(config: dict[str, Any], path: Path) -> None:
             f"{path} names neither a model_type nor architectures, so it is no model's config; "
             "copy or download it again."
         )
+
+
+# Entries by which transformers reads other files.
+_OTHER_FILES = {"configuration_files": [], "transformers_weights": "model.safetensors"}
+
+
+def _check_complete(config: dict[str, Any], path: Path) -> None:
+    """Refuse a config that hands over to other files."""
+    for name, harmless in _OTHER_FILES.items():
+        if config.get(name) not in (None, harmless):
+            raise UnsupportedCheckpointError(
+                f"{path}: {name} {config[name]!r} has transformers read other files than the "
+                "config.json and model.safetensors that are read here; copy those files over "
+                f"these, and take {name} out."
+            )

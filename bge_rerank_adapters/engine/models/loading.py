@@ -13,6 +13,7 @@ from bge_rerank_adapters.engine.checkpoints.inspection import (
     inspect_checkpoint,
 )
 from bge_rerank_adapters.engine.models.base import Model
+from bge_rerank_adapters.engine.models.causal.config import check_language_model
 from bge_rerank_adapters.engine.models.device_faults import as_device_errors
 from bge_rerank_adapters.engine.models.devices import resolve_dtype
 from bge_rerank_adapters.engine.models.encoder.plain import check_plain_attention
@@ -42,10 +43,12 @@ class LocalCheckpoint:
     Attributes:
         files: The files in it.
         family: The family that runs it.
+        native: Whether it runs in the native backend.
     """
 
     files: CheckpointFiles
     family: Family
+    native: bool = True
 
 
 def read_checkpoint(folder: Path, settings: EngineSettings) -> LocalCheckpoint:
@@ -70,9 +73,12 @@ def read_checkpoint(folder: Path, settings: EngineSettings) -> LocalCheckpoint:
     check_family_settings(
         family.name, {each.name: getattr(settings, each.name) for each in fields(settings)}
     )
-    if settings.backend == "flagembedding":
+    if not family.classifier:
+        check_language_model(config, folder=folder)
+    native = settings.backend == "native"
+    if not native:
         _check_flag_runs(files)
-    return LocalCheckpoint(files, family)
+    return LocalCheckpoint(files, family, native)
 
 
 def _check_flag_runs(files: CheckpointFiles) -> None:
@@ -191,4 +197,10 @@ def _sizes(checkpoint: LocalCheckpoint) -> Sizes:
     family, config = checkpoint.family, checkpoint.files.config
     if not family.runs(config):
         return _UnknownSizes()
-    return family.read_sizes(config, folder=checkpoint.files.folder)
+    try:
+        return family.read_sizes(config, folder=checkpoint.files.folder)
+    except UnsupportedCheckpointError:
+        if checkpoint.native or family.classifier:
+            raise
+        # FlagEmbedding may run it, by transformers' own class.
+        return _UnknownSizes()

@@ -35,6 +35,7 @@ class AdaptedWeights(Weights):
         """
         self.path, self.folder, self.prefix = changes.path, adapter.folder, base.prefix
         self._base, self._changes, self._adapter = base, changes, adapter
+        self._read = set[str]()
         names = [_plain_name(name) for name in changes.names()]
         self._stored = dict(zip(names, changes.names(), strict=True))
         self._modules = {name.removesuffix(_DOWN) for name in names if name.endswith(_DOWN)}
@@ -64,6 +65,7 @@ class AdaptedWeights(Weights):
         Raises:
             CheckpointError: As for `Weights.tensor`.
         """
+        self._read |= {name, self._base_name(name)}
         if name in self._stored:
             return self._changes.tensor(self._stored[name], shape)
         weight = self._base.tensor(self._base_name(name), shape)

@@ -43,6 +43,7 @@ class Weights:
         check_tensors_plain({name: _dtype(tensors, name) for name in tensors}, path)
         self.prefix = training_prefix(tensors, path=path)
         self._files = tensors
+        self._read = set[str]()
 
     def names(self) -> list[str]:
         """Return the names of all tensors."""
@@ -63,6 +64,7 @@ class Weights:
         Raises:
             CheckpointError: It is missing, has another shape, or is not of a floating-point dtype.
         """
+        self._read.add(name)
         stored, name = self.shape(name), self._stored_name(name)
         if stored != shape:
             raise CheckpointError(
@@ -76,6 +78,10 @@ class Weights:
                 "floating-point one, so it cannot be a weight."
             )
         return tensor
+
+    def unread(self) -> list[str]:
+        """Return the names of the tensors that were not read so far."""
+        return [name for name in self.names() if name not in self._read]
 
     def check_absent(self, name: str, *, layers: int) -> None:
         """Refuse to leave layers out: the model would run, and give other numbers.
@@ -100,9 +106,9 @@ class Weights:
             if full.endswith(new) and (older := full.removesuffix(new) + old) in self._files:
                 return older
         raise CheckpointError(
-            f"{self.path}: the weights lack the tensor {name}, which a reranker of this "
-            "architecture has; the files may be incomplete, or of a model without a "
-            f"classification head.{leftover_hint(self._files)}"
+            f"{self.path}: the weights lack the tensor {name}, which a reranker with this "
+            "config.json has; the files may be incomplete, of another model, or of one without "
+            f"a reranker's head.{leftover_hint(self._files)}"
         )
 
 

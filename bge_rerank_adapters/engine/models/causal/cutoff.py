@@ -1,10 +1,9 @@
 """The layers after which a model with several heads gives a logit."""
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from bge_rerank_adapters.errors import CheckpointError, SettingsError
+from bge_rerank_adapters.engine.models.causal.entries import Entries
+from bge_rerank_adapters.errors import SettingsError
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +48,12 @@ class HeadLayers:
         )
 
 
-def read_entry(config: dict[str, Any], name: str, default: int, *, folder: Path) -> int:
-    """Return an entry of a config, which must be a whole number of at least 1.
+def check_head_layers(heads: HeadLayers, entries: Entries) -> HeadLayers:
+    """Return the layers with a head, if there is one.
 
     Raises:
-        CheckpointError: It is not.
+        CheckpointError: The first of them is beyond the last layer.
     """
-    value = config.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise CheckpointError(
-            f"{folder / 'config.json'}: {name} must be a whole number of at least 1, got {value!r}."
-        )
-    return value
+    if heads.first > heads.last:
+        raise entries.refusal("start_layer", f"at most num_hidden_layers ({heads.last})")
+    return heads

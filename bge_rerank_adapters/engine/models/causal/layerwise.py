@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from bge_rerank_adapters.engine.models.causal.config import parse_causal
-from bge_rerank_adapters.engine.models.causal.cutoff import HeadLayers, read_entry
+from bge_rerank_adapters.engine.models.causal.cutoff import HeadLayers, check_head_layers
+from bge_rerank_adapters.engine.models.causal.entries import Entries
 from bge_rerank_adapters.engine.models.causal.readout import SeveralHeadsModel
 from bge_rerank_adapters.engine.models.causal.tensors import CausalReader
 from bge_rerank_adapters.engine.models.lora import open_weights
@@ -28,17 +29,16 @@ class LayerwiseModel(SeveralHeadsModel):
             SettingsError: The cutoff layer has no head.
         """
         config = parse_causal(source.config, folder=source.folder)
-        _check_head_type(source.config, source.folder)
+        entries = Entries(source.config, source.folder / "config.json")
+        _check_head_type(entries)
         heads = layerwise_heads(source.config, folder=source.folder)
         depth = heads.check(source.settings.cutoff_layers)
-        self._first = heads.first if source.config.get("head_multi", True) else None
+        self._first = heads.first if entries.flag("head_multi", True) else None
         with open_weights(source.folder, source.adapter) as weights:
-            super().__init__(
-                CausalReader(weights, config, source.device, source.dtype),
-                depth=depth,
-                heads=self._head_names(depth),
-                default=self.head_index(depth, 0),
-            )
+            read = CausalReader(weights, config, source.device, source.dtype)
+            default = self.head_index(depth, 0)
+            super().__init__(read, depth=depth, heads=self._head_names(depth), default=default)
+            read.check_all_read(depth, heads=self._head_names(config.layers))
 
     def head_index(self, layer: int, place: int) -> int:
         """Return the layer's own head, or the single one for all layers."""
@@ -58,15 +58,16 @@ def layerwise_heads(config: dict[str, Any], *, folder: Path) -> HeadLayers:
     Raises:
         CheckpointError: Its config is damaged.
     """
+    entries = Entries(config, folder / "config.json")
     layers = parse_causal(config, folder=folder).layers
-    return HeadLayers(read_entry(config, "start_layer", 8, folder=folder), layers)
+    return check_head_layers(HeadLayers(entries.whole("start_layer", 8), layers), entries)
 
 
-def _check_head_type(config: dict[str, Any], folder: Path) -> None:
+def _check_head_type(entries: Entries) -> None:
     """Refuse heads over the whole vocabulary: those of models not yet trained as rerankers."""
-    kind = config.get("head_type", "simple")
+    kind = entries.values.get("head_type", "simple")
     if kind in ("raw", "complex"):
         raise UnsupportedCheckpointError(
-            f"{folder / 'config.json'}: head_type must be 'simple', a head of one logit, got "
+            f"{entries.path}: head_type must be 'simple', a head of one logit, got "
             f"{kind!r}, a head over the vocabulary; fine-tune the model as a reranker first."
         )

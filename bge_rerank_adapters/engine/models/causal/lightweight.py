@@ -21,7 +21,8 @@ from torch import Tensor
 
 from bge_rerank_adapters.engine.models.causal.attention import CausalLayout
 from bge_rerank_adapters.engine.models.causal.config import parse_causal
-from bge_rerank_adapters.engine.models.causal.cutoff import HeadLayers, read_entry
+from bge_rerank_adapters.engine.models.causal.cutoff import HeadLayers, check_head_layers
+from bge_rerank_adapters.engine.models.causal.entries import Entries
 from bge_rerank_adapters.engine.models.causal.readout import SeveralHeadsModel, readout_of
 from bge_rerank_adapters.engine.models.causal.tensors import CausalReader
 from bge_rerank_adapters.engine.models.lora import open_weights
@@ -48,7 +49,7 @@ class LightweightModel(SeveralHeadsModel):
         """
         folder, settings = source.folder, source.settings
         config = parse_causal(source.config, folder=folder)
-        if not source.config.get("layer_wise", False):
+        if not Entries(source.config, folder / "config.json").flag("layer_wise", False):
             raise UnsupportedCheckpointError(
                 f"{folder / 'config.json'}: layer_wise must be true for a reranker of the "
                 f"lightweight family, got {source.config.get('layer_wise')!r}."
@@ -58,13 +59,12 @@ class LightweightModel(SeveralHeadsModel):
         self._ratio = settings.compress_ratio or 1
         self._compress_layers = check_compress_layers(settings.compress_layers, config.layers)
         self._cap = _cap(source.config, folder)
+        every = [f"lm_head.{place}.linear_head.weight" for place in range(len(heads.layers))]
         with open_weights(folder, source.adapter) as weights:
-            super().__init__(
-                CausalReader(weights, config, source.device, source.dtype),
-                depth=depth,
-                heads=[f"lm_head.{k}.linear_head.weight" for k in range(len(heads.up_to(depth)))],
-                default=0,
-            )
+            read = CausalReader(weights, config, source.device, source.dtype)
+            loaded = every[: len(heads.up_to(depth))]
+            super().__init__(read, depth=depth, heads=loaded, default=0)
+            read.check_all_read(depth, heads=every)
 
     def head_index(self, layer: int, place: int) -> int:
         """Return the head of the k-th layer that is read: the k-th."""
@@ -159,10 +159,10 @@ def lightweight_heads(config: dict[str, Any], *, folder: Path) -> HeadLayers:
     Raises:
         CheckpointError: Its config is damaged.
     """
-    first, step = (
-        read_entry(config, name, 28, folder=folder) for name in ("start_layer", "layer_sep")
-    )
-    return HeadLayers(first, parse_causal(config, folder=folder).layers, step)
+    entries = Entries(config, folder / "config.json")
+    layers = parse_causal(config, folder=folder).layers
+    first, step = (entries.whole(name, 28) for name in ("start_layer", "layer_sep"))
+    return check_head_layers(HeadLayers(first, layers, step), entries)
 
 
 def check_compress_layers(given: Sequence[int] | None, layers: int) -> tuple[int, ...]:

@@ -60,10 +60,10 @@ class CausalModel:
         self.transfers = transfers_for(self.device)
         self.runs_ahead = self.transfers.overlap
         self._activation = ACTIVATIONS[config.activation]
-        beyond = f"model.layers.{config.layers}.mlp.down_proj.weight"
+        beyond = f"{read.inner}layers.{config.layers}.mlp.down_proj.weight"
         read.weights.check_absent(beyond, layers=config.layers)
-        self._words = read.tensor("model.embed_tokens.weight", (config.vocabulary, config.hidden))
-        self._norm = read.norm("model.norm")
+        self._words = read.words()
+        self._norm = read.norm(f"{read.inner}norm")
         self._layers = [read.layer(index) for index in range(depth)]
         self._attend = checked_causal_attention(
             self.device, self.dtype, heads=config.heads(0), width=config.head_width

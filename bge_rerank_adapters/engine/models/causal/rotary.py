@@ -1,20 +1,15 @@
 """Rotary position embeddings (RoPE), which rotate queries and keys by a token's position.
 
-Keys and formulas are those of transformers 5 (`modeling_rope_utils.py`); the older keys
-`rope_theta` and `rope_scaling` are read as well. Sources of the types: Su et al. 2021
-(arXiv:2104.09864), Llama 3 (arXiv:2407.21783), YaRN (arXiv:2309.00071).
+Formulas are those of transformers 5 (`modeling_rope_utils.py`). Sources of the types: Su et al.
+2021 (arXiv:2104.09864), Llama 3 (arXiv:2407.21783), YaRN (arXiv:2309.00071).
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
-
-from bge_rerank_adapters.errors import CheckpointError, UnsupportedCheckpointError
 
 
 class Rotary(Protocol):
@@ -119,109 +114,3 @@ class YarnRotary:
         """Return the pair of channels that makes this many rotations within `positions`."""
         wavelength = self.positions / (turns * 2 * math.pi)
         return width * math.log(wavelength) / (2 * math.log(self.base))
-
-
-class _Rope(NamedTuple):
-    """What the parsers of all types read.
-
-    Attributes:
-        entries: `rope_parameters`, or `rope_scaling` of older config files.
-        base: `rope_theta`.
-        positions: Maximum length of the original training.
-        config: The whole `config.json`.
-    """
-
-    entries: Mapping[str, Any]
-    base: float
-    positions: float
-    config: Mapping[str, Any]
-
-
-def parse_rotary(
-    config: Mapping[str, Any], *, folder: Path, kinds: Sequence[str] | None = None
-) -> Rotary:
-    """Return the rotary position embedding that a `config.json` describes.
-
-    Args:
-        config: The checkpoint's `config.json`.
-        folder: Its folder.
-        kinds: The types that the architecture supports; `None` is all.
-
-    Raises:
-        CheckpointError: An entry is missing or unusable.
-        UnsupportedCheckpointError: The type is not supported.
-    """
-    path = folder / "config.json"
-    known = {name: _KINDS[name] for name in kinds or _KINDS}
-    try:
-        # transformers 5 writes one entry, older releases two.
-        entries = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-        base = float(entries.get("rope_theta") or config.get("rope_theta") or 10000.0)
-        positions = float(
-            entries.get("original_max_position_embeddings") or config["max_position_embeddings"]
-        )
-        kind = entries.get("rope_type") or entries.get("type") or "default"
-        parse = known.get(kind) if isinstance(kind, str) else None
-        rotary = None if parse is None else parse(_Rope(entries, base, positions, config))
-    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
-        raise CheckpointError(f"{path}: missing or unusable: {error!r}.") from error
-    if rotary is None:
-        raise UnsupportedCheckpointError(
-            f"{path}: rotary positions of the type {kind!r} are not known; supported are "
-            f'{", ".join(_KINDS)}. backend="flagembedding" may run it.'
-        )
-    return rotary
-
-
-def _default(rope: _Rope) -> Rotary:
-    return PlainRotary(rope.base)
-
-
-def _linear(rope: _Rope) -> Rotary:
-    return PlainRotary(rope.base, float(rope.entries["factor"]))
-
-
-def _llama3(rope: _Rope) -> Rotary:
-    low, high = (float(rope.entries[f"{name}_freq_factor"]) for name in ("low", "high"))
-    if not low < high:
-        raise ValueError(f"low_freq_factor {low} must be below high_freq_factor {high}")
-    factor = float(rope.entries["factor"])
-    return Llama3Rotary(base=rope.base, factor=factor, low=low, high=high, positions=rope.positions)
-
-
-def _yarn(rope: _Rope) -> Rotary:
-    entries, positions = rope.entries, rope.positions
-    factor = float(
-        entries.get("factor") or float(rope.config["max_position_embeddings"]) / positions
-    )
-    return YarnRotary(
-        base=rope.base,
-        factor=factor,
-        fast=float(entries.get("beta_fast") or 32),
-        slow=float(entries.get("beta_slow") or 1),
-        positions=positions,
-        whole=bool(entries.get("truncate", True)),
-        scale=_yarn_scale(entries, factor),
-    )
-
-
-def _yarn_scale(entries: Mapping[str, Any], factor: float) -> float:
-    given = entries.get("attention_factor")
-    if given is not None:
-        return float(given)
-
-    def scale(strength: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * strength * math.log(factor) + 1.0
-
-    own, all_channels = entries.get("mscale"), entries.get("mscale_all_dim")
-    if own and all_channels:
-        return scale(float(own)) / scale(float(all_channels))
-    return scale(1.0)
-
-
-_KINDS: dict[str, Callable[[_Rope], Rotary]] = {
-    "default": _default,
-    "linear": _linear,
-    "llama3": _llama3,
-    "yarn": _yarn,
-}

@@ -1,5 +1,6 @@
 """Reads the parts of a decoder from its checkpoint's tensors."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,11 @@ from bge_rerank_adapters.engine.models.causal.config import CausalConfig
 from bge_rerank_adapters.engine.models.layers.linear import Linear, linear_maker
 from bge_rerank_adapters.engine.models.layers.norm import RmsNorm
 from bge_rerank_adapters.engine.models.weights import Weights
+from bge_rerank_adapters.errors import UnsupportedCheckpointError
+
+HEAD, _WORDS = "lm_head.weight", "embed_tokens.weight"
+# What old releases of transformers stored with each layer, computed from the config.
+_BUFFER = "rotary_emb.inv_freq"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +83,53 @@ class CausalReader:
         row = self.weights.tensor(name, shape)[index]
         return row.to(self.device, torch.float32, copy=True)
 
+    def words(self) -> Tensor:
+        """Return the word embeddings; shape (vocabulary, hidden)."""
+        shape = (self.config.vocabulary, self.config.hidden)
+        return self.tensor(self.words_name, shape)
+
+    @property
+    def words_name(self) -> str:
+        """The name of the word embeddings: the head's, if they are stored as that alone."""
+        name = self.inner + _WORDS
+        only_head = self.config.tied and name not in self.weights and HEAD in self.weights
+        return HEAD if only_head else name
+
+    @property
+    def inner(self) -> str:
+        """What names begin with but the head's; `""` if the model was saved without its head."""
+        bare = "model." + _WORDS not in self.weights and _WORDS in self.weights
+        return "" if bare else "model."
+
+    def check_all_read(self, depth: int, *, heads: Sequence[str] = ()) -> None:
+        """Refuse tensors that are left out: with them, the author's model gives other scores.
+
+        Args:
+            depth: Number of layers that were read.
+            heads: Names of heads that need not be read.
+
+        Raises:
+            UnsupportedCheckpointError: There is a tensor that the architecture does not have.
+        """
+        deeper = tuple(f"{self.inner}layers.{index}." for index in range(depth, self.config.layers))
+        left = [
+            name
+            for name in self.weights.unread()
+            if not (name.endswith(_BUFFER) or name.startswith(deeper) or name in heads)
+        ]
+        for name in left:
+            if not (name.endswith(".bias") and self._is_zero(name)):
+                more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+                raise UnsupportedCheckpointError(
+                    f"{self.weights.path} has the tensor {name}{more}, which a model with this "
+                    "config.json does not have; left out, scores would be others than those it "
+                    "was trained for. Give the config.json that came with the weights, or take "
+                    "the tensor out of the file if it is a leftover."
+                )
+
+    def _is_zero(self, name: str) -> bool:
+        return not self.weights.tensor(name, self.weights.shape(name)).any()
+
     def norm(self, name: str, *, width: int | None = None) -> RmsNorm:
         """Return a norm in float32, of the hidden width unless another is given."""
         weight = self.tensor(f"{name}.weight", (width or self.config.hidden,), torch.float32)
@@ -84,7 +137,7 @@ class CausalReader:
 
     def layer(self, index: int) -> DecoderLayer:
         """Return a layer, counted from 0."""
-        name, config = f"model.layers.{index}", self.config
+        name, config = f"{self.inner}layers.{index}", self.config
         queries = config.query_heads * config.head_width
         keys = config.key_heads * config.head_width
         hidden, inner, after = config.hidden, config.intermediate, config.norms_after
