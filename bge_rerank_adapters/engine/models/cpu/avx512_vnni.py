@@ -4,9 +4,12 @@ It is for 8 bits only: in bfloat16 and float32 oneDNN is about as fast on such C
 """
 
 from bge_rerank_adapters.engine.models.cpu.kernels.kit import KernelInt8Kit
-from bge_rerank_adapters.engine.models.cpu.kernels.layers import attention_by
-from bge_rerank_adapters.engine.models.cpu.kernels.library import AVX512_BF16, AVX512_VNNI, lack
-from bge_rerank_adapters.engine.models.layers.attention import Attention
+from bge_rerank_adapters.engine.models.cpu.kernels.library import (
+    AVX512_BF16,
+    AVX512_VNNI,
+    InstructionSet,
+    lack,
+)
 
 
 class Avx512VnniInt8Kit(KernelInt8Kit):
@@ -18,6 +21,6 @@ class Avx512VnniInt8Kit(KernelInt8Kit):
     label = "Own kernels for AVX512-VNNI in int8"
     instruction_set = AVX512_VNNI
 
-    def attention(self) -> Attention:
-        """Return the attention kernel for these layers."""
-        return attention_by(AVX512_VNNI if lack(AVX512_BF16) else AVX512_BF16)
+    def attention_set(self) -> InstructionSet:
+        """Return the instruction set of the attention kernel."""
+        return AVX512_VNNI if lack(AVX512_BF16) else AVX512_BF16

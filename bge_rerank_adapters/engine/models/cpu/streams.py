@@ -55,15 +55,24 @@ def one_thread_stream_count() -> int:
     return min(torch.get_num_threads(), _MOST_STREAMS_OF_ONE_THREAD)
 
 
-def with_streams(model: NativeModel, streams: int) -> Model:
-    """Return the model with its packs divided among streams; the model itself for one stream."""
-    return StreamedModel(model, streams) if streams > 1 else model
+def with_streams(model: NativeModel, streams: int, *, small_pack: int = 0) -> Model:
+    """Return the model with its packs divided among streams; the model itself for one stream.
+
+    Args:
+        model: A thread-safe model.
+        streams: Number of streams.
+        small_pack: Up to how many tokens a pack is run by all threads together.
+    """
+    if streams == 1:
+        return model
+    return StreamedModel(model, streams, small_pack=small_pack)
 
 
 class StreamedModel:
     """A model whose packs are divided by pairs among streams.
 
-    A pack that cannot be divided evenly, such as one long pair, is run by all threads together.
+    A small pack is run by all threads together, and so is one that cannot be divided evenly, such
+    as one long pair.
 
     Attributes:
         device: The model's device.
@@ -75,16 +84,17 @@ class StreamedModel:
 
     runs_ahead = False
 
-    def __init__(self, model: NativeModel, streams: int) -> None:
+    def __init__(self, model: NativeModel, streams: int, *, small_pack: int = 0) -> None:
         """Divide the threads that torch uses in this thread among the streams.
 
         Args:
             model: A thread-safe model.
             streams: From 2 to the number of threads.
+            small_pack: Up to how many tokens a pack is run by all threads together.
         """
         self.device, self.dtype, self.streams = model.device, model.dtype, streams
         self.pack_tokens = max(model.pack_tokens, streams * _STREAM_TOKENS)
-        self._model = model
+        self._model, self._small_pack = model, small_pack
         threads = torch.get_num_threads()
         own = threads // streams
         # How many times as fast all threads together are as one stream.
@@ -99,9 +109,10 @@ class StreamedModel:
 
     def logits(self, pairs: Sequence[TokenPair]) -> list[float]:
         """Return the logit of each pair of a pack; the same pack always gives the same."""
+        tokens = sum(map(len, pairs))
         parts = _share_out([len(pair) for pair in pairs], self.streams)
         longest = max(sum(len(pairs[place]) for place in part) for part in parts)
-        if longest > sum(map(len, pairs)) / self._together:
+        if tokens <= self._small_pack or longest > tokens / self._together:
             return self._model.logits(pairs, helpers=self._helpers)
         futures = [self._score([pairs[place] for place in part]) for part in parts]
         # Wait for all, so that when one lacks memory no other still holds some.

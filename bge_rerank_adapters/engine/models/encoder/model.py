@@ -89,6 +89,14 @@ class EncoderModel:
         *ids, bounds = self._transfers.upload([*self._ids(pairs), bounds_of(lengths)])
         layout = Layout(lengths, self.device, helpers, bounds=bounds)
         states = self._embed(ids)
+        if self._stack and helpers.size > 1 and len(states) <= self.kit.small_pack(helpers.size):
+            states = self._stack(states, layout)
+        else:
+            states = self._layer_by_layer(states, layout)
+        return self._transfers.download(self._head(states[:count].float()).squeeze(-1))
+
+    def _layer_by_layer(self, states: Tensor, layout: Layout) -> Tensor:
+        """Return the last layer's output for the pairs' first tokens, shape (n, hidden)."""
         *layers, last = self._layers
         for layer in layers:
             attended = self._attend(*layer.project(states, layout), layout, self.config.heads)
@@ -97,8 +105,7 @@ class EncoderModel:
         first = states[layout.first]
         projected = last.project_last(states, first, layout)
         attended = self._attend(*projected, layout, self.config.heads)
-        states = last.after_attention(first, attended, layout)
-        return self._transfers.download(self._head(states[:count].float()).squeeze(-1))
+        return last.after_attention(first, attended, layout)
 
     def _fillers(self, pairs: Sequence[TokenPair]) -> list[TokenPair]:
         """Return pairs of one token that fill a pack up to `kit.pack_rows`."""
@@ -122,6 +129,7 @@ class EncoderModel:
             self._layers = self._int8_layers(read, sample)
         else:
             self._layers = self._layers_of(read)
+        self._stack = self.kit.stack(self._layers)
         self._head = read.head()
 
     def _layers_of(self, read: EncoderReader) -> list[EncoderLayer]:

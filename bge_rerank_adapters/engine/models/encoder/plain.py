@@ -1,9 +1,11 @@
 """The kit that runs everywhere, and the base of those for other back ends."""
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
+from torch import Tensor
 
 from bge_rerank_adapters.engine.models.cpu.streams import stream_count
 from bge_rerank_adapters.engine.models.encoder.config import EncoderConfig
@@ -35,6 +37,10 @@ class KitRequest(NamedTuple):
     config: EncoderConfig
     device: torch.device
     dtype: torch.dtype
+
+
+# Maps the first layer's input, which it may overwrite, to the last one's output for first tokens.
+Stack = Callable[[Tensor, Layout], Tensor]
 
 
 class PlainKit:
@@ -97,6 +103,16 @@ class PlainKit:
             dtype=self.dtype,
         )
         return candidates[index]
+
+    def stack(self, layers: Sequence[EncoderLayer]) -> Stack | None:
+        """Return all layers in one, for small packs that several threads run; `None` if none."""
+        del layers
+        return None
+
+    def small_pack(self, threads: int) -> int:
+        """Return up to how many tokens threads run a pack by `stack`; 0 is never."""
+        del threads
+        return 0
 
     def pack_rows(self, tokens: int) -> int:
         """Return the number of tokens that a pack is padded to."""

@@ -23,6 +23,14 @@ from bge_rerank_adapters.engine.models.encoder.tensors import LinearTensors, sta
 from bge_rerank_adapters.engine.models.layers.norm import LayerNorm
 
 
+class _Projection(ctypes.Structure):
+    _fields_ = (
+        ("packed", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("outputs", ctypes.c_int64),
+    )
+
+
 class _Layer(ctypes.Structure):
     _fields_ = (
         ("hidden", ctypes.c_int64),
@@ -73,6 +81,7 @@ class AmxLinear:
         self._outputs, self._inputs = weight.shape
         self._weight, self._bias = packed(weight, AMX), bias.float()
         self._slice = slice_width
+        self.structure = _Projection(self._weight.data_ptr(), self._bias.data_ptr(), self._outputs)
 
     def __call__(self, states: Tensor, helpers: Helpers = ALONE) -> Tensor:
         """Return the outputs for states of shape (rows, inputs), contiguous.
@@ -110,7 +119,7 @@ class AmxAfterAttention:
         self._kept = weights, biases
         self._vectors, structures = norm_vectors(norms)
         intermediate, hidden = linears[1][0].shape
-        self._layer = _Layer(
+        self.structure = _Layer(
             *(hidden, intermediate),
             *(each.data_ptr() for each in (*weights, *biases)),
             *(*structures, norms[0].epsilon),
@@ -121,4 +130,4 @@ class AmxAfterAttention:
 
         All have shape (rows, hidden) and are contiguous.
         """
-        return by_rows(kernel(AMX, "after_attention"), self._layer, states, attended, helpers)
+        return by_rows(kernel(AMX, "after_attention"), self.structure, states, attended, helpers)

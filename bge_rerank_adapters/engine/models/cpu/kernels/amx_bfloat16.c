@@ -12,30 +12,53 @@ KERNEL static void multiply_bf16(const bf16 *states, long width, long blocks, co
     multiply_panel(BFLOAT16, states, width, blocks, panel, depth, sums, apart, more, next);
 }
 
+/* A product: packed weights, and a bias in float32. */
+struct linear {
+    const bf16 *packed;
+    const float *bias;
+};
+
+/* Rows as a left operand, `width` tiles side by side. */
+struct given {
+    long count, width;
+    bf16 *left;
+};
+
+static long blocks_of(long rows) { return (rows + 31) / 32; }
+
+/* The outputs from `n` to `n + 32` of rows; those of a row lie `apart` from those of the row
+ * before. `sums` has room for 32 of each row, up to the next multiple of 32 rows. */
+KERNEL static void linear_panel(const struct linear *linear, const struct given *given, long n,
+                                float *sums, bf16 *out, long apart) {
+    const long size = given->width * 2 * TILE;
+    const bf16 *panel = linear->packed + n / 32 * size;
+    multiply_bf16(given->left, given->width, blocks_of(given->count), panel, given->width, sums,
+                  BLOCK, 0, panel + size);
+    const __m512 low = _mm512_loadu_ps(linear->bias + n);
+    const __m512 high = _mm512_loadu_ps(linear->bias + n + 16);
+    for (long r = 0; r < given->count; r++)
+        store(out + r * apart, _mm512_add_ps(_mm512_load_ps(sums + r * 32), low),
+              _mm512_add_ps(_mm512_load_ps(sums + r * 32 + 16), high));
+}
+
 /* states @ weight.T + bias for the rows from `begin` to `end`, by slices of outputs: the output has
  * shape (outputs / slice, rows, slice). Returns 0, or -1 where memory is short. */
 EXPORT KERNEL int bge_amx_linear(const bf16 *states, int64_t rows, int64_t begin, int64_t end,
                                  int64_t inputs, int64_t outputs, const bf16 *packed,
                                  const float *bias, bf16 *out, int64_t slice) {
-    const long width = inputs / 32, part = part_of(end - begin, PROJECTED_ROWS);
-    char *at = take_room(part * (inputs * sizeof(bf16) + 32 * sizeof(float)));
+    const struct linear linear = {packed, bias};
+    const long part = part_of(end - begin, PROJECTED_ROWS);
+    char *at = take_room(OWN, part * (inputs * sizeof(bf16) + 32 * sizeof(float)));
     if (!at) return -1;
-    bf16 *left = cut(&at, part * inputs, sizeof(bf16));
+    struct given given = {.width = inputs / 32, .left = cut(&at, part * inputs, sizeof(bf16))};
     float *sums = cut(&at, part * 32, sizeof(float));
     begin_tiles();
     for (long start = begin; start < end; start += part) {
-        const long count = end - start < part ? end - start : part;
-        to_left(states + start * inputs, inputs, count, width, left);
-        for (long n = 0; n < outputs; n += 32) {
-            const bf16 *panel = packed + n * inputs;
-            multiply_bf16(left, width, (count + 31) / 32, panel, width, sums, BLOCK, 0,
-                          panel + 32 * inputs);
-            const __m512 low = _mm512_loadu_ps(bias + n), high = _mm512_loadu_ps(bias + n + 16);
-            bf16 *to = out + (n / slice * rows + start) * slice + n % slice;
-            for (long r = 0; r < count; r++)
-                store(to + r * slice, _mm512_add_ps(_mm512_load_ps(sums + r * 32), low),
-                      _mm512_add_ps(_mm512_load_ps(sums + r * 32 + 16), high));
-        }
+        given.count = end - start < part ? end - start : part;
+        to_left(states + start * inputs, inputs, given.count, given.width, given.left);
+        for (long n = 0; n < outputs; n += 32)
+            linear_panel(&linear, &given, n, sums,
+                         out + (n / slice * rows + start) * slice + n % slice, slice);
     }
     end_tiles();
     return 0;
@@ -50,10 +73,9 @@ struct layer {
     float epsilon;
 };
 
-/* Some rows on their way through it: as left operands what a product is given, and sums. */
+/* Some rows on their way through it: as left operands what products are given, and sums. */
 struct work {
-    long count, blocks; /* of rows, and of blocks of them */
-    bf16 *left, *inner;
+    struct given given, inner; /* the inner numbers of a chunk */
     float *sums, *few, *row;
 };
 
@@ -75,83 +97,108 @@ INLINE void add_and_norm(const struct layer *layer, const struct norm *norm, con
     store_row(row, layer->hidden, out, out_apart);
 }
 
-/* From what was attended to what the feed-forward block is given, both as left operand. */
-KERNEL static void attention_output(const struct layer *layer, const struct work *work,
-                                    const bf16 *states) {
-    const long width = layer->hidden / 32;
-    for (long n = 0; n < width; n++) {
-        const bf16 *panel = layer->output + n * width * 2 * TILE;
-        multiply_bf16(work->left, width, work->blocks, panel, width, work->sums + n * BLOCK,
-                      width * BLOCK, 0, n + 1 < width ? panel + width * 2 * TILE : layer->up);
-    }
-    for (long r = 0; r < work->count; r++)
+/* The sums of the output projection in the panel `n`. */
+KERNEL static void output_panel(const struct layer *layer, const struct work *work, long n,
+                                const bf16 *next) {
+    const long width = work->given.width;
+    multiply_bf16(work->given.left, width, blocks_of(work->given.count),
+                  layer->output + n * width * 2 * TILE, width, work->sums + n * BLOCK,
+                  width * BLOCK, 0, next);
+}
+
+/* From these sums and the layer's input to what the feed-forward block is given. */
+KERNEL static void norm_middle(const struct layer *layer, const struct work *work,
+                               const bf16 *states, long begin, long end) {
+    const long width = work->given.width;
+    for (long r = begin; r < end; r++)
         add_and_norm(layer, &layer->attention_norm, work->sums + sums_row(width, r),
                      layer->output_bias, states + r * layer->hidden, 32, work->row,
-                     left_row(work->left, width, r), TILE);
+                     left_row(work->given.left, width, r), TILE);
 }
 
-/* The feed-forward block's inner numbers from one to another, as left operand. */
-KERNEL static void go_up(const struct layer *layer, const struct work *work, long from, long to,
-                         const bf16 *next) {
-    const long width = layer->hidden / 32, inner_width = (to - from) / 32;
-    for (long n = from; n < to; n += 32) {
-        const bf16 *panel = layer->up + n / 32 * width * 2 * TILE;
-        multiply_bf16(work->left, width, work->blocks, panel, width, work->few, BLOCK, 0,
-                      n + 32 < to ? panel + width * 2 * TILE : next);
-        const float *bias = layer->up_bias + n;
-        const __m512 low = _mm512_loadu_ps(bias), high = _mm512_loadu_ps(bias + 16);
-        bf16 *out = work->inner + (n - from) / 32 * TILE;
-        for (long r = 0; r < work->blocks * 32; r++)
-            store(left_row(out, inner_width, r),
-                  gelu(_mm512_add_ps(_mm512_load_ps(work->few + r * 32), low)),
-                  gelu(_mm512_add_ps(_mm512_load_ps(work->few + r * 32 + 16), high)));
-    }
+/* The feed-forward block's inner numbers from `n` to `n + 32`, of a chunk that begins at `from`. */
+KERNEL static void up_panel(const struct layer *layer, const struct work *work, long from, long n,
+                            const bf16 *next) {
+    const long width = work->given.width, blocks = blocks_of(work->given.count);
+    multiply_bf16(work->given.left, width, blocks, layer->up + n / 32 * width * 2 * TILE, width,
+                  work->few, BLOCK, 0, next);
+    const float *bias = layer->up_bias + n;
+    const __m512 low = _mm512_loadu_ps(bias), high = _mm512_loadu_ps(bias + 16);
+    bf16 *out = work->inner.left + (n - from) / 32 * TILE;
+    for (long r = 0; r < blocks * 32; r++)
+        store(left_row(out, work->inner.width, r),
+              gelu(_mm512_add_ps(_mm512_load_ps(work->few + r * 32), low)),
+              gelu(_mm512_add_ps(_mm512_load_ps(work->few + r * 32 + 16), high)));
 }
 
-/* The sums of these inner numbers, added to those of the ones before. */
-KERNEL static void go_down(const struct layer *layer, const struct work *work, long from, long to,
-                           const bf16 *next) {
-    const long width = layer->hidden / 32, inner_width = (to - from) / 32;
-    const long panel_size = layer->intermediate / 32 * 2 * TILE;
-    for (long n = 0; n < width; n++) {
-        const bf16 *panel = layer->down + n * panel_size + from / 32 * 2 * TILE;
-        multiply_bf16(work->inner, inner_width, work->blocks, panel, inner_width,
-                      work->sums + n * BLOCK, width * BLOCK, from > 0,
-                      n + 1 < width ? panel + panel_size : next);
+/* The sums of a chunk of inner numbers that begins at `from` in the panel `n`, added to those of
+ * the ones before. */
+KERNEL static void down_panel(const struct layer *layer, const struct work *work, long from, long n,
+                              const bf16 *next) {
+    const long width = layer->hidden / 32, inner_width = work->inner.width;
+    const bf16 *panel = layer->down + (n * (layer->intermediate / 32) + from / 32) * 2 * TILE;
+    multiply_bf16(work->inner.left, inner_width, blocks_of(work->inner.count), panel, inner_width,
+                  work->sums + n * BLOCK, width * BLOCK, from > 0, next);
+}
+
+/* The layer's output, from the sums of all inner numbers. */
+KERNEL static void finish(const struct layer *layer, const struct work *work, long begin, long end,
+                          bf16 *out) {
+    const long width = work->given.width;
+    for (long r = begin; r < end; r++)
+        add_and_norm(layer, &layer->output_norm, work->sums + sums_row(width, r), layer->down_bias,
+                     left_row(work->given.left, width, r), TILE, work->row, out + r * layer->hidden,
+                     32);
+}
+
+/* All that comes after attention, for `work->given.count` rows. */
+KERNEL static void after_attention(const struct layer *layer, struct work *work, long most,
+                                   const bf16 *states, const bf16 *attended, bf16 *out) {
+    const long hidden = layer->hidden, width = hidden / 32, inner = layer->intermediate;
+    const long count = work->given.count, size = width * 2 * TILE;
+    to_left(attended, hidden, count, width, work->given.left);
+    for (long n = 0; n < width; n++)
+        output_panel(layer, work, n, n + 1 < width ? layer->output + (n + 1) * size : layer->up);
+    norm_middle(layer, work, states, 0, count);
+    for (long from = 0; from < inner; from += most) {
+        const long to = from + most < inner ? from + most : inner;
+        const bf16 *down = layer->down + from / 32 * 2 * TILE;
+        work->inner.count = count;
+        work->inner.width = (to - from) / 32;
+        for (long n = from; n < to; n += 32)
+            up_panel(layer, work, from, n, n + 32 < to ? layer->up + (n / 32 + 1) * size : down);
+        for (long n = 0; n < width; n++)
+            down_panel(layer, work, from, n,
+                       n + 1 < width ? down + (n + 1) * (inner / 32) * 2 * TILE
+                                     : layer->up + to / 32 * size);
     }
+    finish(layer, work, 0, count, out);
 }
 
 /* What comes after attention for states and what their attention gave, all of shape (rows, hidden).
  * Returns 0, or -1 where memory is short. */
 EXPORT KERNEL int bge_amx_after_attention(const struct layer *layer, const bf16 *states,
                                           const bf16 *attended, int64_t rows, bf16 *out) {
-    const long hidden = layer->hidden, width = hidden / 32, part = part_of(rows, LAYER_ROWS);
-    const long inner = layer->intermediate, most = inner < INNER ? inner : INNER;
-    char *at = take_room(sizeof(bf16) * part * (hidden + most) +
-                         sizeof(float) * (part * (hidden + 32) + hidden));
+    const long hidden = layer->hidden, part = part_of(rows, LAYER_ROWS);
+    const long most = layer->intermediate < INNER ? layer->intermediate : INNER;
+    char *at = take_room(OWN, sizeof(bf16) * part * (hidden + most) +
+                                  sizeof(float) * (part * (hidden + 32) + hidden));
     if (!at) return -1;
     struct work work;
-    work.left = cut(&at, part * hidden, sizeof(bf16));
-    work.inner = cut(&at, part * most, sizeof(bf16));
+    work.given.width = hidden / 32;
+    work.given.left = cut(&at, part * hidden, sizeof(bf16));
+    work.inner.left = cut(&at, part * most, sizeof(bf16));
     work.sums = cut(&at, part * hidden, sizeof(float));
     work.few = cut(&at, part * 32, sizeof(float));
     work.row = cut(&at, hidden, sizeof(float));
     begin_tiles();
     for (long start = 0; start < rows; start += part) {
-        work.count = rows - start < part ? rows - start : part;
-        work.blocks = (work.count + 31) / 32;
-        to_left(attended + start * hidden, hidden, work.count, width, work.left);
-        attention_output(layer, &work, states + start * hidden);
-        for (long from = 0; from < inner; from += most) {
-            const long to = from + most < inner ? from + most : inner;
-            go_up(layer, &work, from, to, layer->down + from / 32 * 2 * TILE);
-            go_down(layer, &work, from, to, layer->up + to / 32 * width * 2 * TILE);
-        }
-        for (long r = 0; r < work.count; r++)
-            add_and_norm(layer, &layer->output_norm, work.sums + sums_row(width, r),
-                         layer->down_bias, left_row(work.left, width, r), TILE, work.row,
-                         out + (start + r) * hidden, 32);
+        work.given.count = rows - start < part ? rows - start : part;
+        after_attention(layer, &work, most, states + start * hidden, attended + start * hidden,
+                        out + start * hidden);
     }
     end_tiles();
     return 0;
 }
+
+#include "bfloat16_stack.h"

@@ -12,7 +12,10 @@ KERNEL static void multiply_int8(const bf16 *states, long width, long rows, cons
 
 #define INT8_LINEAR bge_amx_int8_linear
 #define INT8_AFTER_ATTENTION bge_amx_int8_after_attention
+#define INT8_STACK_BEGIN bge_amx_int8_stack_begin
+#define INT8_STACK_RUN bge_amx_int8_stack_run
 #define BEGIN begin_tiles
 #define END end_tiles
 
 #include "int8.h"
+#include "int8_stack.h"

@@ -82,13 +82,37 @@ INLINE struct outputs outputs_of(const struct int8_linear *layer, const float *s
     return out;
 }
 
-/* Makes codes of rows of `count` states as a left operand; rows up to the next multiple of 32 keep
- * the codes they have. */
-INLINE void encode_rows(const bf16 *states, long stride, long rows, long count, const float *factor,
-                        float *row, bf16 *tiles, struct steps *steps) {
-    for (long r = 0; r < rows; r++) {
+/* Makes codes of the rows from `begin` to `end`, of `count` states each, as a left operand; rows up
+ * to the next multiple of 32 keep the codes they have. */
+INLINE void encode_rows(const bf16 *states, long stride, long begin, long end, long count,
+                        const float *factor, float *row, bf16 *tiles, struct steps *steps) {
+    for (long r = begin; r < end; r++) {
         load_row(states + r * stride, count, row);
         steps[r] = encode(row, factor, count, left_row(tiles, count / 64, r));
+    }
+}
+
+/* The codes of some rows, `width` tiles side by side. */
+struct codes {
+    long count, width;
+    bf16 *left;
+    struct steps *steps;
+};
+
+/* The outputs from `n` to `n + 32` of coded rows; those of a row lie `apart` from those of the row
+ * before. `sums` has room for 32 of each row, up to the next multiple of 32 rows. */
+KERNEL static void linear_panel(const struct int8_linear *linear, const struct codes *codes, long n,
+                                int32_t *sums, bf16 *out, long apart) {
+    const long size = codes->width * 2 * TILE;
+    const bf16 *panel = linear->packed + n / 32 * size;
+    multiply_int8(codes->left, codes->width, codes->count, panel, codes->width, sums, BLOCK,
+                  panel + size);
+    const struct outputs which = outputs_of(linear, linear->sums, n);
+    for (long r = 0; r < codes->count; r++) {
+        const int32_t *from = sums + r * 32;
+        const struct steps steps = codes->steps[r];
+        store(out + r * apart, decode(from, steps, which.step[0], which.sums[0], which.bias[0]),
+              decode(from + 16, steps, which.step[1], which.sums[1], which.bias[1]));
     }
 }
 
@@ -96,30 +120,24 @@ INLINE void encode_rows(const bf16 *states, long stride, long rows, long count, 
 EXPORT KERNEL int INT8_LINEAR(const struct int8_linear *layer, const bf16 *states, int64_t rows,
                               int64_t begin, int64_t end, int64_t inputs, int64_t outputs,
                               bf16 *out, int64_t slice) {
-    const long width = inputs / 64, part = part_of(end - begin, PROJECTED_ROWS);
-    char *at = take_room(part * (inputs + 32 * sizeof(int32_t) + sizeof(struct steps)) +
-                         inputs * sizeof(float));
+    const long part = part_of(end - begin, PROJECTED_ROWS);
+    char *at = take_room(OWN, part * (inputs + 32 * sizeof(int32_t) + sizeof(struct steps)) +
+                                  inputs * sizeof(float));
     if (!at) return -1;
-    bf16 *left = cut(&at, part * inputs, 1);
+    struct codes codes;
+    codes.width = inputs / 64;
+    codes.left = cut(&at, part * inputs, 1);
     int32_t *sums = cut(&at, part * 32, sizeof(int32_t));
     float *row = cut(&at, inputs, sizeof(float));
-    struct steps *steps = cut(&at, part, sizeof(struct steps));
+    codes.steps = cut(&at, part, sizeof(struct steps));
     BEGIN();
     for (long start = begin; start < end; start += part) {
-        const long count = end - start < part ? end - start : part;
-        encode_rows(states + start * inputs, inputs, count, inputs, layer->factor, row, left,
-                    steps);
-        for (long n = 0; n < outputs; n += 32) {
-            const bf16 *panel = layer->packed + n * width * 32;
-            multiply_int8(left, width, count, panel, width, sums, BLOCK, panel + width * 2 * TILE);
-            const struct outputs which = outputs_of(layer, layer->sums, n);
-            bf16 *to = out + (n / slice * rows + start) * slice + n % slice;
-            for (long r = 0; r < count; r++)
-                store(to + r * slice,
-                      decode(sums + r * 32, steps[r], which.step[0], which.sums[0], which.bias[0]),
-                      decode(sums + r * 32 + 16, steps[r], which.step[1], which.sums[1],
-                             which.bias[1]));
-        }
+        codes.count = end - start < part ? end - start : part;
+        encode_rows(states + start * inputs, inputs, 0, codes.count, inputs, layer->factor, row,
+                    codes.left, codes.steps);
+        for (long n = 0; n < outputs; n += 32)
+            linear_panel(layer, &codes, n, sums,
+                         out + (n / slice * rows + start) * slice + n % slice, slice);
     }
     END();
     return 0;
@@ -136,115 +154,89 @@ struct int8_layer {
 
 /* Some rows on their way through it. */
 struct work {
-    long count;              /* of rows */
-    long stride;             /* of inner numbers */
-    bf16 *left, *inner_left; /* codes of what a product is given, as left operand */
-    struct steps *steps, *inner_steps;
+    long stride;        /* of inner numbers */
+    struct codes given; /* of what a product is given */
+    struct codes inner_given;
     bf16 *middle, *inner; /* what the feed-forward block is given, and its inner numbers */
     float *total, *row;
     int32_t *sums;
 };
 
-/* From the codes of what was attended to what the feed-forward block is given, and its codes. */
-KERNEL static void attention_output(const struct int8_layer *layer, const struct work *work,
-                                    const bf16 *states) {
+/* Sums of the output projection, in integers in place of the total, for the panel at `n`. */
+KERNEL static void output_panel(const struct int8_layer *layer, const struct work *work, long n,
+                                const bf16 *next) {
+    const long width = work->given.width, panels = layer->hidden / 32;
+    multiply_int8(work->given.left, width, work->given.count,
+                  layer->output.packed + n * width * 2 * TILE, width,
+                  (int32_t *)work->total + n * BLOCK, panels * BLOCK, next);
+}
+
+/* From these sums and the layer's input to what the feed-forward block is given, and its codes. */
+KERNEL static void norm_middle(const struct int8_layer *layer, const struct work *work,
+                               const bf16 *states, long begin, long end) {
     const struct int8_linear *linear = &layer->output;
-    const long hidden = layer->hidden, width = hidden / 64, panels = hidden / 32;
-    int32_t *sums = (int32_t *)work->total;
-    for (long n = 0; n < panels; n++) {
-        const bf16 *panel = linear->packed + n * width * 2 * TILE;
-        multiply_int8(work->left, width, work->count, panel, width, sums + n * BLOCK,
-                      panels * BLOCK, n + 1 < panels ? panel + width * 2 * TILE : layer->up.packed);
-    }
-    for (long r = 0; r < work->count; r++) {
-        const int32_t *from = sums + sums_row(panels, r);
+    const long hidden = layer->hidden;
+    for (long r = begin; r < end; r++) {
+        const int32_t *from = (int32_t *)work->total + sums_row(hidden / 32, r);
         load_row(states + r * hidden, hidden, work->row);
         for (long j = 0; j < hidden; j += 16) {
             const __m512 more =
                 _mm512_add_ps(_mm512_load_ps(work->row + j), _mm512_loadu_ps(linear->bias + j));
             const __m512 v =
-                decode(from + j / 32 * BLOCK + j % 32, work->steps[r],
+                decode(from + j / 32 * BLOCK + j % 32, work->given.steps[r],
                        _mm512_loadu_ps(linear->step + j), _mm512_loadu_ps(linear->sums + j), more);
             _mm512_store_ps(work->row + j, v);
         }
         norm_row(work->row, hidden, &layer->attention_norm, layer->epsilon);
         store_row(work->row, hidden, work->middle + r * hidden, 32);
-        work->steps[r] =
-            encode(work->row, layer->up.factor, hidden, left_row(work->left, width, r));
+        work->given.steps[r] = encode(work->row, layer->up.factor, hidden,
+                                      left_row(work->given.left, work->given.width, r));
     }
 }
 
-/* The block's inner numbers from one to another, and their codes. */
-KERNEL static void go_up(const struct int8_layer *layer, const struct work *work, long from,
-                         long to, const bf16 *next) {
-    const long width = layer->hidden / 64;
-    for (long n = from; n < to; n += 32) {
-        const bf16 *panel = layer->up.packed + n / 32 * width * 2 * TILE;
-        multiply_int8(work->left, width, work->count, panel, width, work->sums, BLOCK,
-                      n + 32 < to ? panel + width * 2 * TILE : next);
-        const struct outputs outputs = outputs_of(&layer->up, layer->up.sums, n);
-        for (long r = 0; r < work->count; r++) {
-            const int32_t *sums = work->sums + r * 32;
-            store(work->inner + r * work->stride + n - from,
-                  gelu(decode(sums, work->steps[r], outputs.step[0], outputs.sums[0],
-                              outputs.bias[0])),
-                  gelu(decode(sums + 16, work->steps[r], outputs.step[1], outputs.sums[1],
-                              outputs.bias[1])));
+/* The block's inner numbers from `n` to `n + 32`, of a chunk that begins at `from`. */
+KERNEL static void up_panel(const struct int8_layer *layer, const struct work *work, long from,
+                            long n, const bf16 *next) {
+    const long width = work->given.width, count = work->given.count;
+    multiply_int8(work->given.left, width, count, layer->up.packed + n / 32 * width * 2 * TILE,
+                  width, work->sums, BLOCK, next);
+    const struct outputs outputs = outputs_of(&layer->up, layer->up.sums, n);
+    for (long r = 0; r < count; r++) {
+        const int32_t *sums = work->sums + r * 32;
+        const struct steps steps = work->given.steps[r];
+        store(work->inner + r * work->stride + n - from,
+              gelu(decode(sums, steps, outputs.step[0], outputs.sums[0], outputs.bias[0])),
+              gelu(decode(sums + 16, steps, outputs.step[1], outputs.sums[1], outputs.bias[1])));
+    }
+}
+
+/* What a chunk of inner numbers that begins at `from` comes to in the panel at `n`, added to what
+ * the ones before do. */
+KERNEL static void down_panel(const struct int8_layer *layer, const struct work *work, long from,
+                              long n, const bf16 *next) {
+    const long panels = layer->hidden / 32, width = work->inner_given.width;
+    const bf16 *panel =
+        layer->down.packed + (n * (layer->intermediate / 64) + from / 64) * 2 * TILE;
+    multiply_int8(work->inner_given.left, width, work->inner_given.count, panel, width, work->sums,
+                  BLOCK, next);
+    const float *chunk_sums = layer->down.sums + from / layer->chunk * layer->hidden;
+    const struct outputs outputs = outputs_of(&layer->down, chunk_sums, n * 32);
+    for (long r = 0; r < work->inner_given.count; r++) {
+        float *total = work->total + n * BLOCK + sums_row(panels, r);
+        for (int i = 0; i < 2; i++) {
+            const __m512 before = from ? _mm512_load_ps(total + 16 * i) : outputs.bias[i];
+            const __m512 after = decode(work->sums + r * 32 + 16 * i, work->inner_given.steps[r],
+                                        outputs.step[i], outputs.sums[i], before);
+            _mm512_store_ps(total + 16 * i, after);
         }
     }
-    encode_rows(work->inner, work->stride, work->count, to - from, NULL, work->row,
-                work->inner_left, work->inner_steps);
-}
-
-/* What these inner numbers come to, added to what the ones before do. */
-KERNEL static void go_down(const struct int8_layer *layer, const struct work *work, long from,
-                           long to, const bf16 *next) {
-    const long panels = layer->hidden / 32, inner_width = (to - from) / 64;
-    const long panel_size = layer->intermediate / 64 * 2 * TILE;
-    for (long n = 0; n < panels; n++) {
-        const bf16 *panel = layer->down.packed + n * panel_size + from / 64 * 2 * TILE;
-        multiply_int8(work->inner_left, inner_width, work->count, panel, inner_width, work->sums,
-                      BLOCK, n + 1 < panels ? panel + panel_size : next);
-        const float *chunk_sums = layer->down.sums + from / layer->chunk * layer->hidden;
-        const struct outputs outputs = outputs_of(&layer->down, chunk_sums, n * 32);
-        for (long r = 0; r < work->count; r++) {
-            float *total = work->total + n * BLOCK + sums_row(panels, r);
-            for (int i = 0; i < 2; i++) {
-                const __m512 before = from ? _mm512_load_ps(total + 16 * i) : outputs.bias[i];
-                const __m512 after = decode(work->sums + r * 32 + 16 * i, work->inner_steps[r],
-                                            outputs.step[i], outputs.sums[i], before);
-                _mm512_store_ps(total + 16 * i, after);
-            }
-        }
-    }
-}
-
-/* Takes the memory for parts of so many rows. Returns 0, or -1 where it is short. */
-static int take_work(const struct int8_layer *layer, long part, struct work *work) {
-    const long hidden = layer->hidden, chunk = layer->chunk;
-    const long longest = hidden > chunk ? hidden : chunk;
-    /* A little longer than a chunk, so that rows do not fall on the same place of the cache. */
-    work->stride = chunk + 32;
-    char *at = take_room(part * (hidden + chunk + (hidden + work->stride) * sizeof(bf16) +
-                                 (hidden + 32) * sizeof(float) + 2 * sizeof(struct steps)) +
-                         longest * sizeof(float));
-    if (!at) return -1;
-    work->left = cut(&at, part * hidden, 1);
-    work->inner_left = cut(&at, part * chunk, 1);
-    work->steps = cut(&at, part, sizeof(struct steps));
-    work->inner_steps = cut(&at, part, sizeof(struct steps));
-    work->middle = cut(&at, part * hidden, sizeof(bf16));
-    work->inner = cut(&at, part * work->stride, sizeof(bf16));
-    work->total = cut(&at, part * hidden, sizeof(float));
-    work->row = cut(&at, longest, sizeof(float));
-    work->sums = cut(&at, part * 32, sizeof(int32_t));
-    return 0;
 }
 
 /* The layer's output, from the sums of all inner numbers. */
-KERNEL static void finish(const struct int8_layer *layer, const struct work *work, bf16 *out) {
+KERNEL static void finish(const struct int8_layer *layer, const struct work *work, long begin,
+                          long end, bf16 *out) {
     const long hidden = layer->hidden;
-    for (long r = 0; r < work->count; r++) {
+    for (long r = begin; r < end; r++) {
         const float *from = work->total + sums_row(hidden / 32, r);
         load_row(work->middle + r * hidden, hidden, work->row);
         for (long j = 0; j < hidden; j += 16) {
@@ -256,25 +248,69 @@ KERNEL static void finish(const struct int8_layer *layer, const struct work *wor
     }
 }
 
+/* Takes the memory for parts of so many rows. Returns 0, or -1 where it is short. */
+static int take_work(const struct int8_layer *layer, long part, struct work *work) {
+    const long hidden = layer->hidden, chunk = layer->chunk;
+    const long longest = hidden > chunk ? hidden : chunk;
+    /* A little longer than a chunk, so that rows do not fall on the same place of the cache. */
+    work->stride = chunk + 32;
+    char *at = take_room(OWN, part * (hidden + chunk + (hidden + work->stride) * sizeof(bf16) +
+                                      (hidden + 32) * sizeof(float) + 2 * sizeof(struct steps)) +
+                                  longest * sizeof(float));
+    if (!at) return -1;
+    work->given.width = hidden / 64;
+    work->given.left = cut(&at, part * hidden, 1);
+    work->inner_given.left = cut(&at, part * chunk, 1);
+    work->given.steps = cut(&at, part, sizeof(struct steps));
+    work->inner_given.steps = cut(&at, part, sizeof(struct steps));
+    work->middle = cut(&at, part * hidden, sizeof(bf16));
+    work->inner = cut(&at, part * work->stride, sizeof(bf16));
+    work->total = cut(&at, part * hidden, sizeof(float));
+    work->row = cut(&at, longest, sizeof(float));
+    work->sums = cut(&at, part * 32, sizeof(int32_t));
+    return 0;
+}
+
+/* All that comes after attention, for `work->given.count` rows. */
+KERNEL static void after_attention(const struct int8_layer *layer, struct work *work,
+                                   const bf16 *states, const bf16 *attended, bf16 *out) {
+    const long hidden = layer->hidden, count = work->given.count, chunk = layer->chunk;
+    const long panels = hidden / 32, inner = layer->intermediate, size = hidden * 16;
+    encode_rows(attended, hidden, 0, count, hidden, layer->output.factor, work->row,
+                work->given.left, work->given.steps);
+    for (long n = 0; n < panels; n++)
+        output_panel(layer, work, n,
+                     n + 1 < panels ? layer->output.packed + (n + 1) * size : layer->up.packed);
+    norm_middle(layer, work, states, 0, count);
+    for (long from = 0; from < inner; from += chunk) {
+        const long to = from + chunk < inner ? from + chunk : inner;
+        const bf16 *down = layer->down.packed + from * 16;
+        for (long n = from; n < to; n += 32)
+            up_panel(layer, work, from, n,
+                     n + 32 < to ? layer->up.packed + (n / 32 + 1) * size : down);
+        work->inner_given.count = count;
+        work->inner_given.width = (to - from) / 64;
+        encode_rows(work->inner, work->stride, 0, count, to - from, NULL, work->row,
+                    work->inner_given.left, work->inner_given.steps);
+        for (long n = 0; n < panels; n++)
+            down_panel(
+                layer, work, from, n,
+                n + 1 < panels ? down + (n + 1) * inner * 16 : layer->up.packed + to / 32 * size);
+    }
+    finish(layer, work, 0, count, out);
+}
+
 /* As bge_amx_after_attention. */
 EXPORT KERNEL int INT8_AFTER_ATTENTION(const struct int8_layer *layer, const bf16 *states,
                                        const bf16 *attended, int64_t rows, bf16 *out) {
-    const long hidden = layer->hidden, inner = layer->intermediate, chunk = layer->chunk;
-    const long part = part_of(rows, LAYER_ROWS);
+    const long hidden = layer->hidden, part = part_of(rows, LAYER_ROWS);
     struct work work;
     if (take_work(layer, part, &work)) return -1;
     BEGIN();
     for (long start = 0; start < rows; start += part) {
-        work.count = rows - start < part ? rows - start : part;
-        encode_rows(attended + start * hidden, hidden, work.count, hidden, layer->output.factor,
-                    work.row, work.left, work.steps);
-        attention_output(layer, &work, states + start * hidden);
-        for (long from = 0; from < inner; from += chunk) {
-            const long to = from + chunk < inner ? from + chunk : inner;
-            go_up(layer, &work, from, to, layer->down.packed + from / 64 * 2 * TILE);
-            go_down(layer, &work, from, to, layer->up.packed + to / 32 * (hidden / 64) * 2 * TILE);
-        }
-        finish(layer, &work, out + start * hidden);
+        work.given.count = rows - start < part ? rows - start : part;
+        after_attention(layer, &work, states + start * hidden, attended + start * hidden,
+                        out + start * hidden);
     }
     END();
     return 0;

@@ -38,6 +38,10 @@ class _Linear(ctypes.Structure):
     )
 
 
+class _Projection(ctypes.Structure):
+    _fields_ = (("linear", _Linear), ("outputs", ctypes.c_int64))
+
+
 class _Layer(ctypes.Structure):
     _fields_ = (
         ("hidden", ctypes.c_int64),
@@ -150,13 +154,14 @@ class KernelInt8Linear:
         self._outputs, self._inputs = weight.shape
         self._weight = _Quantised(weight, bias, instruction_set=instruction_set, divisor=divisor)
         self._instruction_set, self._slice = instruction_set, slice_width
+        self.structure = _Projection(self._weight.structure, self._outputs)
 
     def __call__(self, states: Tensor, helpers: Helpers = ALONE) -> Tensor:
         """Return the outputs for states of shape (rows, inputs), in bfloat16 and contiguous.
 
         Shape (outputs / slice width, rows, slice width).
         """
-        layer = ctypes.addressof(self._weight.structure)
+        layer = ctypes.addressof(self.structure.linear)
 
         def make(begin: int, end: int, out: Tensor) -> int:
             status: int = kernel(self._instruction_set, "int8_linear")(
@@ -196,7 +201,7 @@ class KernelInt8AfterAttention:
         # The kernel gets only addresses, so these tensors must stay alive.
         self._vectors, structures = norm_vectors(norms)
         intermediate, hidden = up[0].shape
-        self._layer = _Layer(
+        self.structure = _Layer(
             *(hidden, intermediate, min(_CHUNK, intermediate)),
             *(each.structure for each in self._weights),
             *(*structures, norms[0].epsilon),
@@ -208,4 +213,4 @@ class KernelInt8AfterAttention:
         All have shape (rows, hidden), are in bfloat16 and contiguous.
         """
         after_attention = kernel(self._instruction_set, "int8_after_attention")
-        return by_rows(after_attention, self._layer, states, attended, helpers)
+        return by_rows(after_attention, self.structure, states, attended, helpers)

@@ -1,14 +1,16 @@
 """Bases of the kits of this package's own kernels."""
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import ClassVar, cast
 
 import torch
 
 from bge_rerank_adapters.engine.models.cpu.kernels.int8 import kernel_int8_layer
 from bge_rerank_adapters.engine.models.cpu.kernels.layers import KernelLayer, attention_by, suits
 from bge_rerank_adapters.engine.models.cpu.kernels.library import InstructionSet, lack
+from bge_rerank_adapters.engine.models.cpu.kernels.stack import Stack, small_pack
 from bge_rerank_adapters.engine.models.cpu.streams import one_thread_stream_count
-from bge_rerank_adapters.engine.models.encoder.layer import LayerSource
+from bge_rerank_adapters.engine.models.encoder.layer import EncoderLayer, LayerSource
 from bge_rerank_adapters.engine.models.encoder.plain import KitRequest, PlainKit
 from bge_rerank_adapters.engine.models.layers.attention import Attention
 
@@ -39,7 +41,26 @@ class KernelKit(PlainKit):
 
     def attention(self) -> Attention:
         """Return the attention kernel for these layers."""
-        return attention_by(self.instruction_set)
+        return attention_by(self.attention_set())
+
+    def attention_set(self) -> InstructionSet:
+        """Return the instruction set of the attention kernel."""
+        return self.instruction_set
+
+    def stack(self, layers: Sequence[EncoderLayer]) -> Stack:
+        """Return all layers for packs of up to `small_pack` tokens."""
+        return Stack(
+            # They come from this kit.
+            cast("Sequence[KernelLayer]", layers),
+            self.config,
+            instruction_set=self.instruction_set,
+            attention=self.attention_set(),
+            prefix="int8_" if self.int8 else "",
+        )
+
+    def small_pack(self, threads: int) -> int:
+        """Return up to how many tokens threads run a pack by `stack`."""
+        return small_pack(threads)
 
     def pack_rows(self, tokens: int) -> int:
         """Return the number of tokens itself: the kernels need no padding."""

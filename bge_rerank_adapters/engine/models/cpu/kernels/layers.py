@@ -3,12 +3,13 @@
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from bge_rerank_adapters.engine.models.cpu.kernels.library import InstructionSet, kernel, pack
-from bge_rerank_adapters.engine.models.cpu.threads import Helpers
+from bge_rerank_adapters.engine.models.cpu.threads import ALONE, Helpers
 from bge_rerank_adapters.engine.models.encoder.config import EncoderConfig
 from bge_rerank_adapters.engine.models.layers.attention import Attention, Layout
 from bge_rerank_adapters.engine.models.layers.norm import LayerNorm
@@ -33,18 +34,43 @@ class NormVectors(ctypes.Structure):
     _fields_ = (("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p))
 
 
+class Projection(Protocol):
+    """A linear layer whose outputs are stored head by head."""
+
+    @property
+    def structure(self) -> ctypes.Structure:
+        """The kernels' `struct projection` of it."""
+        ...
+
+    def __call__(self, states: Tensor, helpers: Helpers = ALONE) -> Tensor:
+        """Return outputs of shape (outputs / width of a head, rows, width of a head)."""
+        ...
+
+
+class AfterAttention(Protocol):
+    """The part of a layer after attention."""
+
+    @property
+    def structure(self) -> ctypes.Structure:
+        """The kernels' structure of it."""
+        ...
+
+    def __call__(self, states: Tensor, attended: Tensor, helpers: Helpers = ALONE) -> Tensor:
+        """Return the layer's output for its input and the attended values, all (rows, hidden)."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class KernelLayer:
     """One layer.
 
     Attributes:
-        projections: As in `encoder.layer.LinearLayer`; their outputs are stored head by head, shape
-            (outputs / width of a head, rows, width of a head).
-        after: The part after attention, from input states and attended values.
+        projections: As in `encoder.layer.LinearLayer`.
+        after: The part after attention.
     """
 
-    projections: tuple[Callable[[Tensor, Helpers], Tensor], ...]
-    after: Callable[[Tensor, Tensor, Helpers], Tensor]
+    projections: tuple[Projection, ...]
+    after: AfterAttention
 
     def project(self, states: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
         """Return query, key and value for states of shape (rows, hidden), head by head."""

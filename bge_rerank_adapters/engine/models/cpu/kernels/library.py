@@ -24,6 +24,9 @@ _ARGUMENTS = {
     "after_attention": (_POINTER, _POINTER, _POINTER, _SIZE, _POINTER),
     "int8_after_attention": (_POINTER, _POINTER, _POINTER, _SIZE, _POINTER),
     "attention": (*[_POINTER] * 4, *[_SIZE] * 5, _FLAG, _POINTER),
+    **dict.fromkeys(
+        ("stack_begin", "stack_run", "int8_stack_begin", "int8_stack_run"), (_POINTER,)
+    ),
 }
 
 
@@ -41,7 +44,7 @@ AVX512_BF16 = InstructionSet.AVX512_BF16
 _NAMES = {AMX: "AMX", AVX512_VNNI: "AVX512-VNNI", AVX512_BF16: "AVX512-BF16"}
 _KERNELS = {
     AMX: tuple(_ARGUMENTS),
-    AVX512_VNNI: ("int8_linear", "int8_after_attention", "attention"),
+    AVX512_VNNI: tuple(name for name in _ARGUMENTS if "int8" in name or name == "attention"),
     AVX512_BF16: ("attention",),
 }
 # Values of ONEDNN_MAX_CPU_ISA that allow each set; all others are below it.
@@ -82,6 +85,16 @@ def kernel(instruction_set: InstructionSet, name: str) -> Callable[..., int]:
     """
     found: Callable[..., int] = getattr(_library(instruction_set), f"bge_{instruction_set}_{name}")
     return found
+
+
+def address(instruction_set: InstructionSet, name: str) -> int:
+    """Return the address of a kernel, for other kernels to call.
+
+    Raises:
+        RuntimeError: The set's kernels do not run here; `lack` says why.
+    """
+    found = getattr(_library(instruction_set), f"bge_{instruction_set}_{name}")
+    return ctypes.cast(found, _POINTER).value or 0
 
 
 def pack(instruction_set: InstructionSet) -> Callable[[int, int, int, int], None]:
