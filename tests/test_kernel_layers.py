@@ -14,6 +14,7 @@ from torch.nn import functional
 from bge_rerank_adapters import Reranker
 from bge_rerank_adapters.engine.checkpoints.model_config import read_config
 from bge_rerank_adapters.engine.models.cpu import streams
+from bge_rerank_adapters.engine.models.cpu.kernels import library, stack
 from bge_rerank_adapters.engine.models.cpu.kernels.int8 import (
     KernelInt8AfterAttention,
     KernelInt8Linear,
@@ -264,6 +265,49 @@ def test_a_pair_scores_the_same_whatever_stands_beside_it(model):
     alone = [model.logits([each])[0] for each in model.pairs]
     assert alone == pytest.approx(together, abs=1e-5)
     assert model.logits(model.pairs[::-1]) == pytest.approx(together[::-1], abs=1e-5)
+
+
+@pytest.fixture
+def helpers():
+    """Makes helpers for a thread; their own threads end with the test."""
+    tasks = Tasks()
+    started = 7
+    start_threads(started, 1, tasks)
+    yield lambda size: Helpers(tasks, size)
+    end_threads(tasks, started)
+
+
+@pytest.mark.parametrize("threads", [2, 3, 8])
+def test_threads_that_share_a_small_packs_outputs_give_the_same(model, helpers, threads):
+    assert model.kit.small_pack(1) >= len(model.pairs[-1])
+    for count in (1, 2, 3, 5):
+        pairs = model.pairs[-count:]
+        assert sum(map(len, pairs)) <= model.kit.small_pack(threads)
+        assert model.logits(pairs, helpers=helpers(threads)) == model.logits(pairs)
+
+
+def test_a_small_pack_is_not_held_up_by_threads_that_do_not_come(model):
+    pairs = model.pairs[-3:]
+    # Nobody takes these tasks.
+    assert model.logits(pairs, helpers=Helpers(Tasks(), 4)) == model.logits(pairs)
+
+
+def test_a_larger_pack_is_shared_out_by_rows(model, helpers, monkeypatch):
+    monkeypatch.setattr(model, "_stack", lambda *_: pytest.fail("it is not small"))
+    assert sum(map(len, model.pairs)) > model.kit.small_pack(2)
+    assert model.logits(model.pairs, helpers=helpers(2)) == model.logits(model.pairs)
+
+
+@pytest.mark.parametrize("short", ["stack_begin", "stack_run"])
+def test_a_small_pack_without_memory_says_so(model, helpers, monkeypatch, short):
+    def kernel(instruction_set, name):
+        return (lambda *_: -1) if name.endswith(short) else library.kernel(instruction_set, name)
+
+    monkeypatch.setattr(stack, "kernel", kernel)
+    with pytest.raises(MemoryError, match="intermediate results"):
+        model.logits(model.pairs[-2:], helpers=helpers(2))
+    monkeypatch.undo()
+    assert model.logits(model.pairs[-2:], helpers=helpers(2)) == model.logits(model.pairs[-2:])
 
 
 def test_a_pair_that_is_not_finite_spoils_no_other(model):

@@ -15,9 +15,13 @@ from bge_rerank_adapters.engine.models.cpu.kernels import build
 from tests.kernels.emulation import TILES
 
 DRIVER = Path(__file__).parent / "kernels" / "drive.c"
-SANITIZERS = "-fsanitize=address,undefined", "-fno-sanitize-recover=all"
+MEMORY = "-fsanitize=address,undefined", "-fno-sanitize-recover=all"
+THREADS = ("-fsanitize=thread",)
 # Of the driver: this machine has not the instruction set.
 LACKING = 77
+# What the thread sanitizer says, before it does anything, where the system's addresses are too
+# random for it.
+UNSUITED = "unexpected memory mapping"
 
 
 def compile_program(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -26,29 +30,26 @@ def compile_program(program: Path, *arguments: str) -> subprocess.CompletedProce
 
 
 @pytest.fixture(scope="module")
-def sanitizers(tmp_path_factory) -> tuple[str, ...]:
-    """The compiler's options for sanitizers; skips where it has none."""
+def drivers(tmp_path_factory):
+    """Compiles the driver with sanitizers and other options, once for each."""
     if sysconfig.get_platform() != "linux-x86_64":
         pytest.skip("kernels are for Linux on x86-64")
-    folder = tmp_path_factory.mktemp("sanitizers")
-    source = folder / "nothing.c"
-    source.write_text("int main(void) { return 0; }\n")
-    try:
-        done = compile_program(folder / "nothing", *SANITIZERS, str(source))
-    except FileNotFoundError as error:
-        pytest.skip(f"there is no C compiler: {error}")
-    if done.returncode:
-        pytest.skip(f"the compiler has no address and undefined sanitizers: {done.stderr}")
-    return SANITIZERS
-
-
-@pytest.fixture(scope="module")
-def drivers(sanitizers, tmp_path_factory):
-    """Compiles the driver with other options, once for each."""
     made: dict[tuple[str, ...], Path] = {}
 
-    def driver(*options: str) -> Path:
-        if options not in made:
+    def check(sanitizers: tuple[str, ...]) -> None:
+        folder = tmp_path_factory.mktemp("sanitizers")
+        source = folder / "nothing.c"
+        source.write_text("int main(void) { return 0; }\n")
+        try:
+            done = compile_program(folder / "nothing", *sanitizers, str(source))
+        except FileNotFoundError as error:
+            pytest.skip(f"there is no C compiler: {error}")
+        if done.returncode:
+            pytest.skip(f"the compiler has no {sanitizers[0]}: {done.stderr}")
+
+    def driver(sanitizers: tuple[str, ...], options: tuple[str, ...]) -> Path:
+        if (*sanitizers, *options) not in made:
+            check(sanitizers)
             program = tmp_path_factory.mktemp("driver") / "drive"
             # Memory of a thread is the driver's own.
             sources = [
@@ -63,10 +64,25 @@ def drivers(sanitizers, tmp_path_factory):
                 *(str(DRIVER), *sources, "-lm"),
             )
             assert done.returncode == 0, done.stderr
-            made[options] = program
-        return made[options]
+            made[*sanitizers, *options] = program
+        return made[*sanitizers, *options]
 
     return driver
+
+
+def run(program: Path, *arguments: str) -> None:
+    """Run the driver; skips where it cannot, and fails where it finds a fault."""
+    # Leaks cannot be looked for where the process is traced, and the driver ends with its memory.
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
+    ran = subprocess.run(
+        [program, *arguments], capture_output=True, text=True, timeout=900, env=environment
+    )
+    if ran.returncode == LACKING:
+        pytest.skip(f"this machine has no {arguments[0]}")
+    if UNSUITED in ran.stderr:
+        pytest.skip(f"the thread sanitizer does not run here: {ran.stderr}")
+    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
+    assert " 0 failed" in ran.stdout
 
 
 @pytest.mark.parametrize(
@@ -77,16 +93,9 @@ def drivers(sanitizers, tmp_path_factory):
 def test_kernels_are_exact_and_stay_within_their_memory(drivers, instruction_set, options):
     if not options and "amx_tile" not in Path("/proc/cpuinfo").read_text():
         pytest.skip("this CPU has no AMX")
-    # Leaks cannot be looked for where the process is traced, and the driver ends with its memory.
-    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
-    ran = subprocess.run(
-        [drivers(*options), instruction_set],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=environment,
-    )
-    if ran.returncode == LACKING:
-        pytest.skip(f"this machine has no {instruction_set}")
-    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
-    assert " 0 failed" in ran.stdout
+    run(drivers(MEMORY, options), instruction_set)
+
+
+@pytest.mark.parametrize("instruction_set", ["amx", "avx512_vnni"])
+def test_threads_that_run_a_pack_together_wait_for_each_other(drivers, instruction_set):
+    run(drivers(THREADS, TILES), instruction_set, "packs")

@@ -91,6 +91,14 @@ def test_a_pair_alone_is_run_by_all_threads_together(model):
     assert model.threads == {THREADS}
 
 
+def test_a_small_pack_is_run_by_all_threads_together(model):
+    streamed = StreamedModel(model, 2, small_pack=18)
+    assert streamed.logits([pair(9, 0), pair(9, 1)]) == [0.0, 1.0]
+    assert lengths(model) == [[9, 9]]
+    assert streamed.logits([pair(9, 0), pair(10, 1)]) == [0.0, 1.0]
+    assert lengths(model) == [[9], [9, 9], [10]]
+
+
 def test_streams_share_the_threads_and_leave_others_theirs(model):
     assert StreamedModel(model, 2).logits([pair(9, 0), pair(9, 1)]) == [0.0, 1.0]
     assert model.threads == {THREADS // 2}

@@ -1,10 +1,12 @@
-/* Drives every kernel of an instruction set over odd sizes, and compares with float64.
+/* Drives every kernel of an instruction set over odd sizes, and compares with float64; packs that
+ * several threads run, with the same kernels one after the other.
  *
  * Built with sanitizers, and without room.c: memory of a thread is exactly as long as it was asked
  * for, begins as NaN and ends at a page that cannot be touched. So does whatever a kernel is given.
  */
 
 #include <math.h>
+#include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -12,7 +14,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "shared.h"
+#include "stack.h"
 
 struct norm {
     const float *weight, *bias;
@@ -34,24 +36,40 @@ struct int8_layer {
     struct norm attention_norm, output_norm;
     float epsilon;
 };
+struct bf16_stack_layer {
+    struct {
+        const bf16 *packed;
+        const float *bias;
+        int64_t outputs;
+    } of_all, of_first;
+    const struct bf16_layer *after;
+};
+struct int8_stack_layer {
+    struct {
+        struct int8_linear linear;
+        int64_t outputs;
+    } of_all, of_first;
+    const struct int8_layer *after;
+};
 
 typedef int linear_kernel(const bf16 *, int64_t, int64_t, int64_t, int64_t, int64_t, const bf16 *,
                           const float *, bf16 *, int64_t);
 typedef int int8_linear_kernel(const struct int8_linear *, const bf16 *, int64_t, int64_t, int64_t,
                                int64_t, int64_t, bf16 *, int64_t);
 typedef int layer_kernel(const void *, const bf16 *, const bf16 *, int64_t, bf16 *);
-typedef int attention_kernel(const bf16 *, const bf16 *, const bf16 *, const int32_t *, int64_t,
-                             int64_t, int64_t, int64_t, int64_t, int32_t, bf16 *);
+typedef int stack_kernel(struct pack *);
 
 extern linear_kernel bge_amx_linear;
 extern int8_linear_kernel bge_amx_int8_linear, bge_avx512_vnni_int8_linear;
 extern layer_kernel bge_amx_after_attention, bge_amx_int8_after_attention,
     bge_avx512_vnni_int8_after_attention;
 extern attention_kernel bge_amx_attention, bge_avx512_vnni_attention, bge_avx512_bf16_attention;
+extern stack_kernel bge_amx_stack_begin, bge_amx_stack_run, bge_amx_int8_stack_begin,
+    bge_amx_int8_stack_run, bge_avx512_vnni_int8_stack_begin, bge_avx512_vnni_int8_stack_run;
 extern int bge_amx_lack(void), bge_avx512_vnni_lack(void), bge_avx512_bf16_lack(void);
 extern void bge_pack(const bf16 *, int64_t, int64_t, bf16 *);
 
-enum { LACKING = 77, CHUNK = 1024, MOST_BUFFERS = 64 };
+enum { LACKING = 77, CHUNK = 1024, MOST_BUFFERS = 4096, MOST_LAYERS = 3, MOST_THREADS = 5 };
 static const uint16_t UNTOUCHED = 0x7fa5; /* not a number */
 
 /* ---- memory ---- */
@@ -61,29 +79,46 @@ static struct {
     size_t size;
 } mapped[MOST_BUFFERS];
 static int buffers;
+static pthread_mutex_t mapping = PTHREAD_MUTEX_INITIALIZER;
+/* How many more pieces of memory kernels get, and what each thread has of its own. */
+static long rooms = 1L << 62;
+static _Thread_local struct {
+    char *at;
+    size_t size;
+} own;
 
 /* So many bytes, a multiple of 64, all of them ones, ahead of a page that cannot be touched. */
 static void *guarded(size_t size) {
     const size_t page = sysconf(_SC_PAGESIZE), whole = (size + page - 1) / page * page + page;
+    pthread_mutex_lock(&mapping);
     char *at = mmap(NULL, whole, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (at == MAP_FAILED || buffers == MOST_BUFFERS) abort();
     if (mprotect(at + whole - page, page, PROT_NONE)) abort();
     mapped[buffers].at = at;
     mapped[buffers++].size = whole;
+    pthread_mutex_unlock(&mapping);
     memset(at, 0xff, whole - page);
     return at + whole - page - (size + 63) / 64 * 64;
 }
 
 static void free_all(void) {
+    own.size = 0;
     while (buffers) {
         buffers--;
         munmap(mapped[buffers].at, mapped[buffers].size);
     }
 }
 
-char *take_room(size_t size) {
+char *take_room(enum room which, size_t size) {
     if (size % 64) abort();
-    return guarded(size);
+    if (__atomic_sub_fetch(&rooms, 1, __ATOMIC_RELAXED) < 0) return NULL;
+    if (which != OWN) return guarded(size);
+    /* As in room.c, a thread's own memory is what it had before, if that is long enough. Here it
+     * has to be exactly as long, so that it ends at the page that cannot be touched. */
+    if (own.size != size) own.at = guarded(size);
+    own.size = size;
+    memset(own.at, 0xff, size);
+    return own.at;
 }
 
 /* ---- numbers ---- */
@@ -231,6 +266,16 @@ static bf16 *untouched(long count) {
 }
 
 /* ---- every kernel over its sizes ---- */
+
+/* Everything that depends on an instruction set and on what the numbers are in. */
+struct kernels {
+    int int8;
+    linear_kernel *linear;
+    int8_linear_kernel *int8_linear;
+    layer_kernel *after_attention;
+    attention_kernel *attention;
+    stack_kernel *begin, *run;
+};
 
 static void drive_linear(linear_kernel *bf16_kernel, int8_linear_kernel *int8_kernel, long rows,
                          long begin, long end, long inputs, long outputs, long slice) {
@@ -406,23 +451,212 @@ static void drive_attentions(attention_kernel *kernel) {
             }
 }
 
+/* A model's layers, as their kernels have them. */
+struct model {
+    long layers, hidden, inner, heads;
+    struct weight of_all[MOST_LAYERS], of_first, output, up, down;
+    struct norm first, second;
+    struct bf16_layer bf16_after;
+    struct int8_layer int8_after;
+    struct bf16_stack_layer bf16[MOST_LAYERS];
+    struct int8_stack_layer int8[MOST_LAYERS];
+};
+
+static struct int8_linear int8_linear_of(struct weight w) {
+    return (struct int8_linear){w.packed, w.step, w.sums, w.bias, w.factor};
+}
+
+static struct weight weight_of(int int8, long outputs, long inputs, long chunk) {
+    struct weight w = int8 ? int8_weight(outputs, inputs, chunk, outputs % 64 == 0)
+                           : bf16_weight(outputs, inputs);
+    free(w.exact);
+    return w;
+}
+
+/* All layers have the same weights after attention. */
+static struct model *model_of(int int8, long layers, long hidden, long inner, long heads) {
+    struct model *m = guarded((sizeof *m + 63) / 64 * 64);
+    const long chunk = inner < CHUNK ? inner : CHUNK;
+    memset(m, 0, sizeof *m);
+    m->layers = layers, m->hidden = hidden, m->inner = inner, m->heads = heads;
+    m->of_first = weight_of(int8, hidden, hidden, hidden);
+    m->output = weight_of(int8, hidden, hidden, hidden);
+    m->up = weight_of(int8, inner, hidden, hidden);
+    m->down = weight_of(int8, hidden, inner, chunk);
+    m->first = (struct norm){vector_of(hidden, 1), vector_of(hidden, 0)};
+    m->second = (struct norm){vector_of(hidden, 1), vector_of(hidden, 0)};
+    m->bf16_after = (struct bf16_layer){
+        hidden,     inner,        m->output.packed, m->up.packed, m->down.packed, m->output.bias,
+        m->up.bias, m->down.bias, m->first,         m->second,    1e-5f};
+    m->int8_after = (struct int8_layer){hidden,
+                                        inner,
+                                        chunk,
+                                        int8_linear_of(m->output),
+                                        int8_linear_of(m->up),
+                                        int8_linear_of(m->down),
+                                        m->first,
+                                        m->second,
+                                        1e-5f};
+    for (long i = 0; i < layers; i++) {
+        const int last = i + 1 == layers;
+        const long outputs = (last ? 2 : 3) * hidden;
+        const struct weight w = m->of_all[i] = weight_of(int8, outputs, hidden, hidden);
+        m->bf16[i].of_all.packed = w.packed;
+        m->bf16[i].of_all.bias = w.bias;
+        m->int8[i].of_all.linear = int8_linear_of(w);
+        m->bf16[i].of_all.outputs = m->int8[i].of_all.outputs = outputs;
+        if (last) {
+            m->bf16[i].of_first.packed = m->of_first.packed;
+            m->bf16[i].of_first.bias = m->of_first.bias;
+            m->int8[i].of_first.linear = int8_linear_of(m->of_first);
+            m->bf16[i].of_first.outputs = m->int8[i].of_first.outputs = hidden;
+        }
+        m->bf16[i].after = &m->bf16_after;
+        m->int8[i].after = &m->int8_after;
+    }
+    return m;
+}
+
+static void apply_linear(const struct kernels *by, const struct weight *w, const bf16 *states,
+                         long rows, long head, bf16 *out) {
+    const struct int8_linear linear = int8_linear_of(*w);
+    if (by->int8)
+        by->int8_linear(&linear, states, rows, 0, rows, w->inputs, w->outputs, out, head);
+    else
+        by->linear(states, rows, 0, rows, w->inputs, w->outputs, w->packed, w->bias, out, head);
+}
+
+/* What a pack comes to layer by layer, in one thread. */
+static void run_apart(const struct kernels *by, const struct model *m, const struct pack *pack,
+                      bf16 *states, bf16 *first) {
+    const long rows = pack->rows, pairs = pack->pairs, hidden = m->hidden, head = hidden / m->heads;
+    const void *after = by->int8 ? (const void *)&m->int8_after : &m->bf16_after;
+    bf16 *query = guarded(rows * hidden * sizeof(bf16));
+    bf16 *three = guarded(rows * 3 * hidden * sizeof(bf16));
+    bf16 *attended = guarded(rows * hidden * sizeof(bf16));
+    for (long i = 0; i < m->layers; i++) {
+        const int last = i + 1 == m->layers;
+        for (long pair = 0; last && pair < pairs; pair++)
+            memcpy(first + pair * hidden, states + pack->bounds[pair] * hidden,
+                   hidden * sizeof(bf16));
+        apply_linear(by, &m->of_all[i], states, rows, head, three);
+        if (last) apply_linear(by, &m->of_first, first, pairs, head, query);
+        const bf16 *key = last ? three : three + rows * hidden;
+        by->attention(last ? query : three, key, key + rows * hidden, pack->bounds, pairs, m->heads,
+                      0, m->heads, head, last, attended);
+        bf16 *out = last ? first : states;
+        by->after_attention(after, out, attended, last ? pairs : rows, out);
+    }
+}
+
+struct member {
+    stack_kernel *run;
+    struct pack *pack;
+    int status;
+};
+
+static void *run_member(void *given) {
+    struct member *member = given;
+    member->status = member->run(member->pack);
+    own.size = 0; /* it ends with the thread */
+    return NULL;
+}
+
+/* Runs a pack in so many threads, of which each is told whether memory was short. */
+static int run_together(const struct kernels *by, struct pack *pack, long threads) {
+    pthread_t ids[MOST_THREADS];
+    struct member members[MOST_THREADS];
+    memset(&pack->progress, 0, sizeof pack->progress);
+    pack->threads = threads;
+    if (by->begin(pack)) return -1;
+    for (long i = 0; i < threads; i++) {
+        members[i] = (struct member){by->run, pack, 1};
+        if (pthread_create(ids + i, NULL, run_member, members + i)) abort();
+    }
+    int status = 0;
+    for (long i = 0; i < threads; i++) {
+        pthread_join(ids[i], NULL);
+        if (i && members[i].status != status) expect(0, "the same for all threads", status);
+        status = members[i].status;
+    }
+    return status;
+}
+
+static void drive_pack(const struct kernels *by, const long *lengths, long pairs, long layers,
+                       long hidden, long inner, long heads) {
+    const struct model *m = model_of(by->int8, layers, hidden, inner, heads);
+    int32_t *bounds = (int32_t *)((char *)guarded((pairs + 1) * sizeof *bounds) +
+                                  (64 - (pairs + 1) * sizeof *bounds % 64) % 64);
+    bounds[0] = 0;
+    for (long i = 0; i < pairs; i++) bounds[i + 1] = bounds[i] + lengths[i];
+    const long rows = bounds[pairs], size = rows * hidden * sizeof(bf16);
+    bf16 *given = states_of(rows * hidden), *states = guarded(size);
+    bf16 *expected = untouched(pairs * hidden), *found = untouched(pairs * hidden);
+    const void *layer = by->int8 ? (const void *)m->int8 : m->bf16;
+    struct pack pack = {rows,  pairs,  heads,         hidden, inner, layers, 0,
+                        layer, bounds, by->attention, states, found, NULL,   {0}};
+    memcpy(states, given, size);
+    run_apart(by, m, &pack, states, expected);
+    for (long threads = 1; threads <= MOST_THREADS; threads += 2) {
+        memcpy(states, given, size);
+        expect(run_together(by, &pack, threads) == 0, "done", threads);
+        expect(!memcmp(expected, found, pairs * hidden * sizeof(bf16)), "equal", threads);
+        /* Wherever memory is short, all threads come to the end and say so. */
+        for (long least = 0; least < 12; least += 4) {
+            memcpy(states, given, size);
+            __atomic_store_n(&rooms, least, __ATOMIC_RELAXED);
+            expect(run_together(by, &pack, threads) == -1, "refused", threads);
+            __atomic_store_n(&rooms, 1L << 62, __ATOMIC_RELAXED);
+        }
+    }
+    free_all();
+}
+
+static void drive_packs(struct kernels by) {
+    static const long lengths[] = {7, 33, 1, 64, 2};
+    static const long sizes[][3] = {{64, 64, 2}, {128, 192, 2}, {64, 1088, 1}};
+    for (long pairs = 1; pairs <= 5; pairs += 2)
+        for (unsigned j = 0; j < sizeof sizes / sizeof *sizes; j++)
+            for (long layers = 1; layers <= MOST_LAYERS; layers += 2) {
+                const long *s = sizes[j];
+                sprintf(what, "%s pack of %ld pairs, %ld layers, %ld wide, %ld inside",
+                        by.int8 ? "int8" : "bfloat16", pairs, layers, s[0], s[1]);
+                drive_pack(&by, lengths, pairs, layers, s[0], s[1], s[2]);
+            }
+}
+
+/* `packs` leaves out all that runs in one thread. */
 int main(int count, char **arguments) {
-    if (count != 2) return 2;
+    if (count < 2 || count > 3 || (count == 3 && strcmp(arguments[2], "packs"))) return 2;
+    const int all = count == 2;
     if (!strcmp(arguments[1], "amx")) {
         if (bge_amx_lack()) return LACKING;
-        drive_linears(bge_amx_linear, NULL);
-        drive_linears(NULL, bge_amx_int8_linear);
-        drive_layers(bge_amx_after_attention, 0);
-        drive_layers(bge_amx_int8_after_attention, 1);
-        drive_attentions(bge_amx_attention);
+        if (all) {
+            drive_linears(bge_amx_linear, NULL);
+            drive_linears(NULL, bge_amx_int8_linear);
+            drive_layers(bge_amx_after_attention, 0);
+            drive_layers(bge_amx_int8_after_attention, 1);
+            drive_attentions(bge_amx_attention);
+        }
+        drive_packs((struct kernels){0, bge_amx_linear, NULL, bge_amx_after_attention,
+                                     bge_amx_attention, bge_amx_stack_begin, bge_amx_stack_run});
+        drive_packs((struct kernels){1, NULL, bge_amx_int8_linear, bge_amx_int8_after_attention,
+                                     bge_amx_attention, bge_amx_int8_stack_begin,
+                                     bge_amx_int8_stack_run});
     } else if (!strcmp(arguments[1], "avx512_vnni")) {
         if (bge_avx512_vnni_lack()) return LACKING;
-        drive_linears(NULL, bge_avx512_vnni_int8_linear);
-        drive_layers(bge_avx512_vnni_int8_after_attention, 1);
-        drive_attentions(bge_avx512_vnni_attention);
+        if (all) {
+            drive_linears(NULL, bge_avx512_vnni_int8_linear);
+            drive_layers(bge_avx512_vnni_int8_after_attention, 1);
+            drive_attentions(bge_avx512_vnni_attention);
+        }
+        drive_packs((struct kernels){1, NULL, bge_avx512_vnni_int8_linear,
+                                     bge_avx512_vnni_int8_after_attention,
+                                     bge_avx512_vnni_attention, bge_avx512_vnni_int8_stack_begin,
+                                     bge_avx512_vnni_int8_stack_run});
     } else if (!strcmp(arguments[1], "avx512_bf16")) {
         if (bge_avx512_bf16_lack()) return LACKING;
-        drive_attentions(bge_avx512_bf16_attention);
+        if (all) drive_attentions(bge_avx512_bf16_attention);
     } else {
         return 2;
     }
