@@ -1,12 +1,13 @@
 """Rerank servers on a local port: some that answer, or fail, as a test says, and our own."""
 
 import json
+import random
 import socket
 import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -177,8 +178,20 @@ def answering(*replies: Any, **given: Any) -> Iterator[tuple[RemoteReranker, Fak
         yield reranker, server
 
 
+def free_port() -> int:
+    """Return a port for a server that starts later, or again and again.
+
+    It is below those that systems give to connections, so that none of these takes it meanwhile.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20_000, 30_000)
+        with socket.socket() as found, suppress(OSError):
+            found.bind(("127.0.0.1", port))
+            return port
+
+
 def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 30
+    end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.005)
@@ -204,4 +217,4 @@ def serving(engine: Reranker, **settings: Any) -> Iterator[str]:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
             server.should_exit = True
-            thread.join(30)
+            thread.join(60)

@@ -43,10 +43,11 @@ from tests.rerank_servers import (
     remote,
     running,
     scores_of,
+    until,
 )
 from tests.test_imports import run_python
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 
 SHAPES = json.loads((Path(__file__).parent / "data" / "rerank-answers.json").read_text("utf-8"))
 KEY = "sekret-ß-42"
@@ -483,24 +484,37 @@ def test_a_request_that_is_too_large_goes_in_halves():
 def test_one_call_leaves_connections_to_others():
     most = 0
     busy = 0
-    lock = threading.Lock()
+    lock, gate = threading.Lock(), threading.Event()
 
     def answer(asked: Asked) -> Reply:
         nonlocal most, busy
         with lock:
             busy += 1
             most = max(most, busy)
-        time.sleep(0.02)
+        assert gate.wait(60)
         with lock:
             busy -= 1
         return common(asked)
 
-    with answering(answer, max_documents_per_request=1, max_connections=4) as (reranker, _):
-        reranker.rerank("q", [f"0.5 {number}" for number in range(12)])
+    def let_go(*, once_busy: int) -> None:
+        until(lambda: busy == once_busy)
+        # Time for one too many to come.
+        time.sleep(0.1)
+        gate.set()
+
+    with (
+        answering(answer, max_documents_per_request=1, max_connections=4) as (reranker, _),
+        ThreadPoolExecutor(12) as pool,
+    ):
+        one = pool.submit(reranker.rerank, "q", [f"0.5 {number}" for number in range(12)])
+        let_go(once_busy=2)
+        assert len(one.result(60)) == 12
         assert most == 2
-        with ThreadPoolExecutor(12) as pool:
-            list(pool.map(lambda n: reranker.rerank("q", [f"0.5 {n}", "0.1"]), range(12)))
-        assert 2 < most <= 4
+        gate.clear()
+        many = pool.map(lambda n: reranker.rerank("q", [f"0.5 {n}", "0.1"]), range(12))
+        let_go(once_busy=4)
+        assert len(list(many)) == 12
+        assert most == 4
 
 
 # Settings and secrets

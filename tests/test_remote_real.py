@@ -2,11 +2,11 @@
 
 import asyncio
 import os
-import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -27,9 +27,10 @@ from bge_rerank_adapters import (
     Reranker,
     SettingsError,
 )
+from bge_rerank_adapters.engine.text.pairs import TokenPair
 from bge_rerank_adapters.milvus import BGERerankFunction
 from tests.checkpoints import read_sentences
-from tests.rerank_servers import serving
+from tests.rerank_servers import free_port, serving, until
 from tests.test_imports import PACKAGE, run_python
 from tests.texts import DOCUMENTS, QUERY
 
@@ -122,27 +123,37 @@ def test_a_servers_limits_are_kept_and_its_key_is_needed(reranker):
                 remote.rerank(QUERY, DOCUMENTS)
 
 
-def test_a_server_with_too_much_to_do_is_overloaded(reranker):
+def test_a_server_with_too_much_to_do_is_overloaded(monkeypatch):
     with (
         Reranker("tiny", device="cpu", dtype="float32", max_queued_pairs=1) as engine,
         serving(engine, max_concurrent_requests=1) as address,
         RemoteReranker(address, max_retries=0, max_documents_per_request=1) as remote,
     ):
         remote.warm_up()
-        with pytest.raises(Overloaded, match="429"):
-            remote.rerank(QUERY, list(read_sentences().values())[:64])
+        model, over = engine._core.workers[0].model, threading.Event()
+        score = model.logits
+
+        def held(pairs: Sequence[TokenPair]) -> list[float]:
+            assert over.wait(60)
+            return score(pairs)
+
+        monkeypatch.setattr(model, "logits", held)
+        with ThreadPoolExecutor(1) as pool:
+            call = pool.submit(remote.rerank, QUERY, list(read_sentences().values())[:64])
+            until(lambda: remote.stats().failed_requests > 0)
+            over.set()
+            with pytest.raises(Overloaded, match="429"):
+                call.result(60)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_a_server_that_comes_back_in_time_loses_no_call(tmp_path):
     """Five hundred calls by eight threads, while the server is killed and started three times."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     process = started(port, tmp_path)
     # The default settings, but for time on a machine that does much else.
-    with RemoteReranker(url, timeout_s=120) as remote, ThreadPoolExecutor(8) as pool:
+    with RemoteReranker(url, timeout_s=400) as remote, ThreadPoolExecutor(8) as pool:
         wanted = remote.score(QUERY, DOCUMENTS)
         calls = [pool.submit(one_of_many, remote, number) for number in range(500)]
         for share in (0.1, 0.3, 0.5):
@@ -301,9 +312,7 @@ assert len(remote.rerank_many([("Who wrote Faust?", TEXTS)])[0]) == 2
     "INFINITY_PYTHON" not in os.environ, reason="INFINITY_PYTHON names no Python with infinity_emb"
 )
 def test_infinity_gives_the_same_scores(reranker, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [
         *(Path(os.environ["INFINITY_PYTHON"]).with_name("infinity_emb"), "v2"),
         *("--model-id", str(PACKAGE / "tiny"), "--served-model-name", "tiny"),

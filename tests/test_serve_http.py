@@ -31,6 +31,7 @@ from bge_rerank_adapters.serve import ServerSettings, create_app
 from bge_rerank_adapters.serve.transport.server import server_of
 from bge_rerank_adapters.settings import EngineSettings
 from tests.checkpoints import read_sentences
+from tests.rerank_servers import free_port
 from tests.test_cli import PLAIN, invoke, plain
 from tests.test_serve import HeldModel
 from tests.texts import DOCUMENTS, QUERY
@@ -343,13 +344,6 @@ def start(*arguments: str, port: int, **environment: str) -> "subprocess.Popen[s
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        number: int = found.getsockname()[1]
-        return number
 
 
 def is_up(url: str) -> bool:

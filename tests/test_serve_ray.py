@@ -16,7 +16,7 @@ import ray
 from bge_rerank_adapters import Reranker
 from bge_rerank_adapters import serve as ours
 from tests.checkpoints import read_sentences
-from tests.test_serve_http import free_port
+from tests.rerank_servers import free_port
 from tests.texts import DOCUMENTS, QUERY
 
 pytestmark = pytest.mark.timeout(600)

@@ -16,9 +16,10 @@ pytest.importorskip("fastapi")
 
 from bge_rerank_adapters import Reranker
 from bge_rerank_adapters.serve import tracing
+from tests.rerank_servers import free_port
 from tests.test_imports import FILES, imported, loaded_after
 from tests.test_serve import BODY, KEY, TEI_BODY, client_of
-from tests.test_serve_http import WAIT_S, free_port, is_up, start, until
+from tests.test_serve_http import WAIT_S, is_up, start, until
 
 pytestmark = pytest.mark.timeout(120)
 
