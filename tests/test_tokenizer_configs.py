@@ -138,9 +138,13 @@ def one_separator(content: dict) -> None:
     ("kind", "entries", "message"),
     [
         ("xlm-roberta", {"truncation_side": "left"}, "truncation_side 'left' cuts off the begin"),
-        ("xlm-roberta", {"tokenizer_class": "T5Tokenizer"}, "tokenizer_class 'T5Tokenizer' reads"),
+        (
+            "xlm-roberta",
+            {"tokenizer_class": "T5Tokenizer"},
+            "tokenizer_class 'T5Tokenizer' is not supported",
+        ),
         ("bert", {"model_input_names": ["input_ids"]}, "leaves token_type_ids out"),
-        ("bert", {"tokenizer_class": "PreTrainedTokenizerFast"}, "by no model_input_names"),
+        ("bert", {"tokenizer_class": "PreTrainedTokenizerFast"}, "has no model_input_names"),
     ],
 )
 def test_what_is_not_done_here_is_refused_by_name(folder, kind, entries, message):

@@ -14,7 +14,7 @@ from tokenizers import Regex, pre_tokenizers
 
 from bge_rerank_adapters import Reranker
 from bge_rerank_adapters.engine.checkpoints.hub import TINY_FOLDER
-from bge_rerank_adapters.engine.text import windows
+from bge_rerank_adapters.engine.text import tokenizer as tokenizer_module
 from bge_rerank_adapters.engine.text.cutting import cut_windows
 from bge_rerank_adapters.engine.text.tokenizer_files import load_tokenizer
 from bge_rerank_adapters.engine.text.windows import WindowTokenizer
@@ -312,9 +312,11 @@ def test_the_places_of_tokens_are_read_once_from_a_document(monkeypatch):
             reads.append(len(self.ids))
             return self._encoding.offsets
 
-    encode = windows.encode_texts
+    encode = tokenizer_module.encode_texts
     monkeypatch.setattr(
-        windows, "encode_texts", lambda *args, **options: map(Counted, encode(*args, **options))
+        tokenizer_module,
+        "encode_texts",
+        lambda *args, **options: list(map(Counted, encode(*args, **options))),
     )
     with Reranker(
         "tiny",

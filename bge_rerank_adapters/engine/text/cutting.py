@@ -37,15 +37,15 @@ class TokenizedDocument:
     text: str
     spans: list[Span]
 
-    def windows(self, size: int, overlap: int, most: int) -> Iterator[tuple[TokenIds, Span]]:
-        """Yield the token ids and span of each window of the first `most` tokens.
+    def windows(self, size: int, overlap: int, max_tokens: int) -> Iterator[tuple[TokenIds, Span]]:
+        """Yield the token ids and span of each window of the first `max_tokens` tokens.
 
         A text that fits one window is yielded whole.
         """
-        if len(self.ids) <= min(size, most):
+        if len(self.ids) <= min(size, max_tokens):
             yield np.concatenate((self.before, self.ids)), (0, len(self.text))
             return
-        tokens = min(len(self.ids), most)
+        tokens = min(len(self.ids), max_tokens)
         for start, end in cut_windows(
             tokens, size=size, overlap=overlap, starts_word=self.starts_word
         ):

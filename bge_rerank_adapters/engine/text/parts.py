@@ -22,21 +22,22 @@ class Part(NamedTuple):
         return lambda index: name(self.indices[index])
 
 
-def parts_of(pairs: Sequence[TextPair], most: int) -> list[Part]:
+def parts_of(pairs: Sequence[TextPair], max_pairs: int) -> list[Part]:
     """Return the pairs of a call in parts.
 
     Args:
         pairs: n >= 1 pairs.
-        most: Maximum number of pairs of a part. A call with no more pairs is one part as it is. In
-            larger calls repeated pairs are taken once, so that equal pairs have equal logits.
+        max_pairs: Maximum number of pairs of a part. A call with no more pairs is one part as it
+            is. In larger calls repeated pairs are taken once, so that equal pairs have equal
+            logits.
     """
-    if len(pairs) <= most:
+    if len(pairs) <= max_pairs:
         return [Part(pairs, range(len(pairs)))]
     firsts: dict[TextPair, int] = {}
     for index, pair in enumerate(pairs):
         firsts.setdefault(pair, index)
     distinct, indices = list(firsts), list(firsts.values())
     return [
-        Part(distinct[start : start + most], indices[start : start + most])
-        for start in range(0, len(distinct), most)
+        Part(distinct[start : start + max_pairs], indices[start : start + max_pairs])
+        for start in range(0, len(distinct), max_pairs)
     ]

@@ -4,13 +4,13 @@ It follows FlagEmbedding 1.4.2 (`inference/reranker/decoder_only/`): instruction
 lengths of query and document; the separator and the prompt are added beyond `max_length`.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from bge_rerank_adapters.engine.json_files import read_json
 from bge_rerank_adapters.engine.text.pairs import PairTemplate, TokenIds
 from bge_rerank_adapters.errors import CheckpointError
 
@@ -101,9 +101,9 @@ def _special_id(tokenizer: Tokenizer, folder: Path, role: str) -> int | None:
 
 
 def _special_token(folder: Path, role: str) -> str | None:
-    """Return the token of a role such as `bos_token`, by the files beside the tokenizer."""
-    config = _read_json(folder / "tokenizer_config.json")
-    for found in (config, _read_json(folder / "special_tokens_map.json")):
+    """Return the token of a role such as `bos_token`, from the tokenizer's config files."""
+    config = read_json(folder / "tokenizer_config.json")
+    for found in (config, read_json(folder / "special_tokens_map.json")):
         if role in found:
             token = found[role]
             text = token.get("content") if isinstance(token, dict) else token
@@ -111,13 +111,3 @@ def _special_token(folder: Path, role: str) -> str | None:
     name = str(config.get("tokenizer_class")).removesuffix("Fast")
     bos, pad = _CLASS_TOKENS.get(name, (None, None))
     return bos if role == "bos_token" else pad
-
-
-def _read_json(path: Path) -> dict[str, object]:
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
-    return found if isinstance(found, dict) else {}

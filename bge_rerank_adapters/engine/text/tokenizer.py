@@ -72,12 +72,6 @@ class PairTokenizer:
                 self._template.passage_instruction,
             )
         )
-        if self._query_instruction_tokens >= self.query_max_length:
-            raise SettingsError(
-                f"query_max_length {self.query_max_length} leaves no room for a query after "
-                f"{self._query_instruction_tokens} tokens of query_instruction; make "
-                "query_max_length larger or query_instruction shorter."
-            )
         self._lengths = Lengths(self.query_max_length, max_length)
         self._check_room()
         self._keeps_query_end = query_truncation_side == "left"
@@ -200,15 +194,21 @@ class PairTokenizer:
             query_truncated=query_truncated,
         )
 
-    def _cut_query(self, query: TokenIds, most: int) -> TokenIds:
-        beyond = len(query) - most
+    def _cut_query(self, query: TokenIds, max_tokens: int) -> TokenIds:
+        beyond = len(query) - max_tokens
         if beyond <= 0 or not self._keeps_query_end:
-            return query[:most]
+            return query[:max_tokens]
         first = self._query_instruction_tokens
         return np.concatenate((query[:first], query[first + beyond :]))
 
     def _check_room(self) -> None:
-        """Refuse lengths at which documents would be cut to nothing."""
+        """Refuse lengths at which queries or documents would be cut to nothing."""
+        if self._query_instruction_tokens >= self.query_max_length:
+            raise SettingsError(
+                f"query_max_length {self.query_max_length} leaves no room for a query after "
+                f"{self._query_instruction_tokens} tokens of query_instruction; make "
+                "query_max_length larger or query_instruction shorter."
+            )
         if self._room(self.query_max_length, self._lengths) - self._instruction_tokens < 1:
             instruction = self._instruction_tokens
             beside = f", {instruction} tokens of passage_instruction" if instruction else ""
@@ -259,15 +259,15 @@ class PairTokenizer:
             )
         return ids
 
-    def _encode_batch(self, texts: list[str]) -> list[Encoding]:
+    def _encode_batch(self, texts: list[str], *, offsets: bool = False) -> list[Encoding]:
         if not hasattr(self._tokenizer, "encode_batch_fast"):
             # tokenizers before 0.20 reads surrogates differently.
             texts = [without_surrogates(text) for text in texts]
         try:
-            return encode_texts(self._tokenizer, texts, offsets=False)
+            return encode_texts(self._tokenizer, texts, offsets=offsets)
         except (TypeError, UnicodeEncodeError):
             valid = [without_surrogates(text) for text in texts]
-            return encode_texts(self._tokenizer, valid, offsets=False)
+            return encode_texts(self._tokenizer, valid, offsets=offsets)
 
 
 def without_surrogates(text: str) -> str:

@@ -1,7 +1,8 @@
-"""What `tokenizer_config.json` says beside `tokenizer.json`, as transformers has it, or refused.
+"""Applies `tokenizer_config.json` to the tokenizer of an encoder, or refuses it.
 
-Transformers makes an encoder's tokenizer by the class that the config names, which sets parts of it
-anew (release 5.23, `models/*/tokenization_*.py`; 4.44, `tokenization_*_fast.py`).
+`tokenizer_config.json` names a class of transformers. That class replaces parts of the tokenizer in
+`tokenizer.json` when it loads it; the same parts are replaced here. Sources: transformers 5.23,
+`models/*/tokenization_*.py`; 4.44, `tokenization_*_fast.py`.
 """
 
 from collections.abc import Iterator
@@ -17,26 +18,33 @@ from bge_rerank_adapters.errors import CheckpointError, UnsupportedCheckpointErr
 CONFIG = "tokenizer_config.json"
 
 
-class _Kind(NamedTuple):
-    """How a class of transformers frames a pair."""
+class _SpecialTokens(NamedTuple):
+    """The special tokens that a class of transformers puts around a pair by default.
+
+    Attributes:
+        first: The token before the query.
+        separator: The token after the query and after the document.
+        between: How many separators follow the query.
+    """
 
     first: str
     separator: str
     between: int
 
 
-_BERT = _Kind("[CLS]", "[SEP]", 1)
-_ROBERTA = _Kind("<s>", "</s>", 2)
+_BERT = _SpecialTokens("[CLS]", "[SEP]", 1)
+_ROBERTA = _SpecialTokens("<s>", "</s>", 2)
 # By class, without the "Fast" of transformers 4.
-_KINDS = {
+_CLASSES = {
     **dict.fromkeys(
         ("BertTokenizer", "ElectraTokenizer", "MobileBertTokenizer", "ConvBertTokenizer"), _BERT
     ),
     **dict.fromkeys(("RobertaTokenizer", "XLMRobertaTokenizer", "CamembertTokenizer"), _ROBERTA),
 }
-# Those that take tokenizer.json as it is.
+# Classes that change nothing in tokenizer.json.
 _GENERIC = ("PreTrainedTokenizer", "TokenizersBackend")
-_OF_MODEL = {
+# The class that transformers uses where the config names none, by model type.
+_CLASS_OF_MODEL = {
     "bert": "BertTokenizer",
     "roberta": "RobertaTokenizer",
     "xlm-roberta": "XLMRobertaTokenizer",
@@ -60,22 +68,22 @@ def check_truncation_side(folder: Path) -> None:
         )
 
 
-def follow_config(tokenizer: Tokenizer, folder: Path, *, model_type: str) -> None:
-    """Set a tokenizer as transformers' class for it would.
+def apply_config(tokenizer: Tokenizer, folder: Path, *, model_type: str) -> None:
+    """Change a tokenizer as transformers' class for it does.
 
     Args:
-        tokenizer: As `tokenizer.json` has it.
-        folder: Holds that and the config; where there is none, the model's own class counts.
-        model_type: Of the encoder.
+        tokenizer: The content of `tokenizer.json`; changed in place.
+        folder: Holds the config. If it names no class, it is the one of the model type.
+        model_type: The encoder's `model_type`.
 
     Raises:
         CheckpointError: The config is damaged, or contradicts `tokenizer.json`.
-        UnsupportedCheckpointError: It asks for something that is not done here.
+        UnsupportedCheckpointError: It needs something that is not supported.
     """
     path = folder / CONFIG
     config = read_json(path)
     try:
-        _follow(tokenizer, config, path, model_type=model_type)
+        _apply(tokenizer, config, path, model_type=model_type)
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise CheckpointError(
             f"{path} is damaged, or does not fit tokenizer.json ({error}); copy both files of one "
@@ -83,27 +91,30 @@ def follow_config(tokenizer: Tokenizer, folder: Path, *, model_type: str) -> Non
         ) from error
 
 
-def _follow(tokenizer: Tokenizer, config: dict[str, Any], path: Path, *, model_type: str) -> None:
-    named = config.get("tokenizer_class") or _OF_MODEL[model_type]
+def _apply(tokenizer: Tokenizer, config: dict[str, Any], path: Path, *, model_type: str) -> None:
+    named = config.get("tokenizer_class") or _CLASS_OF_MODEL[model_type]
     name = str(named).removesuffix("Fast")
-    if name not in _KINDS and name not in _GENERIC:
+    if name not in _CLASSES and name not in _GENERIC:
         raise UnsupportedCheckpointError(
-            f"{path}: tokenizer_class {named!r} reads texts in a way of its own; supported are "
-            f"{', '.join((*_KINDS, *_GENERIC))}. {_FLAG}."
+            f"{path}: tokenizer_class {named!r} is not supported; supported are "
+            f"{', '.join((*_CLASSES, *_GENERIC))}. {_FLAG}."
         )
     _add_tokens(tokenizer, config)
-    if _KINDS.get(name) is _BERT:
-        _normalize_as_bert(tokenizer, config)
+    if _CLASSES.get(name) is _BERT:
+        _replace_bert_normalizer(tokenizer, config)
     if name == "RobertaTokenizer":
-        _prefix_space(tokenizer, config)
-    if name in _KINDS:
-        _check_frame(tokenizer, _KINDS[name], config, path)
+        _replace_byte_level(tokenizer, config)
+    if name in _CLASSES:
+        _check_special_tokens(tokenizer, _CLASSES[name], config, path)
     if model_type == "bert":
-        _check_types(config, path, generic=name in _GENERIC)
+        _check_token_types(config, path, generic=name in _GENERIC)
 
 
 def _add_tokens(tokenizer: Tokenizer, config: dict[str, Any]) -> None:
-    """Add the tokens that the config alone has; those that the model lacks are refused at use."""
+    """Add the tokens that only the config has.
+
+    A token without an embedding in the model is refused when a text has it.
+    """
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     for number, token in _declared(config):
         if token.content in known:
@@ -135,7 +146,7 @@ def _content(token: Any) -> str:
     return found
 
 
-def _normalize_as_bert(tokenizer: Tokenizer, config: dict[str, Any]) -> None:
+def _replace_bert_normalizer(tokenizer: Tokenizer, config: dict[str, Any]) -> None:
     found = tokenizer.normalizer
     if isinstance(found, normalizers.BertNormalizer):
         accents = config.get("strip_accents")
@@ -147,7 +158,7 @@ def _normalize_as_bert(tokenizer: Tokenizer, config: dict[str, Any]) -> None:
         )
 
 
-def _prefix_space(tokenizer: Tokenizer, config: dict[str, Any]) -> None:
+def _replace_byte_level(tokenizer: Tokenizer, config: dict[str, Any]) -> None:
     found = tokenizer.pre_tokenizer
     if isinstance(found, pre_tokenizers.ByteLevel):
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(
@@ -156,19 +167,21 @@ def _prefix_space(tokenizer: Tokenizer, config: dict[str, Any]) -> None:
         )
 
 
-def _check_frame(tokenizer: Tokenizer, kind: _Kind, config: dict[str, Any], path: Path) -> None:
-    """Refuse other special tokens around a pair than the class puts there."""
-    first = _content(config.get("cls_token") or kind.first)
-    separator = _content(config.get("sep_token") or kind.separator)
+def _check_special_tokens(
+    tokenizer: Tokenizer, default: _SpecialTokens, config: dict[str, Any], path: Path
+) -> None:
+    """Refuse a tokenizer whose special tokens around a pair are not those of its class."""
+    first = _content(config.get("cls_token") or default.first)
+    separator = _content(config.get("sep_token") or default.separator)
     try:
-        frame = read_template(tokenizer)
+        template = read_template(tokenizer)
     except CheckpointError:
-        return  # told with the file's name where it is read in earnest
+        return  # `load_tokenizer` reads the template again, and adds the file's name to the error
     found = [
         [tokenizer.id_to_token(int(each)) or "?" for each in part]
-        for part in (frame.before, frame.between, frame.after)
+        for part in (template.before, template.between, template.after)
     ]
-    wanted = [[first], [separator] * kind.between, [separator]]
+    wanted = [[first], [separator] * default.between, [separator]]
     if found != wanted:
         raise CheckpointError(
             f"{path} has {_shown(wanted)} around a pair, by its tokenizer_class, cls_token and "
@@ -176,19 +189,19 @@ def _check_frame(tokenizer: Tokenizer, kind: _Kind, config: dict[str, Any], path
         )
 
 
-def _shown(frame: list[list[str]]) -> str:
-    before, between, after = (" ".join(part) for part in frame)
+def _shown(template: list[list[str]]) -> str:
+    before, between, after = (" ".join(part) for part in template)
     return f"{before!r}, {between!r}, {after!r}"
 
 
-def _check_types(config: dict[str, Any], path: Path, *, generic: bool) -> None:
-    """Refuse a BERT whose documents have the token type of queries."""
+def _check_token_types(config: dict[str, Any], path: Path, *, generic: bool) -> None:
+    """Refuse a BERT model that gets no token types: its documents would have that of a query."""
     names = config.get("model_input_names")
     if names is None and generic:
         raise UnsupportedCheckpointError(
-            f"{path} says by no model_input_names whether the model is given token_type_ids, and "
-            "releases of transformers differ in what they give then. Write "
-            '["input_ids", "token_type_ids", "attention_mask"] there if it was trained with them.'
+            f"{path} has no model_input_names, so it is not known whether the model gets "
+            "token_type_ids: releases of transformers differ. Add model_input_names with "
+            '["input_ids", "token_type_ids", "attention_mask"] if it was trained with them.'
         )
     if names is not None and "token_type_ids" not in names:
         raise UnsupportedCheckpointError(

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, normalizers
 
 from bge_rerank_adapters.engine.text.pairs import PairTemplate
 from bge_rerank_adapters.engine.text.tokenizer import PairTokenizer, read_template
-from bge_rerank_adapters.engine.text.tokenizer_config import follow_config
+from bge_rerank_adapters.engine.text.tokenizer_config import apply_config
 from bge_rerank_adapters.errors import CheckpointError
 
 _SLOW_VOCABULARIES = ("sentencepiece.bpe.model", "tokenizer.model", "vocab.txt", "vocab.json")
@@ -30,19 +30,19 @@ def load_tokenizer(
         max_length: Maximum tokens of a pair, special tokens included.
         query_max_length: Maximum tokens of a query; `None` is three quarters of `max_length`.
         lowercase: Whether texts are lower-cased first, as sentence-transformers does.
-        encoder_type: Of an encoder its model type; what `tokenizer_config.json` says is followed
-            then.
+        encoder_type: The `model_type` of an encoder, whose `tokenizer_config.json` is applied as
+            transformers does; `None` leaves `tokenizer.json` as it is.
         make: Makes the result from a tokenizer, the two lengths and a template.
         template: Makes the template around a pair from the tokenizer.
 
     Raises:
         CheckpointError: There is no tokenizer in the folder, or it cannot be read.
-        UnsupportedCheckpointError: Its config asks for something that is not done here.
+        UnsupportedCheckpointError: Its config needs something that is not supported.
         SettingsError: The lengths leave no room for a document.
     """
     tokenizer = _read_tokenizer(folder)
     if encoder_type is not None:
-        follow_config(tokenizer, folder, model_type=encoder_type)
+        apply_config(tokenizer, folder, model_type=encoder_type)
     if lowercase:
         _put_lowercase_first(tokenizer)
     tokenizer.no_padding()
@@ -88,10 +88,10 @@ def _convert_slow_tokenizer(folder: Path) -> Tokenizer:
 
     try:
         converted = AutoTokenizer.from_pretrained(
-            # Explicitly False: otherwise transformers asks on the terminal whether to run the code.
             str(folder),
             local_files_only=True,
             use_fast=True,
+            # Explicitly False: otherwise transformers asks on the terminal whether to run the code.
             trust_remote_code=False,
         )
         # A copy, since transformers keeps changing its own.

@@ -7,7 +7,6 @@ from functools import partial
 
 from tokenizers import Encoding, Tokenizer
 
-from bge_rerank_adapters.engine.text.batches import encode_texts
 from bge_rerank_adapters.engine.text.cutting import Span, TokenizedDocument
 from bge_rerank_adapters.engine.text.pairs import (
     Lengths,
@@ -16,7 +15,7 @@ from bge_rerank_adapters.engine.text.pairs import (
     TokenizedPairs,
     TokenPair,
 )
-from bge_rerank_adapters.engine.text.tokenizer import PairTokenizer, without_surrogates
+from bge_rerank_adapters.engine.text.tokenizer import PairTokenizer
 from bge_rerank_adapters.settings import EngineSettings, check_window_sizes
 
 # Bounds the memory that a batch's encodings take, which hold the offsets of every token.
@@ -92,7 +91,7 @@ class WindowTokenizer(PairTokenizer):
         for index, pair in enumerate(pairs):
             first.setdefault(pair, index)
         queries = self._encode((query for query, _ in first), self._template.query_instruction)
-        sizes = {query: self._window_size(ids, lengths) for query, ids in queries.items()}
+        sizes = {query: self._max_tokens(ids, lengths) for query, ids in queries.items()}
         documents = self._read(
             list(dict.fromkeys(document for _, document in first)),
             longest_whole=min((min(each) for each in sizes.values()), default=0),
@@ -100,22 +99,22 @@ class WindowTokenizer(PairTokenizer):
         rows: list[TokenPair] = []
         groups: list[range] = []
         for (query, text), index in first.items():
-            begin, (size, most) = len(rows), sizes[query]
-            truncated = len(documents[text].ids) > most
-            for ids, span in documents[text].windows(size, self._overlap(size), most):
+            begin, (size, max_tokens) = len(rows), sizes[query]
+            truncated = len(documents[text].ids) > max_tokens
+            for ids, span in documents[text].windows(size, self._overlap(size), max_tokens):
                 row = self._join(queries[query], ids, index, lengths)
                 rows.append(replace(row, span=span, truncated=truncated))
             groups.append(range(begin, len(rows)))
         place = {pair: number for number, pair in enumerate(first)}
         return TokenizedPairs(rows, [place[pair] for pair in pairs], groups)
 
-    def _window_size(self, query: TokenIds, lengths: Lengths) -> tuple[int, int]:
+    def _max_tokens(self, query: TokenIds, lengths: Lengths) -> tuple[int, int]:
         """Return the maximum tokens of a window and of a document beside a query."""
-        room, most = (
+        room, document = (
             self._document_room(min(len(query), lengths.query), each) - self._instruction_tokens
             for each in (self._lengths, lengths)
         )
-        return (room if self._window_tokens is None else min(room, self._window_tokens)), most
+        return (room if self._window_tokens is None else min(room, self._window_tokens)), document
 
     def _overlap(self, size: int) -> int:
         if self._overlap_tokens is None:
@@ -132,7 +131,8 @@ class WindowTokenizer(PairTokenizer):
                 characters += len(texts[end])
                 end += 1
             batch = texts[start:end]
-            for text, encoding in zip(batch, self._encode_with_offsets(batch), strict=True):
+            whole = [self._instruction + text for text in batch]
+            for text, encoding in zip(batch, self._encode_batch(whole, offsets=True), strict=True):
                 documents[text] = self._document(text, encoding, longest_whole=longest_whole)
             start = end
         return documents
@@ -155,14 +155,6 @@ class WindowTokenizer(PairTokenizer):
                 for start, end in _spans(self._instruction + text, offsets)
             ][before:]
         return TokenizedDocument(ids[before:], ids[:before], text, spans)
-
-    def _encode_with_offsets(self, documents: list[str]) -> list[Encoding]:
-        texts = [self._instruction + document for document in documents]
-        try:
-            return encode_texts(self._tokenizer, texts, offsets=True)
-        except (TypeError, UnicodeEncodeError):
-            valid = [without_surrogates(text) for text in texts]
-            return encode_texts(self._tokenizer, valid, offsets=True)
 
 
 def tokenizer_maker(settings: EngineSettings) -> Callable[..., PairTokenizer]:
