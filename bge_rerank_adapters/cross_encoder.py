@@ -84,9 +84,9 @@ class CrossEncoder:
         - `cache_folder=None` is `SENTENCE_TRANSFORMERS_HOME`, or the hub library's own.
         - `max_length` is the maximum tokens of a pair, clamped to the model's positions; `None` is
           the tokenizer's limit.
-        - `activation_fn=None` is the checkpoint's, or the sigmoid. - `num_labels` must be 1 or
-        `None`, and `backend` `"torch"`; `modules`, `model_card_data` and
-          `keep_in_fp32_modules` must be `None`.
+        - `activation_fn=None` is the checkpoint's, or the sigmoid.
+        - `num_labels` must be 1 or `None`, and `backend` `"torch"`; `modules`, `model_card_data`
+          and `keep_in_fp32_modules` must be `None`.
 
         Raises:
             TypeError: There is no argument of that name.
@@ -280,7 +280,7 @@ class CrossEncoder:
         check_batch_size(batch_size)
         if pool is not None:
             raise SettingsError(
-                f"pool is not supported here, got {type(pool).__name__}; {arguments.THERE}."
+                f"pool is not supported here, got {type(pool).__name__}; {arguments.USE_THEIRS}."
             )
         if device is not None and str(device) != self.device:
             raise SettingsError(
@@ -290,8 +290,9 @@ class CrossEncoder:
 
     def __getattr__(self, name: str) -> Any:
         """Refuse methods that only sentence-transformers' own class has."""
-        if name in arguments.ELSEWHERE:
+        if name in arguments.UNSUPPORTED_NAMES:
             raise AttributeError(
-                f"CrossEncoder.{name} is not supported: models only score here; {arguments.THERE}."
+                f"CrossEncoder.{name} is not supported: models only score here; "
+                f"{arguments.USE_THEIRS}."
             )
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")

@@ -73,8 +73,8 @@ class BGERanker:
                 each on a line of its own; those a document lacks are left out.
             reranker: A ready engine, such as a `RemoteReranker`, to use instead of loading one; not
                 in dumps.
-            **options: The engine's other settings; a token is a
-                `Secret`, such as `Secret.from_env_var("HF_TOKEN")`.
+            **options: The engine's other settings; a token is a `Secret`, such as
+                `Secret.from_env_var("HF_TOKEN")`.
 
         Raises:
             TypeError: There is no setting of that name.

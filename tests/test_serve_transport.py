@@ -296,7 +296,7 @@ def test_one_body_too_many_takes_the_place_of_the_slowest(reranker, clean, limit
         for number in range(4):
             arriving.append(open_.enter_context(slow(port)))
             wanted = min(number + 1, 3)
-            until(lambda wanted=wanted: len(app.state.arriving._bodies) == wanted)
+            until(lambda wanted=wanted: len(app.state.incoming_bodies._bodies) == wanted)
         refused = rest(arriving[0])
         assert statuses(refused) == [429]
         assert b"Retry-After: 1" in refused.title() or b"retry-after: 1" in refused
@@ -305,7 +305,7 @@ def test_one_body_too_many_takes_the_place_of_the_slowest(reranker, clean, limit
         assert statuses(rest(arriving[1])) == [429]
         arriving[3].sendall(BODY[-1:])
         assert statuses(arriving[3].recv(65536)) == [200]
-    until(lambda: app.state.arriving._bytes == 0)
+    until(lambda: app.state.incoming_bodies._bytes == 0)
 
 
 def test_a_body_larger_than_all_may_be_is_read_alone(reranker):
@@ -319,7 +319,7 @@ def test_silent_connections_make_room_for_others(reranker, clean, monkeypatch):
     app = app_of(reranker, body_timeout_s=60.0)
     with listening(app, log_config=None) as port, contextlib.ExitStack() as open_:
         asks = open_.enter_context(slow(port))
-        until(lambda: len(app.state.arriving._bodies) == 1)
+        until(lambda: len(app.state.incoming_bodies._bodies) == 1)
         silent = [open_.enter_context(connect(port)) for _ in range(12)]
         assert statuses(exchange(port, post(BODY, CLOSE))) == [200]
         assert rest(silent[0]) == b""

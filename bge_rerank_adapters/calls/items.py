@@ -72,7 +72,7 @@ class Bad:
     Attributes:
         line: Its line number, counted from 1.
         reason: What is wrong with it.
-        text: The part itself, to be mended and given again.
+        text: The part itself, to be corrected and given again.
     """
 
     line: int
@@ -112,18 +112,25 @@ def read_jsonl(
 
 
 def rank_items(
-    engine: BaseReranker[Any], items: Sequence[Item], *, limits: Limits
+    engine: BaseReranker[Any], items: Sequence[Item | Bad], *, limits: Limits
 ) -> list[Ranking | Bad]:
     """Return the ranking of each item, in order, or why there is none.
 
     Args:
         engine: The reranker.
-        items: n items; may be empty.
+        items: n items; may be empty. `Bad` ones are returned as they are.
         limits: The limits of each ranking.
     """
+    ranked = iter(_rank(engine, [item for item in items if isinstance(item, Item)], limits))
+    return [item if isinstance(item, Bad) else next(ranked) for item in items]
+
+
+def _rank(
+    engine: BaseReranker[Any], items: Sequence[Item], limits: Limits
+) -> Sequence[Ranking | Bad]:
     requests = [(item.query, item.texts) for item in items]
     try:
-        return [*engine.rerank_many(requests, **limits.to_dict())]
+        return engine.rerank_many(requests, **limits.to_dict())
     except ScoringError:
         # One of them failed; the others still get their rankings.
         return [_rank_alone(engine, item, limits) for item in items]
@@ -145,13 +152,11 @@ def rank_and_write(
     write: Callable[[Item, Iterable[RankedDocument]], bytes],
 ) -> list[bytes | Bad]:
     """Return the bytes to write for each item, in order, or why there are none."""
-    good = [item for item in chunk if isinstance(item, Item)]
-    ranked = iter(rank_items(engine, good, limits=limits))
-    outcomes: list[bytes | Bad] = []
-    for item in chunk:
-        outcome = item if isinstance(item, Bad) else next(ranked)
-        outcomes.append(outcome if isinstance(outcome, Bad) else write(item, outcome))  # type: ignore[arg-type]
-    return outcomes
+    rankings = rank_items(engine, chunk, limits=limits)
+    return [
+        ranking if isinstance(ranking, Bad) else write(item, ranking)  # type: ignore[arg-type]
+        for item, ranking in zip(chunk, rankings, strict=True)
+    ]
 
 
 def with_unique_names(items: Iterable[Item | Bad]) -> Iterator[Item | Bad]:

@@ -1,7 +1,6 @@
 """TREC runs: the documents found for each query, and their file format."""
 
 import math
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -9,9 +8,6 @@ from bge_rerank_adapters.errors import SettingsError
 
 Run = dict[str, dict[str, float]]
 """For each query its documents with their scores, best first."""
-
-FIRST_STAGE = "first stage"
-"""The name in reports of the run that is reranked."""
 
 
 def read_run(path: str | Path) -> Run:
@@ -74,41 +70,3 @@ def write_run(path: str | Path, run: Run, *, tag: str) -> None:
     with Path(path).open("w", encoding="utf-8") as file:
         for query, found in run.items():
             file.writelines(run_lines(query, found.items(), tag=tag))
-
-
-def file_name(name: str) -> str:
-    """Return a file name for an engine's results."""
-    return re.sub(r"[^\w.=+-]+", "-", name).strip("-.") or "engine"
-
-
-def check_file_names(names: Iterable[str]) -> None:
-    """Refuse engines' names with equal file names, the first stage's included.
-
-    Raises:
-        SettingsError: Two are equal; case is ignored, as many file systems do.
-    """
-    taken = {file_name(FIRST_STAGE): FIRST_STAGE}
-    for name in names:
-        key = file_name(name).casefold()
-        if key in taken:
-            raise SettingsError(
-                f"Results of {name!r} and {taken[key]!r} would both be in files named "
-                f"{file_name(name)!r}; give engines names that differ in letters or digits."
-            )
-        taken[key] = name
-
-
-def make_folder(folder: str | Path) -> Path:
-    """Return a folder for results, created if it is missing.
-
-    Raises:
-        SettingsError: It cannot be created.
-    """
-    path = Path(folder)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingsError(
-            f"The folder {path} cannot be made ({error.strerror}); choose another."
-        ) from error
-    return path

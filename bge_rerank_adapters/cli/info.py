@@ -7,15 +7,8 @@ from rich.console import Console
 from rich.table import Table
 
 _PACKAGES = (
-    *(
-        "bge-rerank-adapters",
-        "torch",
-        "transformers",
-        "tokenizers",
-        "safetensors",
-        "huggingface_hub",
-        "numpy",
-    ),
+    *("bge-rerank-adapters", "torch", "transformers", "tokenizers", "safetensors"),
+    *("huggingface_hub", "numpy"),
     *("langchain-core", "llama-index-core", "pymilvus", "FlagEmbedding"),
 )
 

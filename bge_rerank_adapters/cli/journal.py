@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ class Journal:
         self.mark = mark
         kept = {
             "asked": self._options,
-            "mark": {"items": mark.items, "bytes": mark.bytes, "bad_bytes": mark.bad_bytes},
+            "mark": asdict(mark),
         }
         self._following.write_text(json.dumps(kept), encoding="utf-8")
         self._following.replace(self._path)

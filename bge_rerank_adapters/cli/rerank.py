@@ -48,7 +48,7 @@ Examples:
 Input lines: {"query": "...", "documents": ["...", {"text": "...", "id": 7}], ...}; with
 --collection a TREC run whose texts are in a BEIR folder.
 
-Bad lines that --on-error skip put aside can be mended and given again:
+Bad lines that --on-error skip put aside can be corrected and given again:
 
     jq -r .input ranked.jsonl.bad.jsonl > again.jsonl
 

@@ -37,8 +37,8 @@ def _engine_option(name: str) -> Any:
     return _option(options.help_or_default(options.ENGINE_ROWS[name]))
 
 
-# The server's own are in words of their own, held against its table by a test: importing the table
-# needs the extra.
+# The server's own options are written out, since importing their table needs the extra. A test
+# compares them with the table.
 
 
 @options.with_engine_options
@@ -100,9 +100,9 @@ def serve(
 
 
 def _serve(settings: Any, listener: socket.socket, *, access_log: bool) -> None:
-    from bge_rerank_adapters.serve.extra import require
+    from bge_rerank_adapters.calls.extras import require
 
-    require("uvicorn")
+    require("uvicorn", of="serve", extra="serve")
     from bge_rerank_adapters.engine.reranker import Reranker
     from bge_rerank_adapters.serve import create_app, tracing
     from bge_rerank_adapters.serve.transport.server import server_of

@@ -12,17 +12,17 @@ from typing import Any
 from bge_rerank_adapters.calls.limits import check_top_k
 from bge_rerank_adapters.calls.progress import ProgressBar
 from bge_rerank_adapters.calls.ranking import Scorer
-from bge_rerank_adapters.calls.trec import (
-    FIRST_STAGE,
-    Run,
-    check_file_names,
-    file_name,
-    make_folder,
-)
+from bge_rerank_adapters.calls.trec import Run
 from bge_rerank_adapters.engine.checkpoints.hub import TINY_FOLDER
 from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.evaluation.collection import Collection
 from bge_rerank_adapters.evaluation.report import Report
+from bge_rerank_adapters.evaluation.result_files import (
+    FIRST_STAGE,
+    check_file_names,
+    file_name,
+    make_folder,
+)
 from bge_rerank_adapters.evaluation.scored import Scored
 from bge_rerank_adapters.evaluation.state import State, weights_stamp
 from bge_rerank_adapters.evaluation.timing import time_query, timed_queries

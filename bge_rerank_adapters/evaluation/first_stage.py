@@ -1,10 +1,10 @@
 """BM25 as a first stage."""
 
+from bge_rerank_adapters.calls.extras import require
 from bge_rerank_adapters.calls.limits import check_top_k
 from bge_rerank_adapters.calls.trec import Run
 from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.evaluation.collection import Collection
-from bge_rerank_adapters.evaluation.extra import require
 
 # Lucene's variant with the parameters that BEIR's baselines use (Thakur et al., 2021).
 _K1, _B = 0.9, 0.4
@@ -25,7 +25,7 @@ def bm25(collection: Collection, *, depth: int = 100, language: str | None = "en
     Raises:
         SettingsError: There is no stemmer for the language, or `depth` is below 1.
     """
-    require("bm25s", "Stemmer")
+    require("bm25s", "Stemmer", of="evaluation", extra="eval")
     import bm25s
     import numpy as np
     import Stemmer

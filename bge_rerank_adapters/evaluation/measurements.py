@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-from bge_rerank_adapters.calls.trec import FIRST_STAGE, Run
+from bge_rerank_adapters.calls.trec import Run
 from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.evaluation.collection import Collection
 from bge_rerank_adapters.evaluation.metrics import NDCG, Comparison, Metrics, compare, measure
+from bge_rerank_adapters.evaluation.result_files import FIRST_STAGE
 from bge_rerank_adapters.evaluation.scored import Scored
 
 _DEPTHS = (1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 500, 1000)

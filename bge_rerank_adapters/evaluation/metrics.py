@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from bge_rerank_adapters.calls.extras import require
 from bge_rerank_adapters.calls.trec import Run
-from bge_rerank_adapters.evaluation.extra import require
 
 NDCG, MRR, MAP = "nDCG@10", "MRR@10", "MAP"
 _RR_CUTOFF = 10
@@ -64,7 +64,7 @@ def measure(
         run: For each query the score of each document found.
         recall_at: Cutoffs for recall.
     """
-    require("ir_measures")
+    require("ir_measures", of="evaluation", extra="eval")
     from ir_measures import AP, RR, Qrel, R, ScoredDoc, iter_calc, nDCG
 
     qrels = [
@@ -95,7 +95,7 @@ def compare(before: Metrics, after: Metrics, *, metric: str = NDCG) -> Compariso
 
     With fewer than two queries the interval is infinite and `p_value` is 1.
     """
-    require("scipy")
+    require("scipy", of="evaluation", extra="eval")
     from scipy.stats import ttest_rel
 
     old, new = before.per_query[metric], after.per_query[metric]

@@ -5,14 +5,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bge_rerank_adapters.calls.trec import (
-    check_file_names,
-    file_name,
-    make_folder,
-)
-from bge_rerank_adapters.evaluation.extra import require
+from bge_rerank_adapters.calls.extras import require
 from bge_rerank_adapters.evaluation.metrics import NDCG, Comparison
 from bge_rerank_adapters.evaluation.report import Report, best_threshold
+from bge_rerank_adapters.evaluation.result_files import check_file_names, file_name, make_folder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -199,7 +195,7 @@ def _scores_picture(report: Report, name: str) -> "Callable[[], Axes]":
 
 def _new_axes() -> "Axes":
     """Return the axes of a new figure, made without pyplot and its global state."""
-    require("matplotlib")
+    require("matplotlib", of="evaluation", extra="eval")
     from matplotlib.figure import Figure
 
     return Figure(figsize=_INCHES, layout="constrained").subplots()

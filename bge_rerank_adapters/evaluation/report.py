@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bge_rerank_adapters.calls.trec import (
+from bge_rerank_adapters.calls.trec import write_run
+from bge_rerank_adapters.evaluation.measurements import Measurements
+from bge_rerank_adapters.evaluation.result_files import (
     FIRST_STAGE,
     check_file_names,
     file_name,
     make_folder,
-    write_run,
 )
-from bge_rerank_adapters.evaluation.measurements import Measurements
 from bge_rerank_adapters.evaluation.view import answer, to_html, to_text
 
 

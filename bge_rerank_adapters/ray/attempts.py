@@ -10,10 +10,9 @@ from typing import Any
 
 import ray
 
-from bge_rerank_adapters.calls.items import Bad, Item
+from bge_rerank_adapters.calls.items import Bad, Item, rank_items
 from bge_rerank_adapters.calls.limits import Limits
 from bge_rerank_adapters.calls.ranking import Ranking
-from bge_rerank_adapters.ray.rows import rank_all
 
 # How often rows are tried together; afterwards one by one, to find the row that fails.
 _TRIES_TOGETHER = 2
@@ -62,7 +61,7 @@ class Attempts:
         # An actor keeps its id when it is restarted, and runs one call at a time.
         work = f"{ray.get_runtime_context().get_actor_id()}:{_digest(items)}"
         if self._begin(work) < _TRIES_TOGETHER:
-            rankings = rank_all(engine, items, limits=limits)
+            rankings = rank_items(engine, items, limits=limits)
         else:
             rankings = [
                 self._rank_alone(engine, item, limits=limits, work=f"{work}/{place}")
@@ -82,7 +81,7 @@ class Attempts:
                 "ranked alone; Ray's logs may say why, and too little memory is the usual cause",
                 item.source,
             )
-        (ranking,) = rank_all(engine, [item], limits=limits)
+        (ranking,) = rank_items(engine, [item], limits=limits)
         self._finish(work)
         return ranking
 

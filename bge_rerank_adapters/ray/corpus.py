@@ -212,7 +212,7 @@ def _parsed(line: bytes, place: str) -> Any:
     try:
         return json.loads(line)
     except ValueError as error:
-        raise SettingsError(f"{place}: not JSON: {error}; mend the corpus.") from error
+        raise SettingsError(f"{place}: not JSON: {error}; correct the corpus.") from error
 
 
 def _own_folder() -> Path:

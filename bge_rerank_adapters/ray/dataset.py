@@ -8,6 +8,7 @@ import ray
 from ray.data import ActorPoolStrategy, Dataset
 from ray.data.dataset import MaterializedDataset
 
+from bge_rerank_adapters.calls.items import rank_items
 from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.ray.attempts import Attempts
 from bge_rerank_adapters.ray.corpus import (
@@ -20,7 +21,6 @@ from bge_rerank_adapters.ray.recipe import (
     Recipe,
     Resources,
     check_concurrency,
-    check_count,
     make_recipe,
 )
 from bge_rerank_adapters.ray.rows import (
@@ -30,10 +30,9 @@ from bge_rerank_adapters.ray.rows import (
     Prepare,
     exploded_table,
     items_of,
-    rank_all,
     ranked_table,
 )
-from bge_rerank_adapters.settings import EngineSettings
+from bge_rerank_adapters.settings import EngineSettings, checks
 
 _log = logging.getLogger(__name__)
 
@@ -113,7 +112,7 @@ def rerank_dataset(
             "attempts": Attempts(),
         },
         batch_format="pyarrow",
-        batch_size=check_count("batch_size", batch_size),
+        batch_size=checks.count("batch_size", batch_size),
         compute=ActorPoolStrategy(min_size=least, max_size=most),
         num_gpus=num_gpus or None,
         num_cpus=num_cpus,
@@ -168,7 +167,7 @@ class RowRanker:
             with_text: Whether results have the document's text.
             attempts: Finds rows on which actors die; `None` looks for none.
         """
-        self._limits, self._rank = recipe.limits, attempts.rank if attempts else rank_all
+        self._limits, self._rank = recipe.limits, attempts.rank if attempts else rank_items
         self._with_text = with_text
         self._prepare = preparation(source)
         self._engine = recipe.load()

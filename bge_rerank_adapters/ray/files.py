@@ -8,7 +8,7 @@ import ray.data
 from pyarrow import fs
 from ray.data import ActorPoolStrategy
 
-from bge_rerank_adapters.calls.items import Item
+from bge_rerank_adapters.calls.items import Item, rank_items
 from bge_rerank_adapters.calls.ranking import Ranking
 from bge_rerank_adapters.errors import RerankError, SettingsError
 from bge_rerank_adapters.ray.attempts import Attempts
@@ -20,13 +20,12 @@ from bge_rerank_adapters.ray.recipe import (
     Recipe,
     Resources,
     check_concurrency,
-    check_count,
     make_recipe,
 )
-from bge_rerank_adapters.ray.rows import DOCUMENTS, rank_all
+from bge_rerank_adapters.ray.rows import DOCUMENTS
 from bge_rerank_adapters.ray.storage import fingerprint, kind_of, list_files, locate, storage_errors
 from bge_rerank_adapters.ray.writing import aside_jsonl, ranked_jsonl, ranked_parquet
-from bge_rerank_adapters.settings import EngineSettings
+from bge_rerank_adapters.settings import EngineSettings, checks
 
 FORMATS = ("parquet", "jsonl")
 # Maximum number of Ray's blocks; with more parts a block has several.
@@ -133,7 +132,7 @@ def rerank_files(
         "corpus": texts.identity() if texts else None,
         "output_format": job.output_format,
         "with_text": with_text,
-        "part_bytes": check_count("part_bytes", part_bytes),
+        "part_bytes": checks.count("part_bytes", part_bytes),
     }
     parts = cut(system, files, part_bytes=part_bytes, documents=IDS if texts else DOCUMENTS)
     with storage_errors("output", output):
@@ -186,7 +185,7 @@ class PartRanker:
 
     def _rank(self, part: Part) -> None:
         read = read_part(self._job.system, part, prepare=self._prepare)
-        rank = self._job.attempts.rank if self._job.attempts else rank_all
+        rank = self._job.attempts.rank if self._job.attempts else rank_items
         rankings = rank(self._engine, read.items, limits=self._job.recipe.limits)
         ranked = [
             item
@@ -232,8 +231,8 @@ def _run(
         # The last line of Ray's traceback is the reason.
         reason = str(error).strip().splitlines()[-1]
         raise RerankError(
-            f"The job ended early: {reason} What was finished stays; start it again once that is "
-            "mended."
+            f"The job ended early: {reason} What was finished stays; remove the cause, and start "
+            "the job again."
         ) from error
 
 

@@ -1,13 +1,12 @@
 """The settings that an actor makes its engine from, and the resources of an actor."""
 
-import math
 import numbers
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from bge_rerank_adapters.calls.limits import Limits
 from bge_rerank_adapters.errors import SettingsError
-from bge_rerank_adapters.settings import EngineSettings
+from bge_rerank_adapters.settings import EngineSettings, checks
 
 if TYPE_CHECKING:
     from bge_rerank_adapters.engine.reranker import Reranker
@@ -64,8 +63,8 @@ class Resources:
         Raises:
             SettingsError: One of them is not allowed.
         """
-        _check_amount("num_gpus", self.num_gpus)
-        _check_amount("num_cpus", self.num_cpus)
+        checks.zero_or_more("num_gpus", self.num_gpus)
+        checks.zero_or_more("num_cpus", self.num_cpus)
         if self.num_gpus > 1 and self.num_gpus != int(self.num_gpus):
             raise SettingsError(
                 f"num_gpus above 1 must be a whole number, got {self.num_gpus!r}: an actor has a "
@@ -131,22 +130,5 @@ def check_concurrency(concurrency: Any) -> tuple[int, int]:
     return int(ends[0]), int(ends[1])
 
 
-def check_count(name: str, value: Any) -> int:
-    """Return a whole number of at least 1.
-
-    Raises:
-        SettingsError: It is not one.
-    """
-    if not _is_count(value):
-        raise SettingsError(f"{name} must be a whole number of at least 1, got {value!r}.")
-    return int(value)
-
-
 def _is_count(value: Any) -> bool:
     return not isinstance(value, bool) and isinstance(value, numbers.Integral) and int(value) >= 1
-
-
-def _check_amount(name: str, value: Any) -> None:
-    number = not isinstance(value, bool) and isinstance(value, numbers.Real)
-    if not number or not 0 <= value < math.inf:
-        raise SettingsError(f"{name} must be a number of at least 0, got {value!r}.")

@@ -1,19 +1,15 @@
 """Turns rows of a table into items, and rankings into rows."""
 
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bge_rerank_adapters.calls.items import Bad, Item, parse_item, rank_items
-from bge_rerank_adapters.calls.limits import Limits
+from bge_rerank_adapters.calls.items import Bad, Item, parse_item
 from bge_rerank_adapters.calls.ranking import Ranking
 from bge_rerank_adapters.errors import InputTypeError, SettingsError
 from bge_rerank_adapters.ray.corpus import IDS
-
-if TYPE_CHECKING:
-    from bge_rerank_adapters.engine.reranker import Reranker
 
 DOCUMENTS = "documents"
 RESULTS = "results"
@@ -52,16 +48,6 @@ def items_of(
         _item(first + place, {name: _plain(columns[name][place]) for name in wanted}, prepare)
         for place in range(table.num_rows)
     ]
-
-
-def rank_all(
-    engine: "Reranker", items: Iterable[Item | Bad], *, limits: Limits
-) -> list[Ranking | Bad]:
-    """Return the ranking of each item, in order, or why there is none."""
-    found = list(items)
-    good = [each for each in found if isinstance(each, Item)]
-    ranked = iter(rank_items(engine, good, limits=limits))
-    return [each if isinstance(each, Bad) else next(ranked) for each in found]
 
 
 def ranked_table(
@@ -132,18 +118,12 @@ def valid_text(value: Any) -> str | None:
 
 def _results(item: Item, ranking: Ranking, *, with_text: bool) -> list[dict[str, Any]]:
     return [
-        {
-            "rank": rank,
-            "index": each.index,
-            "id": valid_text(_name(item.documents[each.index])),
-            "score": each.score,
-            "logit": each.logit,
-            "truncated": each.truncated,
-            "query_truncated": each.query_truncated,
-            "span": None if each.span is None else list(each.span),
-            "text": valid_text(each.text) if with_text else None,
+        record
+        | {
+            "id": valid_text(_name(item.documents[record["index"]])),
+            "text": valid_text(record["text"]) if with_text else None,
         }
-        for rank, each in enumerate(ranking, start=1)
+        for record in ranking.to_records()
     ]
 
 

@@ -90,12 +90,10 @@ def list_files(system: fs.FileSystem, path: str) -> list[fs.FileInfo]:
         found = [each for each in below if each.is_file and not _hidden(each.path, path)]
     if not found:
         raise SettingsError(f"{path} has no files; give a folder of Parquet or JSONL files.")
-    for each in found:
-        kind_of(each.path)
     kinds = {kind_of(each.path) for each in found}
     if len(kinds) > 1:
         raise SettingsError(
-            f"{path} has both Parquet and JSONL files; give each a folder, and run them apart."
+            f"{path} has both Parquet and JSONL files; give each a folder, and run two jobs."
         )
     return sorted(found, key=lambda each: each.path)
 

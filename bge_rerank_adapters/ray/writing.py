@@ -38,7 +38,11 @@ def ranked_jsonl(read: Read, rankings: Rankings, *, with_text: bool) -> bytes:
     lines: list[bytes] = []
     for place, (item, ranking) in enumerate(zip(read.items, rankings, strict=True)):
         if isinstance(item, Item) and isinstance(ranking, Ranking):
-            whole = item if read.table is None else replace(item, extra=_rest(read.source(place)))
+            whole = (
+                item
+                if read.table is None
+                else replace(item, extra=_other_fields(read.source(place)))
+            )
             lines.append(whole.to_json(ranking, with_text=with_text))
     return b"".join(lines)
 
@@ -59,18 +63,18 @@ def _table_of_lines(items: list[Item | Bad]) -> pa.Table:
     columns = {
         "query_id": [each and valid_text(each.extra.get("query_id")) for each in known],
         "query": [each and valid_text(each.query) for each in known],
-        "rest": [each and valid_text(_json_of_rest(each)) for each in known],
+        "rest": [each and valid_text(_other_fields_as_json(each)) for each in known],
     }
     return pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
 
 
-def _json_of_rest(item: Item) -> str | None:
+def _other_fields_as_json(item: Item) -> str | None:
     rest = {name: value for name, value in item.extra.items() if name != "query_id"}
     return json.dumps(rest) if rest else None
 
 
-def _rest(row: dict[str, Any]) -> dict[str, Any]:
-    """Return the other fields of a Parquet row as JSON values, dates and the like as texts."""
+def _other_fields(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the other fields of a Parquet row as JSON values; dates, for example, become texts."""
     others = {
         name: value
         for name, value in row.items()

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from bge_rerank_adapters.calls.ranking import PairScore, ScoredRequest, Usage, sigmoid
@@ -30,13 +30,9 @@ class RemoteScore:
     index: int
     score: PairScore
 
-    def moved(self, places: int) -> "RemoteScore":
-        """Return the result with a larger index."""
-        return replace(self, index=self.index + places)
-
 
 @dataclass(frozen=True, slots=True)
-class Answered:
+class RemoteScores:
     """A server's results for n documents.
 
     Attributes:
@@ -47,15 +43,16 @@ class Answered:
     scores: list[RemoteScore]
     tokens: int | None = None
 
-    def joined(self, rest: "Answered", *, places: int) -> "Answered":
-        """Return this and the results for further documents, whose indexes begin at `places`."""
+    def joined(self, rest: "RemoteScores", *, start: int) -> "RemoteScores":
+        """Return these and the results for further documents, whose indexes begin at `start`."""
         tokens = None
         if self.tokens is not None and rest.tokens is not None:
             tokens = self.tokens + rest.tokens
-        return Answered(self.scores + [each.moved(places) for each in rest.scores], tokens)
+        moved = [RemoteScore(start + each.index, each.score) for each in rest.scores]
+        return RemoteScores(self.scores + moved, tokens)
 
 
-def read_answer(body: bytes, *, documents: int, scale: str, server: str) -> Answered:
+def read_answer(body: bytes, *, documents: int, scale: str, server: str) -> RemoteScores:
     """Return a server's results for n documents.
 
     Args:
@@ -77,7 +74,7 @@ def read_answer(body: bytes, *, documents: int, scale: str, server: str) -> Answ
     if len({each.score.logit is None for each in scores}) > 1:
         raise RemoteError(f"{server} answered with logits for only some documents.")
     _check_indexes([each.index for each in scores], documents, server)
-    return Answered(scores, _tokens(answer, rows))
+    return RemoteScores(scores, _tokens(answer, rows))
 
 
 def _rows(body: bytes, server: str) -> tuple[Any, list[Any]]:
@@ -202,8 +199,8 @@ def shortened(text: str | bytes) -> str:
     return line if len(line) <= SHOWN_CHARACTERS else f"{line[:SHOWN_CHARACTERS]} ..."
 
 
-class Question:
-    """A request whose identical documents are sent once.
+class DistinctRequest:
+    """A request whose identical documents are sent once, and the results so far.
 
     Attributes:
         request: The query and its n documents.
@@ -212,31 +209,31 @@ class Question:
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        places: dict[str, list[int]] = {}
+        indexes: dict[str, list[int]] = {}
         for index, text in enumerate(request.texts):
-            places.setdefault(text, []).append(index)
-        self.distinct = list(places)
-        self._places = list(places.values())
-        self._answered = Answered([], 0)
+            indexes.setdefault(text, []).append(index)
+        self.distinct = list(indexes)
+        self._indexes = list(indexes.values())
+        self._results = RemoteScores([], 0)
 
     def parts(self, max_documents: int) -> Iterator[tuple[int, list[str]]]:
         """Yield parts of the distinct documents, each with the index at which it begins."""
         for start in range(0, len(self.distinct), max_documents):
             yield start, self.distinct[start : start + max_documents]
 
-    def take(self, start: int, answered: Answered) -> None:
+    def add(self, results: RemoteScores, *, start: int) -> None:
         """Store the results for the part that begins at an index."""
-        self._answered = self._answered.joined(answered, places=start)
+        self._results = self._results.joined(results, start=start)
 
     def scored(self) -> ScoredRequest:
         """Return the scores of the n documents; equal ones keep the server's order."""
-        answered = self._answered
+        results = self._results
         scores = {
-            index: each.score for each in answered.scores for index in self._places[each.index]
+            index: each.score for each in results.scores for index in self._indexes[each.index]
         }
         return ScoredRequest(
             self.request,
             [scores[index] for index in range(len(scores))],
             order=list(scores),
-            usage=None if answered.tokens is None else Usage(tokens=answered.tokens),
+            usage=None if results.tokens is None else Usage(tokens=results.tokens),
         )

@@ -20,10 +20,10 @@ import httpx
 
 from bge_rerank_adapters.calls.requests import Request
 from bge_rerank_adapters.errors import ClosedError, RerankTimeoutError
-from bge_rerank_adapters.remote.answers import Answered, read_answer
-from bge_rerank_adapters.remote.exchange import Answer, Exchange
+from bge_rerank_adapters.remote.answers import RemoteScores, read_answer
 from bge_rerank_adapters.remote.planning import Plan, find_plan
-from bge_rerank_adapters.remote.refusals import refusal
+from bge_rerank_adapters.remote.refusals import Answer, refusal
+from bge_rerank_adapters.remote.retrying import RetryingClient
 from bge_rerank_adapters.remote.settings import RemoteSettings
 from bge_rerank_adapters.remote.stats import Tally
 
@@ -62,7 +62,7 @@ class Connections:
             # A redirect would send the documents and the key elsewhere.
             follow_redirects=False,
         )
-        self._client, self._exchange = client, Exchange(client, settings, tally)
+        self._client, self._retrying = client, RetryingClient(client, settings, tally)
         self._thread = threading.Thread(target=self._run, name="bge-rerank-remote", daemon=True)
         self._thread.start()
 
@@ -74,9 +74,9 @@ class Connections:
         """Return the plan, if it is known already."""
         return self._plan
 
-    def ask(self, request: Request) -> "Future[Answered]":
+    def send(self, request: Request) -> "Future[RemoteScores]":
         """Return a future of the server's results for the texts of a request."""
-        return self._submit(lambda: self._timed(lambda deadline: self._asked(request, deadline)))
+        return self._submit(lambda: self._timed(lambda deadline: self._score(request, deadline)))
 
     def close(self) -> None:
         """Fail running requests with `ClosedError`, and close the connections."""
@@ -144,16 +144,16 @@ class Connections:
     async def _planned(self, deadline: float | None) -> Plan:
         async with self._planning:
             if self._plan is None:
-                self._plan = await find_plan(self._settings, self._exchange, deadline)
+                self._plan = await find_plan(self._settings, self._retrying, deadline)
             return self._plan
 
-    async def _asked(self, request: Request, deadline: float | None) -> Answered:
+    async def _score(self, request: Request, deadline: float | None) -> RemoteScores:
         plan = await self._planned(deadline)
-        answered = await self._ask(plan, request, deadline)
-        self._tally.add(pairs=len(request.texts), tokens=answered.tokens or 0)
-        return answered
+        results = await self._request(plan, request, deadline)
+        self._tally.add(pairs=len(request.texts), tokens=results.tokens or 0)
+        return results
 
-    async def _ask(self, plan: Plan, request: Request, deadline: float | None) -> Answered:
+    async def _request(self, plan: Plan, request: Request, deadline: float | None) -> RemoteScores:
         texts = request.texts
         body = _encoded(
             plan.api.request(
@@ -174,18 +174,18 @@ class Connections:
             "%s refused %d documents as too many or too long; sending them in halves", url, half
         )
         first, rest = [
-            await self._ask(plan, replace(request, texts=part), deadline)
+            await self._request(plan, replace(request, texts=part), deadline)
             for part in (texts[:half], texts[half:])
         ]
-        return first.joined(rest, places=half)
+        return first.joined(rest, start=half)
 
     async def _post(self, plan: Plan, body: bytes, deadline: float | None) -> tuple[Answer, str]:
         """Send a request to the first address that exists, and keep that address."""
-        longest = _ANSWER_BYTES + _ANSWER_FACTOR * len(body)
+        max_bytes = _ANSWER_BYTES + _ANSWER_FACTOR * len(body)
         # Another request may have found it meanwhile.
         urls = plan.urls if self._plan is None else self._plan.urls
         for url in urls:
-            answer = await self._exchange.post(url, body, deadline=deadline, longest=longest)
+            answer = await self._retrying.post(url, body, deadline=deadline, max_bytes=max_bytes)
             if answer.status not in {404, 405}:
                 self._plan = Plan(plan.api, (url,), plan.scale, plan.max_documents)
                 return answer, url

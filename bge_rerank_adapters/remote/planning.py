@@ -17,8 +17,8 @@ from bge_rerank_adapters.remote.apis import (
     limit_of_info,
     models_address,
 )
-from bge_rerank_adapters.remote.exchange import Answer, Exchange
-from bge_rerank_adapters.remote.refusals import refusal
+from bge_rerank_adapters.remote.refusals import Answer, refusal
+from bge_rerank_adapters.remote.retrying import RetryingClient
 from bge_rerank_adapters.remote.settings import RemoteSettings
 
 # Limit on the size of a server's description.
@@ -42,7 +42,9 @@ class Plan:
     max_documents: int
 
 
-async def find_plan(settings: RemoteSettings, exchange: Exchange, deadline: float | None) -> Plan:
+async def find_plan(
+    settings: RemoteSettings, client: RetryingClient, deadline: float | None
+) -> Plan:
     """Return the plan, after `GET /info` and `GET /v1/models` if they are needed for it.
 
     Raises:
@@ -53,11 +55,11 @@ async def find_plan(settings: RemoteSettings, exchange: Exchange, deadline: floa
     limit_wanted = settings.max_documents_per_request is None
     info = None
     if api is None or (api.states_limit and limit_wanted):
-        info = await _info(settings, exchange, deadline)
+        info = await _info(settings, client, deadline)
     if api is None:
         api = api_of_info(info)
     if api is COMMON:
-        answer = await _get(exchange, models_address(settings.url), deadline)
+        answer = await _get(client, models_address(settings.url), deadline)
         api = api_of_models(_content(answer))
     if api is COMMON and settings.scale == "logit":
         raise SettingsError(_logits_of_any(settings.url))
@@ -66,17 +68,17 @@ async def find_plan(settings: RemoteSettings, exchange: Exchange, deadline: floa
     return Plan(api, addresses(settings.url, api), scale, limit)
 
 
-async def _info(settings: RemoteSettings, exchange: Exchange, deadline: float | None) -> object:
+async def _info(settings: RemoteSettings, client: RetryingClient, deadline: float | None) -> object:
     """Return the server's `/info`, or `None` if it has none."""
     url = info_address(settings.url)
-    answer = await _get(exchange, url, deadline)
+    answer = await _get(client, url, deadline)
     if answer.status in {401, 403}:
         raise refusal(answer, url, settings)
     return _content(answer)
 
 
-async def _get(exchange: Exchange, url: str, deadline: float | None) -> Answer:
-    return await exchange.get(url, deadline=deadline, longest=_MAX_BYTES)
+async def _get(client: RetryingClient, url: str, deadline: float | None) -> Answer:
+    return await client.get(url, deadline=deadline, max_bytes=_MAX_BYTES)
 
 
 def _content(answer: Answer) -> object:

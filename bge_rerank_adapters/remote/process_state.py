@@ -24,7 +24,7 @@ class ProcessState:
     def __init__(self, settings: RemoteSettings, *, parents: "ProcessState | None" = None) -> None:
         self.runner, self.tally = AsyncRunner(), Tally()
         self._settings = settings
-        # Kept, since freeing it would close the parent's loop and connections.
+        # Only kept alive: freeing it would close the parent's loop and connections.
         self._parents = parents
         self._pid = os.getpid()
         self._lock = threading.Lock()

@@ -14,7 +14,7 @@ from bge_rerank_adapters.calls.ranking import PairScore, ScoredRequest
 from bge_rerank_adapters.calls.requests import Request
 from bge_rerank_adapters.calls.runner import AsyncRunner, Call, Reservations
 from bge_rerank_adapters.errors import RemoteError
-from bge_rerank_adapters.remote.answers import Answered, Question
+from bge_rerank_adapters.remote.answers import DistinctRequest, RemoteScores
 from bge_rerank_adapters.remote.connections import Connections
 from bge_rerank_adapters.remote.planning import Plan
 from bge_rerank_adapters.remote.process_state import ProcessState
@@ -25,26 +25,26 @@ from bge_rerank_adapters.settings.table import documents
 _lock = threading.Lock()
 
 
-def _forget_after_fork() -> None:
+def _renew_lock_after_fork() -> None:
     # In the child it may be held by a thread that does not exist there.
     global _lock
     _lock = threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_after_fork)
+    os.register_at_fork(after_in_child=_renew_lock_after_fork)
 
 
 class _Part(NamedTuple):
-    """Documents of a question that are sent in one HTTP request, and where they begin."""
+    """Documents of a request that are sent in one HTTP request, and where they begin."""
 
-    question: Question
+    request: DistinctRequest
     start: int
     texts: list[str]
     last: bool
 
 
-_InProgress = deque[tuple[_Part, Future[Answered] | None]]
+_InProgress = deque[tuple[_Part, Future[RemoteScores] | None]]
 
 
 class RemoteReranker(BaseReranker[RemoteSettings]):
@@ -187,25 +187,27 @@ class RemoteReranker(BaseReranker[RemoteSettings]):
         *,
         bounded: bool = True,  # noqa: ARG002 - there is no queue here
     ) -> Call[ScoredRequest]:
-        question = Question(request)
-        yield from self._ask([question], reservations)
-        return question.scored()
+        distinct = DistinctRequest(request)
+        yield from self._send_all([distinct], reservations)
+        return distinct.scored()
 
     def _score_pairs(
         self, requests: list[Request], reservations: Reservations
     ) -> Call[list[PairScore]]:
         """Send the pairs of one query in one request."""
         indexes: dict[str, list[int]] = {}
-        for index, request in enumerate(requests):
-            indexes.setdefault(request.query, []).append(index)
-        questions = [
-            Question(replace(requests[found[0]], texts=[requests[i].texts[0] for i in found]))
+        for index, each in enumerate(requests):
+            indexes.setdefault(each.query, []).append(index)
+        by_query = [
+            DistinctRequest(
+                replace(requests[found[0]], texts=[requests[i].texts[0] for i in found])
+            )
             for found in indexes.values()
         ]
-        yield from self._ask(questions, reservations)
+        yield from self._send_all(by_query, reservations)
         scores: dict[int, PairScore] = {}
-        for question, found in zip(questions, indexes.values(), strict=True):
-            scores.update(zip(found, question.scored().scores, strict=True))
+        for request, found in zip(by_query, indexes.values(), strict=True):
+            scores.update(zip(found, request.scored().scores, strict=True))
         return [scores[index] for index in range(len(requests))]
 
     def _score_many(
@@ -215,25 +217,25 @@ class RemoteReranker(BaseReranker[RemoteSettings]):
         *,
         finish: Callable[[ScoredRequest], None],
     ) -> Call[None]:
-        return self._ask(
-            map(Question, requests),
+        return self._send_all(
+            map(DistinctRequest, requests),
             reservations,
-            finish=lambda question: finish(question.scored()),
+            finish=lambda request: finish(request.scored()),
         )
 
-    def _ask(
+    def _send_all(
         self,
-        questions: Iterable[Question],
+        requests: Iterable[DistinctRequest],
         reservations: Reservations,
         *,
-        finish: Callable[[Question], None] = lambda _: None,
+        finish: Callable[[DistinctRequest], None] = lambda _: None,
     ) -> Call[None]:
-        """Send all questions, several requests at a time.
+        """Send all requests, several HTTP requests at a time.
 
         Args:
-            questions: Read lazily; each stores its results.
-            reservations: Holds the running requests.
-            finish: Called with each question, in order, once it has all its results.
+            requests: Read lazily; each stores its results.
+            reservations: Holds the running HTTP requests.
+            finish: Called with each request, in order, once it has all its results.
         """
         state = self._state_here()
         if not state.connected:
@@ -242,11 +244,11 @@ class RemoteReranker(BaseReranker[RemoteSettings]):
         plan: Plan | None = None
         at_once = max(1, self.settings.max_connections // 2)
         in_progress: _InProgress = deque()
-        for question in questions:
+        for request in requests:
             state.tally.add(requests=1)
-            if plan is None and question.distinct:
+            if plan is None and request.distinct:
                 plan = connections.known_plan() or (yield reservations.hold(connections.plan()))
-            for part in _parts(question, plan):
+            for part in _parts(request, plan):
                 if len(in_progress) == at_once:
                     yield from _collect(in_progress, finish)
                 in_progress.append((part, _send(part, connections, reservations)))
@@ -254,28 +256,28 @@ class RemoteReranker(BaseReranker[RemoteSettings]):
             yield from _collect(in_progress, finish)
 
 
-def _parts(question: Question, plan: Plan | None) -> Iterator[_Part]:
-    if plan is None or not question.distinct:
-        yield _Part(question, 0, [], last=True)
+def _parts(request: DistinctRequest, plan: Plan | None) -> Iterator[_Part]:
+    if plan is None or not request.distinct:
+        yield _Part(request, 0, [], last=True)
         return
-    for start, texts in question.parts(plan.max_documents):
-        last = start + len(texts) == len(question.distinct)
-        yield _Part(question, start, texts, last)
+    for start, texts in request.parts(plan.max_documents):
+        last = start + len(texts) == len(request.distinct)
+        yield _Part(request, start, texts, last)
 
 
 def _send(
     part: _Part, connections: Connections, reservations: Reservations
-) -> "Future[Answered] | None":
+) -> "Future[RemoteScores] | None":
     if not part.texts:
         return None
-    request = replace(part.question.request, texts=part.texts, documents=None)
-    return reservations.hold(connections.ask(request))
+    request = replace(part.request.request, texts=part.texts, documents=None)
+    return reservations.hold(connections.send(request))
 
 
-def _collect(in_progress: "_InProgress", finish: Callable[[Question], None]) -> Call[None]:
-    """Wait for the oldest request, and store its results in its question."""
+def _collect(in_progress: "_InProgress", finish: Callable[[DistinctRequest], None]) -> Call[None]:
+    """Wait for the oldest HTTP request, and store its results in its request."""
     part, future = in_progress.popleft()
     if future is not None:
-        part.question.take(part.start, (yield future))
+        part.request.add((yield future), start=part.start)
     if part.last:
-        finish(part.question)
+        finish(part.request)

@@ -15,9 +15,9 @@ settings, or with a loaded engine.
 
 from typing import TYPE_CHECKING, Any
 
-from bge_rerank_adapters.serve.extra import require
+from bge_rerank_adapters.calls.extras import require
 
-require("fastapi", "prometheus_client")
+require("fastapi", "prometheus_client", of="serve", extra="serve")
 
 from bge_rerank_adapters.serve.application import create_app  # noqa: E402 - the check must come first
 from bge_rerank_adapters.serve.settings import ReplicaSettings, ServerSettings  # noqa: E402

@@ -85,7 +85,7 @@ async def model(model: str, service: Served) -> answers.ServedModel:
     return _model(model, service)
 
 
-@open_router.get("/v1/cluster/auth", summary="Whether a key is needed, as Xinference tells it")
+@open_router.get("/v1/cluster/auth", summary="Whether a key is needed, in Xinference's format")
 async def key_needed(service: Served) -> answers.KeyNeeded:
     """Return what Xinference's clients ask before they send their key."""
     return answers.KeyNeeded(auth=service.settings.api_key is not None)

@@ -12,10 +12,10 @@ import bge_rerank_adapters
 from bge_rerank_adapters.engine.stats import EngineStats
 from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.serve.about import key, keyed_router, open_router
+from bge_rerank_adapters.serve.concurrency import IncomingBodies
 from bge_rerank_adapters.serve.gate import Gate
 from bge_rerank_adapters.serve.metrics import Metrics
 from bge_rerank_adapters.serve.page.routes import page_router
-from bge_rerank_adapters.serve.places import Arriving
 from bge_rerank_adapters.serve.refusals import handle_errors
 from bge_rerank_adapters.serve.routes import scoring_router
 from bge_rerank_adapters.serve.service import Service
@@ -75,7 +75,7 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.settings, app.state.service, app.state.metrics = settings, service, metrics
-    app.state.arriving = Arriving(
+    app.state.incoming_bodies = IncomingBodies(
         max_requests=settings.max_reading_requests, max_bytes=settings.max_reading_bytes
     )
     app.include_router(open_router)

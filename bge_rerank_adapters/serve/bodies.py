@@ -15,7 +15,7 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 
-from bge_rerank_adapters.serve.places import PLACE, Arriving, Body, Place
+from bge_rerank_adapters.serve.concurrency import SLOT, IncomingBodies, IncomingBody, Slot
 from bge_rerank_adapters.serve.refusals import CLIENT_GONE, RETRY, Refusal
 from bge_rerank_adapters.serve.settings import ServerSettings
 
@@ -52,8 +52,8 @@ class JsonRequest(Request):
             self._check_declared_size()
             body = await self._read()
             if encoding == "gzip":
-                most = self._limits.max_body_bytes
-                body = await asyncio.to_thread(_unpacked, body, most)
+                limit = self._limits.max_body_bytes
+                body = await asyncio.to_thread(_unpacked, body, limit)
             self._body = body
         return self._body
 
@@ -65,11 +65,11 @@ class JsonRequest(Request):
         """
         if not hasattr(self, "_json"):
             body = await self.body()
-            most = self._limits.max_documents
+            limit = self._limits.max_documents
             large = len(body) > _LARGE_BODY_BYTES
-            parsed = await asyncio.to_thread(_parse_large, body, most) if large else _parse(body)
+            parsed = await asyncio.to_thread(_parse_large, body, limit) if large else _parse(body)
             # Before the items are validated, since there may be very many.
-            _check_lists(parsed, most)
+            _check_lists(parsed, limit)
             self._json = parsed
         return self._json
 
@@ -98,17 +98,17 @@ class JsonRequest(Request):
     async def _read(self) -> bytes:
         chunks: list[bytes] = []
         size = 0
-        arriving: Arriving = self.app.state.arriving
-        arrival: Body | None = None
+        bodies: IncomingBodies = self.app.state.incoming_bodies
+        incoming: IncomingBody | None = None
         try:
-            async with arriving.body(self._limits.body_timeout_s) as arrival:
+            async with bodies.body(self._limits.body_timeout_s) as incoming:
                 async for chunk in self.stream():
                     size += len(chunk)
                     self._check_size(size)
-                    arrival.add(len(chunk))
+                    incoming.add(len(chunk))
                     chunks.append(chunk)
         except TimeoutError as error:
-            raise self._too_slow(arrival) from error
+            raise self._too_slow(incoming) from error
         except ClientDisconnect as error:
             raise Refusal(CLIENT_GONE, "The client has gone.") from error
         if not size and "upgrade" in self.headers:
@@ -118,13 +118,13 @@ class JsonRequest(Request):
                 "offers another protocol; let the client use HTTP/1.1 only, or let a proxy remove "
                 "the Upgrade header.",
             )
-        place: Place = self.scope[PLACE]
-        place.take()
+        slot: Slot = self.scope[SLOT]
+        slot.take()
         return b"".join(chunks)
 
-    def _too_slow(self, arrival: Body | None) -> Refusal:
+    def _too_slow(self, incoming: IncomingBody | None) -> Refusal:
         headers = {"Connection": "close"}
-        if arrival is not None and arrival.cancelled:
+        if incoming is not None and incoming.cancelled:
             message = "Too many bodies are arriving at a time, and this one was the slowest."
             return Refusal(429, message, headers=headers | RETRY)
         limit = self._limits.body_timeout_s
@@ -148,15 +148,15 @@ class JsonRoute(APIRoute):
         return handle
 
 
-def _too_large(most: int) -> Refusal:
+def _too_large(limit: int) -> Refusal:
     return Refusal(
         413,
-        f"The body is larger than the {most} bytes that this server reads; send fewer or shorter "
+        f"The body is larger than the {limit} bytes that this server reads; send fewer or shorter "
         "documents at a time.",
     )
 
 
-def _unpacked(packed: bytes, most: int) -> bytes:
+def _unpacked(packed: bytes, limit: int) -> bytes:
     """Return a gzip body decompressed, with at most the limit in memory.
 
     Raises:
@@ -164,24 +164,24 @@ def _unpacked(packed: bytes, most: int) -> bytes:
     """
     unpacker = zlib.decompressobj(_GZIP)
     try:
-        body = unpacker.decompress(packed, most + 1)
+        body = unpacker.decompress(packed, limit + 1)
     except zlib.error as error:
         raise Refusal(
             400, f"The body is not the gzip that it is declared to be: {error}."
         ) from error
-    if len(body) > most:
-        raise _too_large(most)
+    if len(body) > limit:
+        raise _too_large(limit)
     if not unpacker.eof or unpacker.unused_data:
         raise Refusal(400, "The body must be one whole gzip stream; it is cut, or has more after.")
     return body
 
 
-def _parse_large(body: bytes, most: int) -> dict[str, Any]:
-    _check_parts(body, most)
+def _parse_large(body: bytes, limit: int) -> dict[str, Any]:
+    _check_parts(body, limit)
     return _parse(body)
 
 
-def _check_parts(body: bytes, most: int) -> None:
+def _check_parts(body: bytes, limit: int) -> None:
     """Refuse a body with far more lists and objects than a request can have.
 
     A few megabytes of empty lists keep Python's parser and garbage collector busy for a second, in
@@ -190,7 +190,7 @@ def _check_parts(body: bytes, most: int) -> None:
     Raises:
         Refusal: There are too many.
     """
-    if _fits(body.count(b"[") + body.count(b"{"), body.count(b","), most):
+    if _fits(body.count(b"[") + body.count(b"{"), body.count(b","), limit):
         return
     # Count without those in strings. A Python loop lets other threads run in between.
     parts = commas = end = 0
@@ -198,19 +198,19 @@ def _check_parts(body: bytes, most: int) -> None:
         start = len(body) if string is None else string.start()
         parts += body.count(b"[", end, start) + body.count(b"{", end, start)
         commas += body.count(b",", end, start)
-        if not _fits(parts, commas, most):
+        if not _fits(parts, commas, limit):
             raise Refusal(
                 413,
-                f"The body has far more parts than a request of {most} documents, which is the "
+                f"The body has far more parts than a request of {limit} documents, which is the "
                 "most that this server takes at a time; send them in parts.",
             )
         end = start if string is None else string.end()
 
 
-def _fits(parts: int, commas: int, most: int) -> bool:
+def _fits(parts: int, commas: int, limit: int) -> bool:
     return (
-        parts <= _OTHER_PARTS + most * _PARTS_PER_DOCUMENT
-        and commas <= (most + _OTHER_PARTS) * _MOST_NAMES
+        parts <= _OTHER_PARTS + limit * _PARTS_PER_DOCUMENT
+        and commas <= (limit + _OTHER_PARTS) * _MOST_NAMES
     )
 
 
@@ -252,15 +252,15 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _check_lists(parsed: dict[str, Any], most: int) -> None:
+def _check_lists(parsed: dict[str, Any], limit: int) -> None:
     fields = parsed.get("rank_fields")
     if isinstance(fields, list) and len(fields) > _MOST_NAMES:
         raise Refusal(422, f"rank_fields must name at most {_MOST_NAMES} fields.")
     for name in _LISTS:
         items = parsed.get(name)
-        if isinstance(items, list) and len(items) > most:
+        if isinstance(items, list) and len(items) > limit:
             raise Refusal(
                 413,
-                f"There are {len(items)} {name}, and this server takes at most {most} at a time; "
+                f"There are {len(items)} {name}, and this server takes at most {limit} at a time; "
                 "send them in parts.",
             )

@@ -1,4 +1,4 @@
-"""What a container gets from outside: environment variables of Kubernetes, a CPU quota."""
+"""Reads what a container is given: Kubernetes' environment variables, and a CPU quota."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""The outermost middleware: metrics, API key, concurrency limit, and errors that nobody handled.
+"""The outermost middleware: metrics, API key, concurrency limit, and unhandled errors.
 
 It also maps aliases of paths to the routed ones, and refuses requests of web pages of other
 origins. Browsers send these without a preflight, since a body needs no Content-Type here.
@@ -16,8 +16,8 @@ from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from bge_rerank_adapters.serve.concurrency import SLOT, Slot, Slots
 from bge_rerank_adapters.serve.metrics import Metrics
-from bge_rerank_adapters.serve.places import PLACE, Place, Scored
 from bge_rerank_adapters.serve.refusals import Refusal, path_of, response_of
 from bge_rerank_adapters.serve.settings import ServerSettings, variable
 from bge_rerank_adapters.serve.tracing import Tracing
@@ -44,7 +44,7 @@ class Gate:
     ) -> None:
         """Wrap an app."""
         self._app, self._metrics, self._tracing = app, metrics, tracing
-        self._scored = Scored(settings.max_concurrent_requests)
+        self._slots = Slots(settings.max_concurrent_requests)
         self._body_timeout_s = settings.body_timeout_s
         self._origins = frozenset(settings.cors_origins)
         key = settings.api_key
@@ -56,9 +56,9 @@ class Gate:
             await self._app(scope, receive, send)
             return
         path = _canonical(path_of(scope))
-        scope = _at(path, scope)
+        scope = _with_path(path, scope)
         body = _Body(receive)
-        answer = _Answer(scope, body, send, Place(self._scored))
+        answer = _Answer(scope, body, send, Slot(self._slots))
         begin = time.perf_counter()
         try:
             with self._metrics.in_progress.track_inprogress(), self._traced(path, scope, answer):
@@ -93,13 +93,13 @@ class Gate:
             await response_of(path, failed)(scope, receive, answer)
 
     async def _score(self, scope: Scope, receive: Receive, answer: "_Answer") -> None:
-        # Checked before the body is read; the place is taken once the body is complete.
-        self._scored.check()
-        scope[PLACE] = answer.place
+        # Checked before the body is read; the slot is taken once the body is complete.
+        self._slots.check()
+        scope[SLOT] = answer.slot
         try:
             await self._app(scope, receive, answer)
         finally:
-            answer.place.release()
+            answer.slot.release()
 
     def _check_origin(self, scope: Scope) -> None:
         given = {value for name, value in scope["headers"] if name == b"origin"}
@@ -162,19 +162,19 @@ class _Answer:
 
     Attributes:
         status: Its status; `None` until it has begun.
-        place: The request's place, released when the answer begins.
+        slot: The request's slot, released when the answer begins.
     """
 
-    def __init__(self, scope: Scope, body: _Body, send: Send, place: Place) -> None:
+    def __init__(self, scope: Scope, body: _Body, send: Send, slot: Slot) -> None:
         self._scope, self._body, self._send = scope, body, send
-        self.place = place
+        self.slot = slot
         self.status: int | None = None
         self._closes = self._held_back = False
 
     async def __call__(self, message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            self.place.release()
+            self.slot.release()
             self._closes = _closes(self._scope, message.get("headers", ()))
         elif message["type"] == "http.response.body" and not message.get("more_body", False):
             self._held_back = self._closes and not self._body.ended
@@ -195,7 +195,7 @@ def _canonical(path: str) -> str:
     return _ALIASES.get(path, path)
 
 
-def _at(path: str, scope: Scope) -> Scope:
+def _with_path(path: str, scope: Scope) -> Scope:
     """Return a request's scope with another path, relative to where the app is mounted."""
     if path == path_of(scope):
         return scope

@@ -33,7 +33,7 @@ class IgnoredFields:
                 return "other"
             self._names.add(label)
             _log.warning(
-                "Requests have a field %s, which means nothing here and is ignored; "
+                "Requests have a field %s, which this server does not know and ignores; "
                 "BGE_RERANK_STRICT=1 refuses such requests",
                 label,
             )

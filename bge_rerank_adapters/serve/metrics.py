@@ -61,14 +61,14 @@ class Metrics:
         )
         self.refused = Counter(
             "bge_rerank_http_refused_heads",
-            "What was refused before it was a request: no HTTP, too large or too slow a head.",
+            "Requests refused before the app saw them: not HTTP, or a head too large or too slow.",
             ("status",),
             registry=self._registry,
         )
         self.ignored = IgnoredFields(
             Counter(
                 "bge_rerank_http_ignored_fields",
-                "Fields of requests that mean nothing here, by name.",
+                "Unknown fields of requests, by name.",
                 ("field",),
                 registry=self._registry,
             )

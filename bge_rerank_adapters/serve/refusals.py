@@ -1,4 +1,4 @@
-"""Refusals: status and JSON for each reason, in the format of the route's API."""
+"""Error responses: status and JSON for each reason, in the format of the route's API."""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -169,7 +169,7 @@ _MEANINGS = {
 
 def _described(errors: Sequence[Any]) -> str:
     """Describe what is wrong with a body in one line, without the values, which may be long."""
-    problems = [_one(error) for error in errors[:_MOST_SHOWN]]
+    problems = [_describe(error) for error in errors[:_MOST_SHOWN]]
     return "; ".join([*problems, *_more(errors)]) + "."
 
 
@@ -177,8 +177,8 @@ def _more(problems: Sequence[Any]) -> list[str]:
     return [f"and {len(problems) - _MOST_SHOWN} more"] if len(problems) > _MOST_SHOWN else []
 
 
-def _one(error: Mapping[str, Any]) -> str:
+def _describe(error: Mapping[str, Any]) -> str:
     parts = [str(part) for part in error.get("loc", ())[1:] if part != "" and part not in TAGS]
-    place = ".".join(parts) or "the body"
+    field = ".".join(parts) or "the body"
     message = str(error.get("msg", "is not allowed")).removeprefix("Value error, ")
-    return f"{place[:100]}: {message.rstrip('.')}"
+    return f"{field[:100]}: {message.rstrip('.')}"

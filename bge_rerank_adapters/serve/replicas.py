@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from bge_rerank_adapters.serve.extra import require
+from bge_rerank_adapters.calls.extras import require
 from bge_rerank_adapters.serve.settings import ReplicaSettings, ServerSettings
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def bind(settings: ServerSettings, replicas: ReplicaSettings | None = None) -> "
     Raises:
         ImportError: Ray Serve is not installed.
     """
-    require("ray", "ray.serve", extra="ray")
+    require("ray", "ray.serve", of="serve", extra="ray")
     from ray import serve
 
     chosen = ReplicaSettings() if replicas is None else replicas

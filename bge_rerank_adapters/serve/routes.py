@@ -25,39 +25,31 @@ _PROBLEMS = (400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503, 504)
 # As Cohere counts.
 _DOCUMENTS_PER_SEARCH_UNIT = 100
 
+_RANKS_DOCUMENTS: dict[str, Any] = {
+    "response_model": answers.RerankResponse,
+    "response_model_exclude_none": True,
+    "responses": documented(*_PROBLEMS),
+}
+
 scoring_router = APIRouter(route_class=JsonRoute)
 
 
 @scoring_router.post(
-    "/v1/rerank",
-    summary="Rank documents, as Cohere and Jina do",
-    response_model=answers.RerankResponse,
-    response_model_exclude_none=True,
-    responses=documented(*_PROBLEMS),
+    "/v1/rerank", summary="Rank documents, as Cohere and Jina do", **_RANKS_DOCUMENTS
 )
 async def rerank_v1(request: Request, body: RerankRequest) -> Response:
     """Return the documents' scores, best first."""
     return await _rerank(request, body, version="1")
 
 
-@scoring_router.post(
-    "/v2/rerank",
-    summary="Rank documents, as Cohere does",
-    response_model=answers.RerankResponse,
-    response_model_exclude_none=True,
-    responses=documented(*_PROBLEMS),
-)
+@scoring_router.post("/v2/rerank", summary="Rank documents, as Cohere does", **_RANKS_DOCUMENTS)
 async def rerank_v2(request: Request, body: RerankRequest) -> Response:
     """Return the documents' scores, best first."""
     return await _rerank(request, body, version="2")
 
 
 @scoring_router.post(
-    "/infinity/rerank",
-    summary="Rank documents, as infinity does",
-    response_model=answers.RerankResponse,
-    response_model_exclude_none=True,
-    responses=documented(*_PROBLEMS),
+    "/infinity/rerank", summary="Rank documents, as infinity does", **_RANKS_DOCUMENTS
 )
 async def rerank_infinity(request: Request, body: RerankRequest) -> Response:
     """Return the documents' scores, best first; documents that are sent back are bare texts."""

@@ -2,9 +2,10 @@
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
+from functools import partial
 from pathlib import PurePath
 from typing import Any, Self
 
@@ -91,8 +92,8 @@ class ServerSettings(Table):
     max_reading_requests: int = setting(
         1024,
         checks.count,
-        "Most requests whose bodies are arriving at a time; one more takes the place of the one "
-        "that has been at it longest",
+        "Most requests whose bodies are arriving at a time; one more cancels the one that began "
+        "first",
         format=COUNT,
     )
     max_reading_bytes: int = setting(
@@ -101,7 +102,7 @@ class ServerSettings(Table):
     strict: bool = setting(
         False,
         checks.flag,
-        "Whether fields of requests that mean nothing here are refused, not ignored",
+        "Whether requests with unknown fields are refused; otherwise the fields are ignored",
         format=FLAG,
     )
     cors_origins: tuple[str, ...] = setting(
@@ -147,7 +148,8 @@ class ServerSettings(Table):
         """Pickle without secrets; `create_app` refuses the copy until its key is restored."""
         plain = {each.name: getattr(self, each.name) for each in fields(self)}
         left_out = self.api_key is not None or self.api_key_left_out
-        return _unpickle_settings, (plain | {"api_key": None, "api_key_left_out": left_out},)
+        plain |= {"api_key": None, "api_key_left_out": left_out}
+        return partial(type(self), **plain), ()
 
     @classmethod
     def from_environment(
@@ -234,12 +236,7 @@ def _listed(names: str | tuple[str, ...]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else names
 
 
-def _unpickle_settings(plain: dict[str, Any]) -> ServerSettings:
-    return ServerSettings(**plain)
-
-
 _ROWS = rows(EngineSettings) | rows(ServerSettings) | rows(ReplicaSettings)
-_PARSERS: dict[str, Callable[[str], Any]] = {name: each.format.read for name, each in _ROWS.items()}
 
 
 def variable(name: str) -> str:
@@ -250,7 +247,7 @@ def variable(name: str) -> str:
 def _read(environment: Mapping[str, str] | None) -> dict[str, Any]:
     """Return the values of all variables, by setting."""
     found = os.environ if environment is None else environment
-    known = {variable(name): name for name in _PARSERS}
+    known = {variable(name): name for name in _ROWS}
     # A mistyped name must not, for example, leave a server without its key.
     unknown = [
         name
@@ -273,7 +270,7 @@ def _not_known(unknown: list[str], known: list[str]) -> str:
 
 def _parse(variable_name: str, name: str, value: str) -> Any:
     try:
-        return _PARSERS[name](value)
+        return _ROWS[name].format.read(value)
     except ValueError as error:
         shown = "a secret" if _ROWS[name].secret else repr(value)
         raise SettingsError(f"{variable_name} {error}, got {shown}.") from error

@@ -1,4 +1,4 @@
-"""OpenTelemetry spans of a request, and in it of tokenising, waiting and scoring.
+"""OpenTelemetry spans: one of each request, with children for tokenising, waiting and scoring.
 
 Only `export` imports OpenTelemetry. An app makes spans if the program has imported it, as
 `opentelemetry-instrument` does, and `bge-rerank serve` if OTEL_EXPORTER_OTLP_ENDPOINT is set.
@@ -13,8 +13,8 @@ from typing import Any
 
 from starlette.types import Scope
 
+from bge_rerank_adapters.calls.extras import require
 from bge_rerank_adapters.calls.ranking import Usage
-from bge_rerank_adapters.serve.extra import require
 
 _NAME = "bge_rerank_adapters"
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
@@ -32,7 +32,7 @@ def export() -> Callable[[], None]:
     Raises:
         ImportError: The extra `otel` is not installed.
     """
-    require("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http", extra="otel")
+    require("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http", of="serve", extra="otel")
     from opentelemetry import trace
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import SERVICE_NAME, Resource

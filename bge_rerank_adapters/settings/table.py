@@ -7,6 +7,7 @@ is written once: whatever shows or reads settings takes them from `rows`.
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
 from textwrap import fill, indent
 from typing import Any, TypeVar
 
@@ -90,11 +91,7 @@ class Table:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the settings without secrets."""
-        return _rebuilt, (type(self), self.to_dict())
-
-
-def _rebuilt(table: type[T], plain: dict[str, Any]) -> T:
-    return table(**plain)
+        return partial(type(self), **self.to_dict()), ()
 
 
 def documented(table: type[T]) -> type[T]:

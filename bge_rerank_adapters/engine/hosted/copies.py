@@ -24,11 +24,11 @@ def copied(make_copy: Callable[[], T], *, name: str, metadata: Mapping[str, Any]
     try:
         return make_copy()
     except Exception as error:
-        at_fault = [repr(key) for key, value in metadata.items() if not _can_be_copied(value)]
-        place = f"its metadata {', '.join(at_fault)}" if at_fault else "something that it holds"
+        causes = [repr(key) for key, value in metadata.items() if not _can_be_copied(value)]
+        cause = f"its metadata {', '.join(causes)}" if causes else "something that it holds"
         raise InputTypeError(
-            f"{name} cannot be copied, for {place} cannot ({type(error).__name__}: {error}); "
-            "what is returned are copies, so take it out or put a plain value there."
+            f"{name} cannot be copied, because {cause} cannot ({type(error).__name__}: {error}); "
+            "results are copies, so remove it or put a plain value there."
         ) from error
 
 

@@ -9,7 +9,7 @@ from bge_rerank_adapters.errors import InputTypeError, SettingsError
 from bge_rerank_adapters.settings import EngineSettings
 from bge_rerank_adapters.settings.checkpoints import family_setting
 
-THERE = "use sentence_transformers' own CrossEncoder for that"
+USE_THEIRS = "use sentence_transformers' own CrossEncoder for that"
 # Names of arguments in old releases, which sentence-transformers still takes.
 _OLD_NAMES = {
     "model_name": "model_name_or_path",
@@ -23,7 +23,7 @@ _OLD_NAMES = {
     "activation_fct": "activation_fn",
 }
 # Methods and attributes for training, saving and moving, and those of the torch module.
-ELSEWHERE = frozenset(
+UNSUPPORTED_NAMES = frozenset(
     (
         *("fit", "old_fit", "train", "half", "compile", "merge", "evaluate", "forward"),
         *("save", "save_pretrained", "save_to_hub", "push_to_hub", "to", "cpu", "cuda"),
@@ -90,7 +90,7 @@ def check_labels(num_labels: object, config_kwargs: Mapping[str, Any] | None) ->
     config = only(config_kwargs, "config_kwargs", "num_labels", "classifier_dropout")
     for labels in (num_labels, config.get("num_labels")):
         if labels not in (None, 1):
-            raise SettingsError(f"num_labels must be 1, got {labels!r}; {THERE}.")
+            raise SettingsError(f"num_labels must be 1, got {labels!r}; {USE_THEIRS}.")
 
 
 def encoder_settings(
@@ -156,7 +156,8 @@ def only(given: Mapping[str, Any] | None, name: str, *allowed: str) -> Mapping[s
     for key in entries:
         if key not in allowed:
             raise SettingsError(
-                f"{name} takes {', '.join(allowed)} here, got {key!r}; leave it out, or {THERE}."
+                f"{name} takes {', '.join(allowed)} here, got {key!r}; leave it out, or "
+                f"{USE_THEIRS}."
             )
     return entries
 
@@ -165,12 +166,12 @@ def refuse_given(**arguments: object) -> None:
     """Raise `SettingsError` for an argument that is not `None`: those are not supported."""
     for name, value in arguments.items():
         if value is not None:
-            raise SettingsError(f"{name} is not supported here, got {value!r}; {THERE}.")
+            raise SettingsError(f"{name} is not supported here, got {value!r}; {USE_THEIRS}.")
 
 
 def refuse_unknown(function: str, arguments: Mapping[str, Any]) -> None:
     """Raise `TypeError` for arguments that do not exist; it names those that were renamed."""
     for name in arguments:
         now = _OLD_NAMES.get(name)
-        action = f"it is called {now!r} now" if now else f"leave it out, or {THERE}"
+        action = f"it is called {now!r} now" if now else f"leave it out, or {USE_THEIRS}"
         raise TypeError(f"{function}() got an unexpected keyword argument {name!r}; {action}.")

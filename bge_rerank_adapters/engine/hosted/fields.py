@@ -109,7 +109,7 @@ class AdapterSettings(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _names_of_others(cls, data: Any) -> Any:
+    def _refuse_names_of_others(cls, data: Any) -> Any:
         """Refuse options of other libraries, and name the one here."""
         for name in data if isinstance(data, Mapping) else ():
             advice = None if name in cls.model_fields else advice_on_option(str(name))
@@ -119,7 +119,7 @@ class AdapterSettings(BaseModel):
 
     @field_validator(*_CHECKED_BY_THE_ENGINE, mode="before")
     @classmethod
-    def _as_strict_as_the_engine(cls, value: Any, info: ValidationInfo) -> Any:
+    def _checked_by_the_engine(cls, value: Any, info: ValidationInfo) -> Any:
         # The dump of an adapter with a ready engine of unknown settings has no model.
         if info.field_name is None or (info.field_name == "model" and value is None):
             return value

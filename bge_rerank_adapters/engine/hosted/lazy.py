@@ -68,9 +68,8 @@ class LazyEngine:
             SettingsError: The engine was given, and is missing in this unpickled copy.
             RerankError: The model cannot be loaded.
         """
-        ready = self._ready()
-        if ready is not None:
-            return ready
+        if (loaded := self.loaded) is not None:
+            return loaded
         settings = self._settings_to_load()
         # Imported here, so that an adapter can be made without loading torch.
         from bge_rerank_adapters.engine.shared import shared_reranker
@@ -80,8 +79,8 @@ class LazyEngine:
 
     async def aget(self) -> Scorer:
         """Return what `get` returns, loading without blocking the event loop."""
-        ready = self._ready()
-        return await asyncio.to_thread(self.get) if ready is None else ready
+        loaded = self.loaded
+        return await asyncio.to_thread(self.get) if loaded is None else loaded
 
     def warm_up(self) -> None:
         """Load the engine and run it once, so that the first query does not wait for it."""
@@ -99,18 +98,15 @@ class LazyEngine:
     @property
     def loaded(self) -> Scorer | None:
         """The engine, given or loaded; `None` if the next use would load it."""
-        return self._ready()
+        loaded = self._loaded
+        if self._given is not None or loaded is None:
+            return self._given
+        return None if getattr(loaded, "closed", False) else loaded
 
     def share(self, other: "LazyEngine") -> None:
         """Take over the engine that another one has loaded, if its settings are equal."""
         if self.settings == other.settings:
             self._loaded = other._loaded  # noqa: SLF001 - its own class
-
-    def _ready(self) -> Scorer | None:
-        loaded = self._loaded
-        if self._given is not None or loaded is None:
-            return self._given
-        return None if getattr(loaded, "closed", False) else loaded
 
     def _settings_to_load(self) -> EngineSettings:
         if self.settings is None:

@@ -1,5 +1,5 @@
-"""The pages for a person: one to try the server with, one that shows what it answers.
+"""Two web pages: one to try the server with, and one that documents its API.
 
-Each is one file without any other request but to the server itself: scripts and styles are in it,
-and the content security policy names their sums and allows nothing else.
+Each is a single HTML file that sends requests only to the server itself. Scripts and styles are in
+the file, and the content security policy allows only those with their hashes.
 """

@@ -39,8 +39,8 @@ def _policy(style: str, script: str) -> str:
     return "; ".join(
         (
             "default-src 'none'",
-            f"style-src '{_sum(style)}'",
-            f"script-src '{_sum(script)}'",
+            f"style-src '{_hash(style)}'",
+            f"script-src '{_hash(script)}'",
             "connect-src 'self'",
             "img-src data:",
             "base-uri 'none'",
@@ -50,7 +50,7 @@ def _policy(style: str, script: str) -> str:
     )
 
 
-def _sum(text: str) -> str:
+def _hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode()
 
 

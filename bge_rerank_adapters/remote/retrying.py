@@ -15,8 +15,6 @@ from bge_rerank_adapters.remote.refusals import Answer, refusal
 from bge_rerank_adapters.remote.settings import RemoteSettings
 from bge_rerank_adapters.remote.stats import Tally
 
-__all__ = ["Answer", "Exchange"]
-
 # A proxy answers 502 while the server behind it starts.
 _RETRIED = frozenset({429, 502, 503})
 _FIRST_WAIT_S = 0.25
@@ -48,14 +46,14 @@ class _Failure:
         error: The error if the request is not sent again.
         cause: The cause of the error.
         wait_s: Seconds to wait, if the server states them.
-        most: Maximum number of retries for such reasons; `None` is no limit of its own.
+        max_retries: Maximum number of retries after such failures; `None` is no limit of its own.
     """
 
     why: str
     error: RerankError
     cause: Exception | None = None
     wait_s: float | None = None
-    most: int | None = None
+    max_retries: int | None = None
 
     def final_error(self, tries: int) -> RerankError:
         """Return the error, with the number of times that the request was sent."""
@@ -64,7 +62,7 @@ class _Failure:
         return self.error
 
 
-class Exchange:
+class RetryingClient:
     """Sends requests, with retries on 429, 502, 503, and if the server cannot be reached.
 
     It retries until the deadline or `max_retries`, so no request is lost if the server returns in
@@ -78,11 +76,13 @@ class Exchange:
         self._client, self._settings, self._tally = client, settings, tally
         self._warned = False
 
-    async def get(self, url: str, *, deadline: float | None, longest: int) -> Answer:
+    async def get(self, url: str, *, deadline: float | None, max_bytes: int) -> Answer:
         """Return the answer to a GET; see `post`."""
-        return await self._send("GET", url, None, deadline=deadline, longest=longest)
+        return await self._send("GET", url, None, deadline=deadline, max_bytes=max_bytes)
 
-    async def post(self, url: str, body: bytes, *, deadline: float | None, longest: int) -> Answer:
+    async def post(
+        self, url: str, body: bytes, *, deadline: float | None, max_bytes: int
+    ) -> Answer:
         """Return the answer to a POST of JSON.
 
         Args:
@@ -90,37 +90,46 @@ class Exchange:
             body: JSON.
             deadline: When the caller stops waiting, by `time.monotonic`. The last waits before it
                 are shorter, so that the last try is close to it.
-            longest: Maximum size of an answer in bytes.
+            max_bytes: Maximum size of an answer in bytes.
 
         Raises:
             Overloaded: The server answered 429 until the end.
             RemoteError: It answered 502 or 503 until the end or a proxy's 500 twice, it cannot be
                 reached, or the answer was cut off or is too long.
         """
-        return await self._send("POST", url, body, deadline=deadline, longest=longest)
+        return await self._send("POST", url, body, deadline=deadline, max_bytes=max_bytes)
 
     async def _send(
-        self, method: str, url: str, body: bytes | None, *, deadline: float | None, longest: int
+        self, method: str, url: str, body: bytes | None, *, deadline: float | None, max_bytes: int
     ) -> Answer:
-        tries, suspect = 0, 0
+        tries, limited = 0, 0
         while True:
             tries += 1
             self._tally.add(http_requests=1)
-            outcome = await self._try(method, url, body, longest)
+            outcome = await self._try(method, url, body, max_bytes)
             if isinstance(outcome, Answer):
                 self._warned = False
                 return outcome
-            suspect += outcome.most is not None
+            limited += outcome.max_retries is not None
             wait_s = _wait_s(tries, outcome.wait_s, deadline)
-            if wait_s is None or self._is_enough(tries, suspect, outcome.most):
+            if wait_s is None or self._is_last(tries, limited, outcome.max_retries):
                 raise outcome.final_error(tries) from outcome.cause
             self._log_retry(url, outcome.why, wait_s, tries=tries)
             self._tally.add(retries=1)
             await asyncio.sleep(wait_s)
 
-    def _is_enough(self, tries: int, suspect: int, most: int | None) -> bool:
+    def _is_last(self, tries: int, limited: int, max_retries: int | None) -> bool:
+        """Return whether a request is not sent again.
+
+        Args:
+            tries: How many times it was sent.
+            limited: How many of its failures allow only some retries.
+            max_retries: How many its last failure allows; `None` is any number.
+        """
         allowed = self._settings.max_retries
-        return (allowed is not None and tries > allowed) or (most is not None and suspect > most)
+        return (allowed is not None and tries > allowed) or (
+            max_retries is not None and limited > max_retries
+        )
 
     def _log_retry(self, url: str, why: str, wait_s: float, *, tries: int) -> None:
         """Log a retry; warn once if the server has been away for some time."""
@@ -132,10 +141,10 @@ class Exchange:
             _log.warning("%s %s, %d times in a row; sending again%s", url, why, tries, until)
 
     async def _try(
-        self, method: str, url: str, body: bytes | None, longest: int
+        self, method: str, url: str, body: bytes | None, max_bytes: int
     ) -> "Answer | _Failure":
         try:
-            answer = await self._once(method, url, body, longest)
+            answer = await self._once(method, url, body, max_bytes)
         except _NOT_SENT as error:
             why = f"cannot be reached ({_named(error)})"
             message = f"{url} {why}; is the server running, and the address right?"
@@ -143,7 +152,7 @@ class Exchange:
         except _BROKEN as error:
             why = f"broke the connection off ({_named(error)})"
             message = f"{url} {why}; its log may say why."
-            return _Failure(why, RemoteError(message), error, most=_MAX_BREAKS)
+            return _Failure(why, RemoteError(message), error, max_retries=_MAX_BREAKS)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise RemoteError(f"The request to {url} failed ({_named(error)}).") from error
         by_proxy = answer.status == 500 and not answer.is_json
@@ -153,10 +162,10 @@ class Exchange:
             f"answered {answer.status}",
             refusal(answer, url, self._settings),
             wait_s=answer.retry_after_s,
-            most=1 if by_proxy else None,
+            max_retries=1 if by_proxy else None,
         )
 
-    async def _once(self, method: str, url: str, body: bytes | None, longest: int) -> Answer:
+    async def _once(self, method: str, url: str, body: bytes | None, max_bytes: int) -> Answer:
         headers = {"Accept": "application/json"}
         if body is not None:
             headers["Content-Type"] = "application/json"
@@ -167,9 +176,9 @@ class Exchange:
             async for chunk in response.aiter_bytes():
                 size += len(chunk)
                 chunks.append(chunk)
-                if success and size > longest:
+                if success and size > max_bytes:
                     raise RemoteError(
-                        f"{url} answered with more than {longest} bytes, far more than scores "
+                        f"{url} answered with more than {max_bytes} bytes, far more than scores "
                         "take; is it the address of a rerank server?"
                     )
                 if not success and size > _ERROR_BYTES:

@@ -1,6 +1,6 @@
 """Concurrency limits: of requests that are scored, and of bodies that are being received.
 
-The two are counted separately. A request takes a place for scoring only once its body is complete,
+The two are counted separately. A request takes a slot for scoring only once its body is complete,
 so that slow clients block nobody. Bodies that are being received are limited by number and bytes;
 if there are too many, the oldest is cancelled.
 """
@@ -11,75 +11,75 @@ from contextlib import asynccontextmanager
 
 from bge_rerank_adapters.serve.refusals import overloaded
 
-# Key of a request's place in its scope.
-PLACE = "bge_rerank.place"
+# Key of a request's slot in its scope.
+SLOT = "bge_rerank.slot"
 
 
-class Scored:
-    """The places for requests that are scored at the same time."""
+class Slots:
+    """The slots for requests that are scored at the same time."""
 
-    def __init__(self, most: int) -> None:
-        """Make `most` places."""
-        self._most, self._taken = most, 0
+    def __init__(self, count: int) -> None:
+        """Make `count` free slots."""
+        self._count, self._taken = count, 0
 
     def check(self) -> None:
-        """Raise if no place is free.
+        """Raise if no slot is free.
 
         Raises:
             Refusal: All are taken.
         """
-        if self._taken >= self._most:
+        if self._taken >= self._count:
             raise overloaded(
-                f"{self._most} requests are served already, which is the most at a time; try again "
-                "later."
+                f"{self._count} requests are served already, which is the most at a time; try "
+                "again later."
             )
 
-    def add(self, places: int) -> None:
-        """Take a place, or release it with -1."""
-        self._taken += places
+    def add(self, slots: int) -> None:
+        """Take a slot, or release it with -1."""
+        self._taken += slots
 
 
-class Place:
-    """One request's place for scoring, taken once its body is complete."""
+class Slot:
+    """One request's slot for scoring, taken once its body is complete."""
 
-    def __init__(self, scored: Scored) -> None:
-        """Make a place that is not taken yet."""
-        self._scored, self._taken = scored, False
+    def __init__(self, slots: Slots) -> None:
+        """Make a slot that is not taken yet."""
+        self._slots, self._taken = slots, False
 
     def take(self) -> None:
-        """Take the place.
+        """Take the slot.
 
         Raises:
-            Refusal: No place is free.
+            Refusal: No slot is free.
         """
         if not self._taken:
-            self._scored.check()
-            self._scored.add(1)
+            self._slots.check()
+            self._slots.add(1)
             self._taken = True
 
     def release(self) -> None:
-        """Release the place, if it was taken."""
+        """Release the slot, if it was taken."""
         if self._taken:
-            self._scored.add(-1)
+            self._slots.add(-1)
             self._taken = False
 
 
-class Body:
+class IncomingBody:
     """A body that is being received.
 
     Attributes:
         cancelled: Whether it was cancelled to make room for others.
     """
 
-    def __init__(self, arriving: "Arriving", limit: asyncio.Timeout) -> None:
-        self._arriving, self._limit = arriving, limit
+    def __init__(self, bodies: "IncomingBodies", limit: asyncio.Timeout) -> None:
+        self._all, self._limit = bodies, limit
         self._bytes = 0
         self.cancelled = False
 
     def add(self, size: int) -> None:
         """Count received bytes."""
         self._bytes += size
-        self._arriving.count(size)
+        self._all.count(size)
 
     def cancel(self) -> int:
         """End the reading with a `TimeoutError`, and return how many bytes this frees."""
@@ -93,20 +93,20 @@ class Body:
         return size
 
 
-class Arriving:
+class IncomingBodies:
     """The bodies that are being received, oldest first."""
 
     def __init__(self, *, max_requests: int, max_bytes: int) -> None:
         """Set the limits for the number of bodies and their bytes in all."""
         self._max_requests, self._max_bytes = max_requests, max_bytes
-        self._bodies: dict[Body, None] = {}
+        self._bodies: dict[IncomingBody, None] = {}
         self._bytes = 0
 
     @asynccontextmanager
-    async def body(self, timeout_s: float) -> AsyncIterator[Body]:
+    async def body(self, timeout_s: float) -> AsyncIterator[IncomingBody]:
         """Count a body while it is read; the block may raise `TimeoutError` at any await."""
         async with asyncio.timeout(timeout_s) as limit:
-            body = Body(self, limit)
+            body = IncomingBody(self, limit)
             self._bodies[body] = None
             self._make_room()
             try:
