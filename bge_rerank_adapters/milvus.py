@@ -157,7 +157,7 @@ class BGERerankFunction:
             passage_instruction=self._passage.setting,
             **options,
         )
-        self._engine = LazyEngine(settings, reranker=reranker, beside=_about_the_model(settings))
+        self._engine = LazyEngine(settings, reranker=reranker, given=_about_the_model(settings))
         self.device: str | None = getattr(self.reranker, "device", None)
 
     @property

@@ -163,7 +163,7 @@ def test_the_choice_of_a_dtype_is_logged_with_its_reason(caplog):
     with caplog.at_level("INFO", logger="bge_rerank_adapters"):
         found = devices.resolve_dtype("auto", torch.device("cpu"))
     (message,) = [each.getMessage() for each in caplog.records if "dtype" in each.getMessage()]
-    assert message.startswith(f'dtype "auto" is {devices.dtype_name(found)} on cpu: ')
+    assert message.startswith(f'dtype "auto" is {capabilities.dtype_name(found)} on cpu: ')
     assert re.search(r"this CPU|oneDNN|ONEDNN_MAX_CPU_ISA", message)
 
 

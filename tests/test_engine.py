@@ -357,11 +357,11 @@ def test_a_call_that_runs_out_of_time_says_so_and_the_engine_goes_on(make, hold)
     assert engine.stats().pairs <= 1 + 4
 
 
-@pytest.mark.parametrize("step", ["reserve", "add_requests", "tokenize", "submit"])
+@pytest.mark.parametrize("step", ["reserve", "add", "tokenize", "submit"])
 def test_an_interrupt_right_after_any_step_of_a_call_gives_its_room_back(make, monkeypatch, step):
     """Ctrl-C raises wherever a call of a function has just returned."""
     engine = make()
-    owners = {"add_requests": engine._core.tally, "tokenize": engine._calls._tokenizer}
+    owners = {"add": engine._core.tally, "tokenize": engine._calls._tokenizer}
     owner = owners.get(step, engine._core)
     work = getattr(owner, step)
 

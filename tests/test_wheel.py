@@ -94,8 +94,8 @@ def test_wheel_holds_the_checkpoint_and_the_data_and_nothing_of_the_repository(w
     for needed in (
         "engine/checkpoints/tiny/model.safetensors",
         "engine/checkpoints/tiny/README.md",
-        "cli/demo/collection.jsonl",
-        "cli/demo/README.md",
+        "evaluation/xquad-r-en/corpus.jsonl",
+        "evaluation/xquad-r-en/README.md",
         "engine/checkpoints/published-scores.json",
         "engine/models/encoder/sample-pairs.json",
         "py.typed",

@@ -16,10 +16,10 @@ _PACKAGES = (
 def info() -> None:
     """Show devices, dtypes with their timings, what "auto" picks and why, layers and versions."""
     # Imported here, since torch takes seconds.
+    from bge_rerank_adapters.engine.models.capabilities import dtype_name
     from bge_rerank_adapters.engine.models.devices import (
         choose_dtype,
         device_name,
-        dtype_name,
         dtype_timings,
         resolve_device,
     )

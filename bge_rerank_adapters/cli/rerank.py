@@ -88,7 +88,7 @@ def rerank(
         Format | None, typer.Option("--format", help="Of the output; without it that of the input.")
     ] = None,
     top_k: Annotated[
-        int | None, typer.Option(help="Most results for each query; without it all.")
+        int | None, typer.Option(help="Maximum results for each query; without it all.")
     ] = None,
     score_threshold: Annotated[
         float | None, typer.Option(help="Lowest score to keep, from 0 to 1.")

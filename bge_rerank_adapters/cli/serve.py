@@ -58,17 +58,18 @@ def serve(
         ),
     ] = None,
     max_documents: Annotated[
-        int | None, _option("Most documents of a request; else 1000.", min=1)
+        int | None, _option("Maximum documents of a request; else 1000.", min=1)
     ] = None,
     max_characters: Annotated[
-        int | None, _option("Most characters of a document, and of the query; else 100000.", min=1)
+        int | None,
+        _option("Maximum characters of a document, and of the query; else 100000.", min=1),
     ] = None,
     max_body_bytes: Annotated[
-        int | None, _option("Largest body of a request; else 4194304.", min=1)
+        int | None, _option("Maximum bytes of a request's body; else 4194304.", min=1)
     ] = None,
     max_concurrent_requests: Annotated[
         int | None,
-        _option("Most requests for scores that are served at a time; else 256.", min=1),
+        _option("Maximum requests for scores that are served at a time; else 256.", min=1),
     ] = None,
     timeout_s: Annotated[
         float | None, _option("Seconds that scoring a request may take; else 60.0.")

@@ -15,6 +15,7 @@ from bge_rerank_adapters.calls.requests import Request
 from bge_rerank_adapters.calls.runner import AsyncRunner, Call, Reservations
 from bge_rerank_adapters.engine.checkpoints.hub import find_folder
 from bge_rerank_adapters.engine.models.base import Model
+from bge_rerank_adapters.engine.models.capabilities import dtype_name
 from bge_rerank_adapters.engine.models.causal.readout import LayerLogits
 from bge_rerank_adapters.engine.models.cpu.threads import settle_threads
 from bge_rerank_adapters.engine.models.device_faults import check_usable
@@ -156,7 +157,7 @@ class Reranker(BaseReranker[EngineSettings]):
             ClosedError: The engine has been closed.
         """
         self._core.check_open()
-        self._core.tally.add_requests(1)
+        self._core.tally.add(requests=1)
         self._core.warm_up(self._calls.tokenize([("warm-up", "warm-up " * 64)]).distinct[0])
 
     def stats(self) -> EngineStats:
@@ -244,7 +245,7 @@ def _layers(logit: float) -> tuple[float, ...]:
 
 def _dtype_names(models: Sequence[Model]) -> str:
     """Return the dtype of all models, or the dtypes in order if they differ."""
-    names = [str(model.dtype).removeprefix("torch.") for model in models]
+    names = [dtype_name(model.dtype) for model in models]
     return ", ".join(names) if len(set(names)) > 1 else names[0]
 
 

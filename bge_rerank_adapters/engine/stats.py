@@ -1,8 +1,9 @@
 """Counters of an engine, for dashboards and logs."""
 
-import threading
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from bge_rerank_adapters.calls.counters import Counters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,64 +45,18 @@ class EngineStats:
         return asdict(self)
 
 
-class Tally:
-    """Counts what an engine does; thread-safe."""
+class Tally(Counters):
+    """Counts what an engine does; the names are those of `EngineStats`, and `budgets`."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._requests = self._pairs = self._tokens = self._packs = 0
-        self._truncated = self._query_truncated = self._budgets = 0
-        self._waiting_s = self._tokenizing_s = self._scoring_s = 0.0
+        """Begin at zero."""
+        names = ("requests", "pairs", "tokens", "truncated_pairs", "query_truncated_pairs", "packs")
+        times = ("waiting_s", "tokenizing_s", "scoring_s")
+        super().__init__(dict.fromkeys((*names, "budgets"), 0) | dict.fromkeys(times, 0.0))
 
-    def add_requests(self, requests: int) -> None:
-        """Count accepted requests."""
-        with self._lock:
-            self._requests += requests
-
-    def add_tokenizing(self, seconds: float) -> None:
-        """Count time in the tokenizer."""
-        with self._lock:
-            self._tokenizing_s += seconds
-
-    def add_waiting(self, seconds: float) -> None:
-        """Count time that calls waited for a pack."""
-        with self._lock:
-            self._waiting_s += seconds
-
-    def add_pack(
-        self,
-        pairs: int,
-        tokens: int,
-        *,
-        truncated: int,
-        query_truncated: int,
-        budget: int,
-        seconds: float,
-    ) -> None:
-        """Count a pack that has been scored."""
-        with self._lock:
-            self._pairs += pairs
-            self._tokens += tokens
-            self._truncated += truncated
-            self._query_truncated += query_truncated
-            self._packs += 1
-            # A pair longer than the budget makes a full pack, not one that is more than full.
-            self._budgets += max(budget, tokens)
-            self._scoring_s += seconds
-
-    def read(self, *, queued_pairs: int) -> EngineStats:
+    def stats(self, *, queued_pairs: int) -> EngineStats:
         """Return a consistent snapshot of the counters."""
-        with self._lock:
-            return EngineStats(
-                requests=self._requests,
-                pairs=self._pairs,
-                tokens=self._tokens,
-                truncated_pairs=self._truncated,
-                query_truncated_pairs=self._query_truncated,
-                packs=self._packs,
-                queued_pairs=queued_pairs,
-                pack_fill=self._tokens / self._budgets if self._budgets else 0.0,
-                waiting_s=self._waiting_s,
-                tokenizing_s=self._tokenizing_s,
-                scoring_s=self._scoring_s,
-            )
+        counts = self.read()
+        budgets = counts.pop("budgets")
+        fill = counts["tokens"] / budgets if budgets else 0.0
+        return EngineStats(**counts, queued_pairs=queued_pairs, pack_fill=fill)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
@@ -77,13 +77,13 @@ def evaluate(
     candidates = _candidates(collection, first_stage, depth)
     scored = []
     for name, engine in engines.items():
-        scores, times = _Kept(None), _Kept(None)
+        scores, times = State(), State()
         if folder is not None:
             _check_identity(name, engine)
             header = _header(collection, candidates, engine)
-            scores = _Kept(State(_state_path(folder, name, "scores"), header))
+            scores = State(_state_path(folder, name, "scores"), header)
             if time_depths:
-                times = _Kept(State(_state_path(folder, name, "times"), header))
+                times = State(_state_path(folder, name, "times"), header)
         timed = timed_queries(candidates) if time_depths else []
         waiting, untimed = scores.missing(candidates), times.missing(timed)
         if waiting or untimed:
@@ -137,23 +137,6 @@ def _candidates(collection: Collection, first_stage: Run, depth: int | None) -> 
             )
         candidates[query] = dict(islice(found.items(), depth))
     return candidates
-
-
-class _Kept:
-    """Rows of queries, in memory and, if there is a folder, in its file."""
-
-    def __init__(self, state: State | None) -> None:
-        self._state = state
-        self.rows: list[dict[str, Any]] = [] if state is None else list(state.rows)
-
-    def missing(self, queries: Iterable[str]) -> list[str]:
-        done = {row["query"] for row in self.rows}
-        return [query for query in queries if query not in done]
-
-    def add(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
-        if self._state is not None:
-            self._state.add(row)
 
 
 def _score_query(

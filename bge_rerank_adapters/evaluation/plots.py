@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -175,22 +176,18 @@ def save_plots(report: Report, folder: str | Path) -> list[Path]:
     check_file_names(each.name for each in report.scored)
     target = make_folder(folder)
     pictures: dict[str, Callable[[], Any]] = {
-        "gain-per-query": lambda: plot_gain_per_query(report),
-        "depth": lambda: plot_depth(report),
-        "quality-and-time": lambda: plot_quality_and_time(report),
+        "gain-per-query": partial(plot_gain_per_query, report),
+        "depth": partial(plot_depth, report),
+        "quality-and-time": partial(plot_quality_and_time, report),
     }
     for each in report.scored:
-        pictures[f"scores-{file_name(each.name)}"] = _scores_picture(report, each.name)
+        pictures[f"scores-{file_name(each.name)}"] = partial(plot_scores, report, each.name)
     paths = []
     for name, draw in pictures.items():
         paths.append(target / f"{name}.png")
         figure: Any = draw().figure
         figure.savefig(paths[-1], dpi=150)
     return paths
-
-
-def _scores_picture(report: Report, name: str) -> "Callable[[], Axes]":
-    return lambda: plot_scores(report, name)
 
 
 def _new_axes() -> "Axes":

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import httpx
 
+from bge_rerank_adapters.calls.counters import Counters
 from bge_rerank_adapters.calls.requests import Request
 from bge_rerank_adapters.errors import ClosedError, RerankTimeoutError
 from bge_rerank_adapters.remote.answers import RemoteScores, read_answer
@@ -25,7 +26,6 @@ from bge_rerank_adapters.remote.planning import Plan, find_plan
 from bge_rerank_adapters.remote.refusals import Answer, refusal
 from bge_rerank_adapters.remote.retrying import RetryingClient
 from bge_rerank_adapters.remote.settings import RemoteSettings
-from bge_rerank_adapters.remote.stats import Tally
 
 T = TypeVar("T")
 
@@ -43,7 +43,7 @@ _log = logging.getLogger(__name__)
 class Connections:
     """The connections of one reranker in one process, with their event loop; thread-safe."""
 
-    def __init__(self, settings: RemoteSettings, tally: Tally) -> None:
+    def __init__(self, settings: RemoteSettings, tally: Counters) -> None:
         self._settings, self._tally = settings, tally
         self._lock = threading.Lock()
         self._open = True

@@ -3,11 +3,12 @@
 import os
 import threading
 
+from bge_rerank_adapters.calls.counters import Counters
 from bge_rerank_adapters.calls.runner import AsyncRunner
 from bge_rerank_adapters.errors import ClosedError
 from bge_rerank_adapters.remote.connections import Connections
 from bge_rerank_adapters.remote.settings import RemoteSettings
-from bge_rerank_adapters.remote.stats import Tally
+from bge_rerank_adapters.remote.stats import RemoteStats
 
 
 class ProcessState:
@@ -18,11 +19,11 @@ class ProcessState:
 
     Attributes:
         runner: Runs calls from event loops.
-        tally: Counts the work done.
+        tally: Counts the work done, by the names of `RemoteStats`.
     """
 
     def __init__(self, settings: RemoteSettings, *, parents: "ProcessState | None" = None) -> None:
-        self.runner, self.tally = AsyncRunner(), Tally()
+        self.runner, self.tally = AsyncRunner(), Counters(RemoteStats().to_dict())
         self._settings = settings
         # Only kept alive: freeing it would close the parent's loop and connections.
         self._parents = parents

@@ -145,7 +145,7 @@ class RemoteReranker(BaseReranker[RemoteSettings]):
 
     def stats(self) -> RemoteStats:
         """Return the counts so far; cheap."""
-        return self._state_here().tally.read()
+        return RemoteStats(**self._state_here().tally.read())
 
     def close(self) -> None:
         """Close the connections; running and later calls raise `ClosedError`.

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import httpx
 
+from bge_rerank_adapters.calls.counters import Counters
 from bge_rerank_adapters.errors import RemoteError, RerankError
 from bge_rerank_adapters.remote.refusals import Answer, refusal
 from bge_rerank_adapters.remote.settings import RemoteSettings
-from bge_rerank_adapters.remote.stats import Tally
 
 # A proxy answers 502 while the server behind it starts.
 _RETRIED = frozenset({429, 502, 503})
@@ -72,7 +72,9 @@ class RetryingClient:
     answers in JSON.
     """
 
-    def __init__(self, client: httpx.AsyncClient, settings: RemoteSettings, tally: Tally) -> None:
+    def __init__(
+        self, client: httpx.AsyncClient, settings: RemoteSettings, tally: Counters
+    ) -> None:
         self._client, self._settings, self._tally = client, settings, tally
         self._warned = False
 

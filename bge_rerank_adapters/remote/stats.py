@@ -1,6 +1,5 @@
 """Counts of a remote reranker's work, for dashboards and logs."""
 
-import threading
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -34,22 +33,3 @@ class RemoteStats:
     def to_dict(self) -> dict[str, Any]:
         """Return the numbers by their names, ready for JSON."""
         return asdict(self)
-
-
-class Tally:
-    """Counts a remote reranker's work; thread-safe."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._counts = RemoteStats().to_dict()
-
-    def add(self, **counts: float) -> None:
-        """Add to the counts of these names, which are those of `RemoteStats`."""
-        with self._lock:
-            for name, count in counts.items():
-                self._counts[name] += count
-
-    def read(self) -> RemoteStats:
-        """Return a consistent snapshot of the counts."""
-        with self._lock:
-            return RemoteStats(**self._counts)

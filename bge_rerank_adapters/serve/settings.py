@@ -74,11 +74,11 @@ class ServerSettings(Table):
         secret=True,
     )
     max_body_bytes: int = setting(
-        4 * 1024 * 1024, checks.count, "Largest body of a request", format=COUNT
+        4 * 1024 * 1024, checks.count, "Maximum bytes of a request's body", format=COUNT
     )
-    max_documents: int = setting(1000, checks.count, "Most documents of a request", format=COUNT)
+    max_documents: int = setting(1000, checks.count, "Maximum documents of a request", format=COUNT)
     max_characters: int = setting(
-        100_000, checks.count, "Most characters of a document, and of the query", format=COUNT
+        100_000, checks.count, "Maximum characters of a document, and of the query", format=COUNT
     )
     timeout_s: float = setting(
         60.0, checks.seconds, "Seconds that scoring a request may take", format=NUMBER
@@ -87,17 +87,20 @@ class ServerSettings(Table):
         30.0, checks.seconds, "Seconds that a body may take to arrive", format=NUMBER
     )
     max_concurrent_requests: int = setting(
-        256, checks.count, "Most requests for scores that are served at a time", format=COUNT
+        256, checks.count, "Maximum requests for scores that are served at a time", format=COUNT
     )
     max_reading_requests: int = setting(
         1024,
         checks.count,
-        "Most requests whose bodies are arriving at a time; one more cancels the one that began "
+        "Maximum requests whose bodies are arriving at a time; one more cancels the one that began "
         "first",
         format=COUNT,
     )
     max_reading_bytes: int = setting(
-        256 * 1024 * 1024, checks.count, "Most bytes of all those bodies, likewise", format=COUNT
+        256 * 1024 * 1024,
+        checks.count,
+        "Maximum bytes of all those bodies; more cancel the one that began first",
+        format=COUNT,
     )
     strict: bool = setting(
         False,
@@ -197,8 +200,12 @@ class ReplicaSettings(Table):
         **rows: One for each row of the table.
     """
 
-    min_replicas: int = setting(1, checks.count, "Fewest, kept without any load", format=COUNT)
-    max_replicas: int = setting(4, checks.count, "Most under load", format=COUNT)
+    min_replicas: int = setting(
+        1, checks.count, "Minimum number of replicas, kept without any load", format=COUNT
+    )
+    max_replicas: int = setting(
+        4, checks.count, "Maximum number of replicas under load", format=COUNT
+    )
     target_ongoing_requests: float = setting(
         16.0,
         checks.above_zero("requests"),
@@ -206,10 +213,13 @@ class ReplicaSettings(Table):
         format=NUMBER,
     )
     num_cpus: float = setting(
-        1.0, checks.zero_or_more, "CPU cores that each reserves", format=NUMBER
+        1.0, checks.zero_or_more, "CPU cores that each replica reserves", format=NUMBER
     )
     num_gpus: float = setting(
-        0.0, checks.zero_or_more, "GPUs that each reserves; may be a part of one", format=NUMBER
+        0.0,
+        checks.zero_or_more,
+        "GPUs that each replica reserves; may be a fraction",
+        format=NUMBER,
     )
 
     def __post_init__(self) -> None:

@@ -100,13 +100,13 @@ class EngineSettings(Table):
     max_length: int = setting(
         512,
         checks.count,
-        "Most tokens of a pair, special tokens included; clamped to the model's positions",
+        "Maximum tokens of a pair, special tokens included; clamped to the model's positions",
         format=COUNT,
     )
     query_max_length: int | None = setting(
         None,
         checks.optional(checks.count),
-        "Most tokens of the query; the document gets the rest",
+        "Maximum tokens of the query; the document gets the rest",
         none="three quarters of `max_length`",
         format=COUNT,
     )
@@ -125,14 +125,14 @@ class EngineSettings(Table):
     window_tokens: int | None = setting(
         None,
         checks.optional(checks.count),
-        "Most document tokens of a window",
+        "Maximum document tokens of a window",
         none="all that fit beside the query",
         format=COUNT,
     )
     window_overlap_tokens: int | None = setting(
         None,
         checks.optional(checks.at_least(0)),
-        "Tokens that neighbouring windows share at least",
+        "Minimum tokens that neighbouring windows share",
         none="a quarter of a window",
         format=WHOLE,
     )
@@ -169,19 +169,19 @@ class EngineSettings(Table):
     prompt: str | None = setting(
         None,
         checks.any_text_or_none,
-        "What a decoder is asked after the document (all families but encoders)",
+        "Text after the document, which asks a decoder for its answer (all families but encoders)",
         none="the family's own",
     )
     query_instruction: str | None = setting(
         None,
         checks.any_text_or_none,
-        "Put before each query",
+        "Text before each query",
         none='`"A: "` in the decoder families, else the prompt that the checkpoint has, if any',
     )
     passage_instruction: str | None = setting(
         None,
         checks.any_text_or_none,
-        "Put before each document",
+        "Text before each document",
         none='`"B: "` in the decoder families, else nothing',
     )
     cutoff_layers: int | None = setting(
@@ -214,7 +214,7 @@ class EngineSettings(Table):
     max_queued_pairs: int = setting(
         100_000,
         checks.count,
-        "Most pairs that may wait; past it a call raises `Overloaded` at once",
+        "Maximum pairs that may wait; a call beyond it raises `Overloaded` at once",
         format=COUNT,
     )
 

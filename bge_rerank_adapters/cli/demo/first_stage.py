@@ -1,22 +1,22 @@
 """The demo's collection, and BM25 as its first stage."""
 
-import json
 import math
 import re
 from collections import Counter
 from functools import cache
-from pathlib import Path
+from itertools import islice
 
-_COLLECTION = Path(__file__).parent / "collection.jsonl"
+from bge_rerank_adapters.evaluation.collection import sample_collection
+
+_SENTENCES = 200
 # BM25's usual parameters (Robertson and Zaragoza, 2009).
 _K1, _B = 1.2, 0.75
 
 
 @cache
 def collection() -> dict[str, str]:
-    """Return the sentences of the collection by id; its README names source and licence."""
-    rows = map(json.loads, _COLLECTION.read_text(encoding="utf-8").splitlines())
-    return {row["id"]: row["text"] for row in rows}
+    """Return the first sentences of the package's sample collection, by id."""
+    return dict(islice(sample_collection().documents.items(), _SENTENCES))
 
 
 def search(query: str, *, top_k: int) -> list[tuple[str, float]]:

@@ -14,6 +14,7 @@ from bge_rerank_adapters.engine.json_files import read_json
 from bge_rerank_adapters.errors import CheckpointError, UnsupportedCheckpointError
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_WHOLE = ("model.safetensors", "model.safetensors.index.json")
 _MERGE = "merge it with peft's merge_and_unload(), save_pretrained() that, and give its folder"
 # Entries that are read here, or that only say what was trained and how.
 _KNOWN = (
@@ -88,9 +89,6 @@ def read_adapter(folder: Path) -> Adapter | None:
         return _parse(config, folder)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path}: missing or unusable: {error!r}.") from error
-
-
-_WHOLE = ("model.safetensors", "model.safetensors.index.json")
 
 
 def _parse(config: dict[str, Any], folder: Path) -> Adapter:

@@ -12,16 +12,15 @@ from bge_rerank_adapters.settings.checkpoints import TINY
 _log = logging.getLogger(__name__)
 
 TINY_FOLDER = Path(__file__).parent / "tiny"
+# Vocabularies of slow tokenizers, which transformers converts.
+SLOW_VOCABULARIES = ("sentencepiece.bpe.model", "tokenizer.model", "vocab.txt", "vocab.json")
 # No weights but safetensors: reading a pickle can run any code.
 _FILES = [
     "config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
-    "sentencepiece.bpe.model",
-    "tokenizer.model",
-    "vocab.txt",
-    "vocab.json",
+    *SLOW_VOCABULARIES,
     "merges.txt",
     "*.safetensors",
     "model.safetensors.index.json",

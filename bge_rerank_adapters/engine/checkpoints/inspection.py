@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bge_rerank_adapters.engine.checkpoints.adapter import Adapter, read_adapter
-from bge_rerank_adapters.engine.checkpoints.hub import find_folder
+from bge_rerank_adapters.engine.checkpoints.hub import SLOW_VOCABULARIES, find_folder
 from bge_rerank_adapters.engine.checkpoints.model_config import read_config
 from bge_rerank_adapters.engine.checkpoints.sentence_transformers import (
     AuthorSettings,
@@ -14,9 +14,7 @@ from bge_rerank_adapters.engine.checkpoints.sentence_transformers import (
 from bge_rerank_adapters.errors import CheckpointError, CheckpointNotFoundError
 from bge_rerank_adapters.settings import EngineSettings
 
-_TOKENIZER_FILES = (
-    *("tokenizer.json", "sentencepiece.bpe.model", "tokenizer.model", "vocab.txt", "vocab.json"),
-)
+_TOKENIZER_FILES = ("tokenizer.json", *SLOW_VOCABULARIES)
 
 
 @dataclass(frozen=True, slots=True)

@@ -159,7 +159,7 @@ def _check_transformer(path: Path, entries: dict[str, Any]) -> None:
         "max_seq_length": lambda length: length is None or _is_length(length),
         "do_lower_case": lambda value: isinstance(value, bool),
         **dict.fromkeys(_HARMLESS, lambda _: True),
-        **dict.fromkeys(_LOADING, _loads_plainly),
+        **dict.fromkeys(_LOADING, lambda options: _only(options, _HARMLESS_OF_LOADING)),
     }
     # The default of a file without this entry, with which it would be an embedding model.
     entries = {"transformer_task": "feature-extraction"} | entries
@@ -187,10 +187,6 @@ def _reads_plainly(options: Any) -> bool:
     return _only(given.get("text"), _HARMLESS_OF_TEXT) and _only(
         given.get("common"), (*_HARMLESS_OF_TEXT, "return_tensors")
     )
-
-
-def _loads_plainly(options: Any) -> bool:
-    return _only(options, _HARMLESS_OF_LOADING)
 
 
 def _only(options: Any, allowed: Iterable[str]) -> bool:

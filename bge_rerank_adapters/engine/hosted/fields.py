@@ -143,7 +143,7 @@ class AdapterSettings(BaseModel):
         if self.reranker is None:
             return LazyEngine(self._engine_settings())
         given = [name for name in _ROWS if name in self.model_fields_set]
-        engine = LazyEngine(None, reranker=self.reranker, beside=given)
+        engine = LazyEngine(None, reranker=self.reranker, given=given)
         # Shown, dumped and pickled as if they had been given; without settings there is no model.
         self.__dict__.update(engine.settings.to_dict() if engine.settings else {"model": None})
         return engine

@@ -25,14 +25,14 @@ class LazyEngine:
         settings: EngineSettings | None,
         *,
         reranker: object = None,
-        beside: Iterable[str] = (),
+        given: Iterable[str] = (),
     ) -> None:
         """Check what can be checked without weights; nothing is loaded yet.
 
         Args:
             settings: The settings of the engine to load; ignored if `reranker` is given.
             reranker: A ready engine to use instead, which its owner closes.
-            beside: Names of settings that the user gave; an error together with `reranker`.
+            given: Names of settings that the user gave; an error together with `reranker`.
 
         Raises:
             SettingsError: `reranker` is not an engine or was given with settings, or there is
@@ -40,7 +40,7 @@ class LazyEngine:
             CheckpointNotFoundError: The model is a name without an owner, and no folder.
             DeviceError: A named device does not exist.
         """
-        self._given = None if reranker is None else _checked(reranker, beside)
+        self._given = None if reranker is None else _checked(reranker, given)
         own = getattr(reranker, "settings", None)
         known = own if isinstance(own, EngineSettings) else None
         self.settings = settings if reranker is None else known
@@ -58,8 +58,8 @@ class LazyEngine:
             reranker: A ready engine, or `None`.
         """
         settings = EngineSettings(model=model, **options)
-        beside = [*options, *(["model"] if model != EngineSettings.model else [])]
-        return cls(settings, reranker=reranker, beside=beside)
+        given = [*options, *(["model"] if model != EngineSettings.model else [])]
+        return cls(settings, reranker=reranker, given=given)
 
     def get(self) -> Scorer:
         """Return the engine; load it if it is not loaded, or was closed by another user.
@@ -143,7 +143,7 @@ def _check_without_weights(settings: EngineSettings) -> None:
             resolve_device(name)
 
 
-def _checked(reranker: object, beside: Iterable[str]) -> Scorer:
+def _checked(reranker: object, given: Iterable[str]) -> Scorer:
     if isinstance(reranker, type):
         raise SettingsError(
             f"reranker must be an engine, got the class {reranker.__name__}; "
@@ -154,7 +154,7 @@ def _checked(reranker: object, beside: Iterable[str]) -> Scorer:
             "reranker must be an engine with the methods rerank and arerank, got "
             f"{type(reranker).__name__}; give one such as Reranker(...) or RemoteReranker(...)."
         )
-    names = ", ".join(beside)
+    names = ", ".join(given)
     if names:
         raise SettingsError(
             f"reranker= is a ready engine, so {names} cannot be set beside it; "

@@ -28,8 +28,8 @@ class Verdict(NamedTuple):
     """Whether a device runs a dtype natively.
 
     Attributes:
-        native: Whether it does; `None` if no flag tells.
-        reason: Which flag tells, for the log.
+        native: Whether it does; `None` if no flag says so.
+        reason: Which flag decides, for the log.
     """
 
     native: bool | None
@@ -49,7 +49,7 @@ def runs_natively(device: torch.device, half: torch.dtype) -> Verdict:
 
 def _on_cpu(device: torch.device, half: torch.dtype) -> Verdict:
     del device
-    name = _name(half)
+    name = dtype_name(half)
     lack = _onednn_lack(half)
     if lack is not None:
         return Verdict(False, lack)
@@ -71,7 +71,7 @@ def _onednn_lack(half: torch.dtype) -> str | None:
         return "oneDNN is not there, or is switched off"
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
     if limit not in ("", "DEFAULT", "ALL") and not any(each in limit for each in _ALLOWING[half]):
-        return f"ONEDNN_MAX_CPU_ISA={limit} leaves {_name(half)} out"
+        return f"ONEDNN_MAX_CPU_ISA={limit} leaves {dtype_name(half)} out"
     operator = (
         "_is_mkldnn_bf16_supported" if half == torch.bfloat16 else "_is_mkldnn_fp16_supported"
     )
@@ -80,7 +80,7 @@ def _onednn_lack(half: torch.dtype) -> str | None:
     except (AttributeError, RuntimeError):
         # A private operator, which a release of torch may drop; the other flags decide.
         return None
-    return None if supported else f"oneDNN does not run {_name(half)} on this CPU"
+    return None if supported else f"oneDNN does not run {dtype_name(half)} on this CPU"
 
 
 @cache
@@ -99,13 +99,14 @@ def _cpu_flags() -> frozenset[str]:
 
 def _on_cuda(device: torch.device, half: torch.dtype) -> Verdict:
     if torch.version.hip is not None:
-        # Every GPU that ROCm supports has float16; torch can only tell of bfloat16.
+        # Every GPU that ROCm supports has float16; torch reports only bfloat16.
         native = half == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
-        return Verdict(native, f"ROCm says so of {_name(half)}")
+        return Verdict(native, f"ROCm says so of {dtype_name(half)}")
     capability = torch.cuda.get_device_capability(device)
     least = _CUDA[half]
     reason = (
-        f"its compute capability is {_dotted(capability)}, {_name(half)} needs {_dotted(least)}"
+        f"its compute capability is {_dotted(capability)}, "
+        f"{dtype_name(half)} needs {_dotted(least)}"
     )
     return Verdict(capability >= least, reason)
 
@@ -125,7 +126,8 @@ def _on_mps(device: torch.device, half: torch.dtype) -> Verdict:
     return Verdict(None, "no flag tells which of Apple's GPUs compute in bfloat16")
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype in the settings."""
     return str(dtype).removeprefix("torch.")
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional
 
-from bge_rerank_adapters.engine.models.capabilities import Verdict, runs_natively
+from bge_rerank_adapters.engine.models.capabilities import Verdict, dtype_name, runs_natively
 from bge_rerank_adapters.engine.models.cpu.onednn.ranges import int8_works
 from bge_rerank_adapters.engine.models.cpu.threads import in_one_thread
 from bge_rerank_adapters.engine.models.device_faults import check_not_forked
@@ -101,11 +101,6 @@ def choose_dtype(device: torch.device, *, wide_range: bool = False) -> Choice:
     """Return what `"auto"` resolves to on a device, cached for the process; see `resolve_dtype`."""
     halves = (torch.bfloat16,) if wide_range else (torch.bfloat16, torch.float16)
     return _choose(device, halves if device.type == "cpu" else halves[::-1])
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return the name of a dtype in the settings."""
-    return str(dtype).removeprefix("torch.")
 
 
 def _check_int8(device: torch.device) -> None:

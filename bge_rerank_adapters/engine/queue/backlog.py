@@ -60,7 +60,7 @@ class Backlog:
         """
         if self.closed:
             raise ClosedError(self._closed_because or "The engine is closed; make a new Reranker.")
-        if self.is_of_parent:
+        if self.made_before_fork:
             raise WorkerDiedError(
                 "The engine was made before this process was forked, and its scoring thread did "
                 "not come along; make the Reranker in the new process, or start processes with "
@@ -68,7 +68,7 @@ class Backlog:
             )
 
     @property
-    def is_of_parent(self) -> bool:
+    def made_before_fork(self) -> bool:
         """Whether this process was forked after the queue was made, so that no thread serves it."""
         return self._pid != os.getpid()
 

@@ -152,19 +152,16 @@ class EngineCalls:
         future: Logits = Future()
         if pairs:
             self._core.reserve(reservations.hold(future), len(pairs), bounded=bounded)
-        self._core.tally.add_requests(counted)
+        self._core.tally.add(requests=counted)
         if not pairs:
             return [], Usage(tokens=0)
         begin = time.perf_counter()
         submitted = yield from self._submit(pairs, future, reservations, name=name, read=read)
-        ready_at, waited_s = submitted[-1].ready_at, 0.0
-        scores: dict[tuple[str, str], PairScore] = {}
-        for part, tokenized, job, _ in submitted:
-            logits = yield job.future
-            scores |= zip(part.pairs, _pair_scores(tokenized, logits), strict=True)
-            waited_s = waited_s or job.waited_s
+        scores = yield from _collect(submitted)
+        ready_at, jobs = submitted[-1].ready_at, [each.job for each in submitted]
+        waited_s = next((job.waited_s for job in jobs if job.waited_s), 0.0)
         usage = Usage(
-            tokens=sum(len(pair) for _, _, job, _ in submitted for pair in job.pairs),
+            tokens=sum(len(pair) for job in jobs for pair in job.pairs),
             tokenizing_s=ready_at - begin,
             waiting_s=waited_s,
             scoring_s=max(0.0, time.perf_counter() - ready_at - waited_s),
@@ -249,7 +246,7 @@ class EngineCalls:
                 f"{type(error).__name__}: {error}"
             ) from error
         finally:
-            self._core.tally.add_tokenizing(time.perf_counter() - begin)
+            self._core.tally.add(tokenizing_s=time.perf_counter() - begin)
 
 
 def _begin(call: Call[_Scored]) -> Step:
@@ -266,6 +263,15 @@ def _finish(call: Call[_Scored], step: Step) -> Call[_Scored]:
     while not finished:
         finished, value = advance(call, (yield value))
     return value  # type: ignore[no-any-return]
+
+
+def _collect(submitted: Sequence[_Submitted]) -> Call[dict[tuple[str, str], PairScore]]:
+    """Wait for the logits of all parts of a call, and return the scores of its distinct pairs."""
+    scores: dict[tuple[str, str], PairScore] = {}
+    for part, tokenized, job, _ in submitted:
+        logits = yield job.future
+        scores |= zip(part.pairs, _pair_scores(tokenized, logits), strict=True)
+    return scores
 
 
 def _pair_scores(tokenized: TokenizedPairs, logits: Sequence[float]) -> list[PairScore]:

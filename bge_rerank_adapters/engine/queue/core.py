@@ -59,7 +59,7 @@ class ScoringCore:
     @property
     def closed(self) -> bool:
         """Whether the core was stopped, or belongs to the parent process."""
-        return self._backlog.closed or self._backlog.is_of_parent
+        return self._backlog.closed or self._backlog.made_before_fork
 
     def check_open(self) -> None:
         """Raise the errors of `Backlog.check_open`."""
@@ -103,7 +103,7 @@ class ScoringCore:
 
     def stats(self) -> EngineStats:
         """Return the counts so far."""
-        return self.tally.read(queued_pairs=len(self._backlog))
+        return self.tally.stats(queued_pairs=len(self._backlog))
 
     def stop(self) -> None:
         """Close without waiting: all calls fail with `ClosedError`, and threads end."""
@@ -115,7 +115,7 @@ class ScoringCore:
         devices = [worker.model.device for worker in self.workers]
         threads = [worker.thread for worker in self.workers]
         self.workers.clear()
-        if self._backlog.is_of_parent:
+        if self._backlog.made_before_fork:
             return  # threads and devices are the parent's too
         for thread in threads:
             if thread is not None and thread is not threading.current_thread():

@@ -157,7 +157,7 @@ class DeviceWorker:
         for job in jobs_of(pack):
             if job.queued_at is not None:
                 job.waited_s = now - job.queued_at
-                self._tally.add_waiting(job.waited_s)
+                self._tally.add(waiting_s=job.waited_s)
                 job.queued_at = None
 
     def _begin(self, pack: TokenPack) -> None:
@@ -235,14 +235,16 @@ class DeviceWorker:
         self._backlog.close()
 
     def _count(self, pack: TokenPack, seconds: float) -> None:
-        pairs = pairs_of(pack)
-        self._tally.add_pack(
-            len(pairs),
-            tokens_of(pack),
-            truncated=sum(pair.truncated for pair in pairs),
-            query_truncated=sum(pair.query_truncated for pair in pairs),
-            budget=self.budget,
-            seconds=seconds,
+        pairs, tokens = pairs_of(pack), tokens_of(pack)
+        self._tally.add(
+            pairs=len(pairs),
+            tokens=tokens,
+            truncated_pairs=sum(pair.truncated for pair in pairs),
+            query_truncated_pairs=sum(pair.query_truncated for pair in pairs),
+            packs=1,
+            # A pair longer than the budget makes a full pack, not one that is more than full.
+            budgets=max(self.budget, tokens),
+            scoring_s=seconds,
         )
         self.budget = min(self._pack_tokens, self.budget + self.budget // _REGROWTH + 1)
 

@@ -93,7 +93,8 @@ class RerankRequest(_Request):
         json_schema_extra={"minItems": 1},
     )
     max_chunks_per_doc: Count = Field(
-        None, description="Most parts of a document that are scored; of one that is cut, one is."
+        None,
+        description="Maximum windows of a document that are scored; one that is cut has one.",
     )
     return_details: Flag = Field(
         None,

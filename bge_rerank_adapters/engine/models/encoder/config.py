@@ -68,6 +68,7 @@ def parse_config(config: dict[str, Any], *, folder: Path) -> EncoderConfig:
             do not see all others.
     """
     prefix, counts_from_pad = _ARCHITECTURES[config["model_type"]]
+    path = folder / "config.json"
     try:
         parsed = EncoderConfig(
             prefix=prefix,
@@ -84,25 +85,30 @@ def parse_config(config: dict[str, Any], *, folder: Path) -> EncoderConfig:
             counts_from_pad=counts_from_pad,
         )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise CheckpointError(f"{folder / 'config.json'}: missing or unusable: {error}.") from error
-    _check_sizes(parsed, folder / "config.json")
+        raise CheckpointError(f"{path}: missing or unusable: {error}.") from error
+    _check_sizes(parsed, path)
+    _check_supported(parsed, config, path)
+    return parsed
+
+
+def _check_supported(parsed: EncoderConfig, config: dict[str, Any], path: Path) -> None:
+    """Refuse options that change the computation and are not supported."""
     if parsed.activation not in ACTIVATIONS:
         raise UnsupportedCheckpointError(
-            f"{folder / 'config.json'}: hidden_act {parsed.activation!r} is not known; "
+            f"{path}: hidden_act {parsed.activation!r} is not known; "
             f"supported are {', '.join(ACTIVATIONS)}."
         )
     if config.get("position_embedding_type", "absolute") != "absolute":
         raise UnsupportedCheckpointError(
-            f"{folder / 'config.json'}: position_embedding_type must be 'absolute', "
+            f"{path}: position_embedding_type must be 'absolute', "
             f"got {config['position_embedding_type']!r}."
         )
     if config.get("is_decoder"):
         raise UnsupportedCheckpointError(
-            f"{folder / 'config.json'}: is_decoder is {config['is_decoder']!r}, with which "
+            f"{path}: is_decoder is {config['is_decoder']!r}, with which "
             "transformers lets a token see those before it alone; here all tokens of a pair see "
             "each other, so scores would be others. Write false there if it was trained so."
         )
-    return parsed
 
 
 def _check_sizes(config: EncoderConfig, path: Path) -> None:
