@@ -25,7 +25,7 @@ from bge_rerank_adapters.calls.progress import ProgressBar
 from bge_rerank_adapters.calls.requests import Request
 from bge_rerank_adapters.engine.hosted import cross_encoder_arguments as arguments
 from bge_rerank_adapters.engine.hosted.flag_arguments import check_batch_size
-from bge_rerank_adapters.engine.hosted.lazy import LazyEngine
+from bge_rerank_adapters.engine.hosted.lazy import LazyEngine, UsesEngine
 from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.settings import checks
 
@@ -33,7 +33,7 @@ from bge_rerank_adapters.settings import checks
 _BAR_PAIRS = 256
 
 
-class CrossEncoder:
+class CrossEncoder(UsesEngine):
     """Scores pairs of texts with a cross-encoder of one label.
 
     A pickle has the settings, but neither weights nor the token; the copy loads on first use.
@@ -123,15 +123,6 @@ class CrossEncoder:
         self.activation_fn = activation_fn or named_activation(author.activation)
         given = processor.get("model_max_length") if max_length is None else max_length
         self.max_seq_length = self.reranker.readings.longest if given is None else given
-
-    @property
-    def reranker(self) -> Any:
-        """The engine, shared by all users of equal settings, and loaded again if it was closed.
-
-        Raises:
-            RerankError: The model cannot be loaded.
-        """
-        return self._engine.get()
 
     @property
     def device(self) -> str:
@@ -246,10 +237,6 @@ class CrossEncoder:
             for result in results:
                 result["text"] = documents[result["corpus_id"]]
         return results
-
-    def close(self) -> None:
-        """Release the shared engine, freed with its last user; a later use loads again."""
-        self._engine.close()
 
     def _logits(self, pairs: list[tuple[str, str]], *, prompt: str, shown: bool) -> list[float]:
         engine = self.reranker

@@ -31,7 +31,7 @@ from bge_rerank_adapters.engine.hosted.flag_arguments import (
     engine_devices,
     is_whole,
 )
-from bge_rerank_adapters.engine.hosted.lazy import LazyEngine
+from bge_rerank_adapters.engine.hosted.lazy import LazyEngine, UsesEngine
 from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.settings import EngineSettings, setting_names
 from bge_rerank_adapters.settings.engine import FurtherOptions
@@ -66,7 +66,7 @@ class RerankResult:
         return f"RerankResult(text={self.text!r}, score={self.score}, index={self.index})"
 
 
-class BGERerankFunction:
+class BGERerankFunction(UsesEngine):
     """Ranks documents with a BGE reranker; a drop-in for pymilvus' class of the same name.
 
     A pickle has the settings, but neither weights nor the token; the copy loads on first use.
@@ -159,26 +159,6 @@ class BGERerankFunction:
         )
         self._engine = LazyEngine(settings, reranker=reranker, given=_about_the_model(settings))
         self.device: str | None = getattr(self.reranker, "device", None)
-
-    @property
-    def reranker(self) -> Any:
-        """The engine: the one given, or one shared by all users of equal settings.
-
-        It is loaded again if it was released, or closed by another user.
-
-        Raises:
-            SettingsError: The engine was given, and is missing in this unpickled copy.
-            RerankError: The model cannot be loaded.
-        """
-        return self._engine.get()
-
-    def close(self) -> None:
-        """Release the shared engine, which is freed with its last user; a later use loads again.
-
-        May be repeated. An engine that was given as `reranker=` stays open, since its owner closes
-        it.
-        """
-        self._engine.close()
 
     def __call__(
         self, query: str, documents: Sequence[str], top_k: int | None = 5

@@ -14,12 +14,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from bge_rerank_adapters.errors import (
-    ClosedError,
-    RerankError,
-    RerankTimeoutError,
-    SettingsError,
-)
+from bge_rerank_adapters.errors import ClosedError, RerankError, RerankTimeoutError, SettingsError
 
 S = TypeVar("S")
 T = TypeVar("T")

@@ -13,11 +13,7 @@ Metrics are those of trec_eval, computed by ir-measures.
 """
 
 from bge_rerank_adapters.calls.trec import Run, read_run, write_run
-from bge_rerank_adapters.evaluation.collection import (
-    Collection,
-    read_collection,
-    sample_collection,
-)
+from bge_rerank_adapters.evaluation.collection import Collection, read_collection, sample_collection
 from bge_rerank_adapters.evaluation.experiment import evaluate
 from bge_rerank_adapters.evaluation.first_stage import bm25
 from bge_rerank_adapters.evaluation.metrics import Comparison, Metrics, compare, measure

@@ -73,11 +73,11 @@ def rows(report: Measurements) -> list[list[str]]:
     return table
 
 
-def to_text(report: Measurements, *, width: int = _COLUMNS) -> str:
-    """Return the answers and the table as plain text."""
+def to_text(report: Measurements) -> str:
+    """Return the answers and the table as plain text, for 80 columns."""
     head, *body = rows(report)
     label = max(len(row[0]) for row in body)
-    room = (width - label) // max(len(head) - 1, 1) - 2
+    room = (_COLUMNS - label) // max(len(head) - 1, 1) - 2
     room = min(max(room, _LEAST_NAME), _MOST_NAME)
     folded = [textwrap.wrap(name, room, break_on_hyphens=True) or [""] for name in head]
     lines = max(map(len, folded))
@@ -91,7 +91,7 @@ def to_text(report: Measurements, *, width: int = _COLUMNS) -> str:
         ).rstrip()
         for row in table
     ]
-    answers = [textwrap.fill(answer(report, each.name), width) for each in report.scored]
+    answers = [textwrap.fill(answer(report, each.name), _COLUMNS) for each in report.scored]
     return "\n".join([title(report), "", *answers, "", *text])
 
 

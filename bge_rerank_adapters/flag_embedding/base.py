@@ -13,7 +13,7 @@ from bge_rerank_adapters.engine.hosted.flag_arguments import (
     check_batch_size,
     engine_devices,
 )
-from bge_rerank_adapters.engine.hosted.lazy import LazyEngine
+from bge_rerank_adapters.engine.hosted.lazy import LazyEngine, UsesEngine
 from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.settings import EngineSettings
 from bge_rerank_adapters.settings.checkpoints import family_setting
@@ -36,7 +36,7 @@ class FlagOptions(TypedDict, total=False):
     max_queued_pairs: int
 
 
-class FlagBase:
+class FlagBase(UsesEngine):
     """The base of FlagEmbedding's classes.
 
     As in FlagEmbedding, the attributes that a constructor sets may be assigned, for later calls. A
@@ -91,25 +91,9 @@ class FlagBase:
         )
         self.target_devices: list[str] = self.reranker.device.split(", ")
 
-    @property
-    def reranker(self) -> Any:
-        """The engine, shared by all users of equal settings, and loaded again if it was closed.
-
-        Raises:
-            RerankError: The model cannot be loaded.
-        """
-        return self._engine.get()
-
     def stop_self_pool(self) -> None:
-        """Release the shared engine, which is freed with its last user; a later use loads again.
-
-        FlagEmbedding's name of `close`. May be repeated.
-        """
-        self._engine.close()
-
-    def close(self) -> None:
-        """Do what `stop_self_pool` does."""
-        self.stop_self_pool()
+        """Do what `close` does, under FlagEmbedding's name for it."""
+        self.close()
 
     def _compute(
         self,

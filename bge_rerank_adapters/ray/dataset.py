@@ -11,18 +11,8 @@ from ray.data.dataset import MaterializedDataset
 from bge_rerank_adapters.calls.items import rank_items
 from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.ray.attempts import Attempts
-from bge_rerank_adapters.ray.corpus import (
-    IDS,
-    CorpusSource,
-    corpus_source,
-    with_texts,
-)
-from bge_rerank_adapters.ray.recipe import (
-    Recipe,
-    Resources,
-    check_concurrency,
-    make_recipe,
-)
+from bge_rerank_adapters.ray.corpus import IDS, CorpusSource, corpus_source, with_texts
+from bge_rerank_adapters.ray.recipe import Recipe, Resources, check_concurrency, make_recipe
 from bge_rerank_adapters.ray.rows import (
     DOCUMENTS,
     ERROR,

@@ -16,12 +16,7 @@ from bge_rerank_adapters.ray.corpus import IDS, CorpusSource, corpus_source
 from bge_rerank_adapters.ray.dataset import preparation
 from bge_rerank_adapters.ray.job import PUT_ASIDE, Counts, Folder
 from bge_rerank_adapters.ray.parts import Part, cut, read_part
-from bge_rerank_adapters.ray.recipe import (
-    Recipe,
-    Resources,
-    check_concurrency,
-    make_recipe,
-)
+from bge_rerank_adapters.ray.recipe import Recipe, Resources, check_concurrency, make_recipe
 from bge_rerank_adapters.ray.rows import DOCUMENTS
 from bge_rerank_adapters.ray.storage import fingerprint, kind_of, list_files, locate, storage_errors
 from bge_rerank_adapters.ray.writing import aside_jsonl, ranked_jsonl, ranked_parquet

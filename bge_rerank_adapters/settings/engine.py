@@ -19,14 +19,7 @@ from bge_rerank_adapters.settings.families import (
     check_backend_settings,
     check_family_settings,
 )
-from bge_rerank_adapters.settings.parsing import (
-    AUTO_OR_COUNT,
-    COUNT,
-    COUNTS,
-    FLAG,
-    TEXTS,
-    WHOLE,
-)
+from bge_rerank_adapters.settings.parsing import AUTO_OR_COUNT, COUNT, COUNTS, FLAG, TEXTS, WHOLE
 from bge_rerank_adapters.settings.table import Table, documented, rows, setting
 
 LONG_DOCUMENTS = ("truncate", "window")

@@ -131,6 +131,31 @@ class LazyEngine:
         return self.__copy__()
 
 
+class UsesEngine:
+    """Base of drop-in classes that keep a `LazyEngine` as `_engine`."""
+
+    _engine: LazyEngine
+
+    @property
+    def reranker(self) -> Any:
+        """The engine: the one given, or one shared by all users of equal settings.
+
+        It is loaded again if it was released, or closed by another user.
+
+        Raises:
+            SettingsError: The engine was given, and is missing in this unpickled copy.
+            RerankError: The model cannot be loaded.
+        """
+        return self._engine.get()
+
+    def close(self) -> None:
+        """Release the shared engine, which is freed with its last user; a later use loads again.
+
+        A given engine stays open, since its owner closes it. May be repeated.
+        """
+        self._engine.close()
+
+
 def _check_without_weights(settings: EngineSettings) -> None:
     """Raise errors of loading that need neither weights nor a network to be found."""
     check_owner(settings.model)

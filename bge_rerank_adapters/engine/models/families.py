@@ -13,10 +13,7 @@ from bge_rerank_adapters.engine.models.causal.config import parse_causal
 from bge_rerank_adapters.engine.models.causal.cutoff import HeadLayers
 from bge_rerank_adapters.engine.models.causal.decoder import DecoderModel
 from bge_rerank_adapters.engine.models.causal.layerwise import LayerwiseModel, layerwise_heads
-from bge_rerank_adapters.engine.models.causal.lightweight import (
-    LightweightModel,
-    lightweight_heads,
-)
+from bge_rerank_adapters.engine.models.causal.lightweight import LightweightModel, lightweight_heads
 from bge_rerank_adapters.engine.models.cpu.streams import stream_count, with_streams
 from bge_rerank_adapters.engine.models.encoder.config import ENCODER_TYPES, parse_config
 from bge_rerank_adapters.engine.models.encoder.model import EncoderModel

@@ -8,21 +8,13 @@ from pathlib import Path
 
 import torch
 
-from bge_rerank_adapters.engine.checkpoints.inspection import (
-    CheckpointFiles,
-    inspect_checkpoint,
-)
+from bge_rerank_adapters.engine.checkpoints.inspection import CheckpointFiles, inspect_checkpoint
 from bge_rerank_adapters.engine.models.base import Model
 from bge_rerank_adapters.engine.models.causal.config import check_language_model
 from bge_rerank_adapters.engine.models.device_faults import as_device_errors
 from bge_rerank_adapters.engine.models.devices import resolve_dtype
 from bge_rerank_adapters.engine.models.encoder.plain import check_plain_attention
-from bge_rerank_adapters.engine.models.families import (
-    FAMILIES,
-    Family,
-    Sizes,
-    family_of,
-)
+from bge_rerank_adapters.engine.models.families import FAMILIES, Family, Sizes, family_of
 from bge_rerank_adapters.engine.models.flag import FlagModel, TextPairTokenizer
 from bge_rerank_adapters.engine.models.precision import warn_of_matmul_precision
 from bge_rerank_adapters.engine.models.source import ModelSource

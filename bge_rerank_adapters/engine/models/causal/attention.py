@@ -11,12 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bge_rerank_adapters.engine.models.layers.attention import (
-    Group,
-    Layout,
-    bounds_of,
-    by_groups,
-)
+from bge_rerank_adapters.engine.models.layers.attention import Group, Layout, bounds_of, by_groups
 from bge_rerank_adapters.engine.models.layers.attention_check import (
     PROBE_LENGTHS,
     Trial,
@@ -86,7 +81,6 @@ class CausalLayout(Layout):
         lengths: Sequence[int],
         device: torch.device,
         *,
-        shared: SharedRows | None = None,
         on_device: Sequence[Tensor] | None = None,
     ) -> None:
         """Lay out pairs in the order of their lengths.
@@ -94,11 +88,11 @@ class CausalLayout(Layout):
         Args:
             lengths: Number of tokens of each pair.
             device: Device of the model.
-            shared: Which rows are computed; `None` is all.
-            on_device: The tensors of `indices`, if they are on the device already.
+            on_device: The tensors of `indices`, if they are on the device already; `None` is
+                without shared rows.
         """
         if on_device is None:
-            on_device = waiting_transfers(device).upload(self.indices(lengths, shared=shared))
+            on_device = waiting_transfers(device).upload(self.indices(lengths))
         bounds, self.last, self.positions, *rows = on_device
         super().__init__(lengths, device, bounds=bounds)
         self._computed: Tensor | None

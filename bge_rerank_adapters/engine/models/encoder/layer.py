@@ -9,11 +9,7 @@ from torch import Tensor
 from bge_rerank_adapters.engine.models.encoder.calibration import LayerSample
 from bge_rerank_adapters.engine.models.encoder.tensors import LayerTensors, stacked
 from bge_rerank_adapters.engine.models.layers.attention import Layout
-from bge_rerank_adapters.engine.models.layers.linear import (
-    Activation,
-    FeedForward,
-    Linear,
-)
+from bge_rerank_adapters.engine.models.layers.linear import Activation, FeedForward, Linear
 from bge_rerank_adapters.engine.models.layers.norm import LayerNorm
 
 
