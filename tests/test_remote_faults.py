@@ -25,7 +25,7 @@ from bge_rerank_adapters import (
     RemoteReranker,
     RerankTimeoutError,
 )
-from bge_rerank_adapters.remote import exchange
+from bge_rerank_adapters.remote import retrying
 from tests.rerank_servers import (
     NOT_FOUND,
     Asked,
@@ -59,8 +59,8 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         passed.append(seconds)
 
     clock = SimpleNamespace(monotonic=lambda: time.monotonic() + sum(passed), time=time.time)
-    monkeypatch.setattr(exchange, "time", clock)
-    monkeypatch.setattr(exchange, "asyncio", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(retrying, "time", clock)
+    monkeypatch.setattr(retrying, "asyncio", SimpleNamespace(sleep=sleep))
     return passed
 
 
