@@ -201,6 +201,17 @@ def tokens_of(pack: TokenPack) -> int:
     return sum(map(len, pairs_of(pack)))
 
 
+def counts_of(pack: TokenPack) -> dict[str, int]:
+    """Return the counts of a pack by the names of `EngineStats`."""
+    pairs = pairs_of(pack)
+    return {
+        "pairs": len(pairs),
+        "tokens": tokens_of(pack),
+        "truncated_pairs": sum(pair.truncated for pair in pairs),
+        "query_truncated_pairs": sum(pair.query_truncated for pair in pairs),
+    }
+
+
 def fail_pack(pack: TokenPack, error: Exception) -> None:
     """Fail all calls of a pack with an error that names its size."""
     message = (

@@ -23,6 +23,7 @@ from bge_rerank_adapters.engine.queue.backlog import (
     Backlog,
     TokenJob,
     TokenPack,
+    counts_of,
     fail,
     fail_pack,
     finish,
@@ -235,17 +236,10 @@ class DeviceWorker:
         self._backlog.close()
 
     def _count(self, pack: TokenPack, seconds: float) -> None:
-        pairs, tokens = pairs_of(pack), tokens_of(pack)
-        self._tally.add(
-            pairs=len(pairs),
-            tokens=tokens,
-            truncated_pairs=sum(pair.truncated for pair in pairs),
-            query_truncated_pairs=sum(pair.query_truncated for pair in pairs),
-            packs=1,
-            # A pair longer than the budget makes a full pack, not one that is more than full.
-            budgets=max(self.budget, tokens),
-            scoring_s=seconds,
-        )
+        counts = counts_of(pack)
+        # A pair longer than the budget makes a full pack, not one that is more than full.
+        budget = max(self.budget, counts["tokens"])
+        self._tally.add(**counts, packs=1, budgets=budget, scoring_s=seconds)
         self.budget = min(self._pack_tokens, self.budget + self.budget // _REGROWTH + 1)
 
     def _shrink_budget(self, pack: TokenPack) -> None:
