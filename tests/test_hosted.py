@@ -121,7 +121,7 @@ def test_a_given_engine_is_used_and_never_closed():
     [
         ({"reranker": Recorded}, "got the class Recorded; .*reranker=Recorded"),
         ({"reranker": "tiny"}, "methods rerank and arerank, got str; give one such as"),
-        ({"reranker": Recorded(), "beside": ["dtype", "device"]}, "dtype, device cannot be set"),
+        ({"reranker": Recorded(), "given": ["dtype", "device"]}, "dtype, device cannot be set"),
         ({}, "There is no model: .*give reranker= again, or a model"),
     ],
 )
