@@ -3,11 +3,15 @@
 #define TARGET AMX
 #define HAS_AVX512_BF16
 
+#include "int8_rows.h"
 #include "tiles.h"
 
-KERNEL static void multiply_int8(const bf16 *states, long width, long rows, const bf16 *panel,
-                                 long depth, int32_t *sums, long apart, const bf16 *next) {
-    multiply_panel(INTEGERS, states, width, (rows + 31) / 32, panel, depth, sums, apart, 0, next);
+INLINE void multiply_int8(const struct codes *codes, const bf16 *panel, int32_t *sums,
+                          const bf16 *next, take_sums *take, const void *what) {
+    multiply_panel(INTEGERS, codes->left, codes->width, (codes->count + 31) / 32, panel,
+                   codes->width, sums, BLOCK, 0, next);
+    for (long r = 0; r < codes->count; r++)
+        take(what, r, _mm512_load_si512(sums + r * 32), _mm512_load_si512(sums + r * 32 + 16));
 }
 
 #define INT8_LINEAR bge_amx_int8_linear

@@ -7,9 +7,14 @@
 
 INLINE void multiply_bf16(const bf16 *states, long rows, const bf16 *panel, long depth, float *sums,
                           long stride) {
-    for (long r = 0; r < rows; r += ROWS)
-        multiply_rows(BFLOAT16, left_row((bf16 *)states, depth, r), panel, depth, sums + r * stride,
-                      stride);
+    for (long from = 0; from < rows; from += ROWS) {
+        __m512i found[ROWS][2];
+        multiply_rows(BFLOAT16, left_row((bf16 *)states, depth, from), panel, depth, found);
+        for (int r = 0; r < ROWS; r++) {
+            _mm512_store_si512(sums + (from + r) * stride, found[r][0]);
+            _mm512_store_si512(sums + (from + r) * stride + 16, found[r][1]);
+        }
+    }
 }
 
 #define ATTENTION bge_avx512_bf16_attention

@@ -2,14 +2,25 @@
 
 #define TARGET AVX512_VNNI
 
+#include "int8_rows.h"
 #include "products.h"
 
-KERNEL static void multiply_int8(const bf16 *states, long width, long rows, const bf16 *panel,
-                                 long depth, int32_t *sums, long apart, const bf16 *next) {
-    (void)next; /* rows take long enough for the processor to read ahead by itself */
-    for (long r = 0; r < rows; r += ROWS)
-        multiply_rows(INTEGERS, left_row((bf16 *)states, width, r), panel, depth,
-                      sums + r / 32 * apart + r % 32 * 32, 32);
+INLINE void multiply_int8(const struct codes *codes, const bf16 *panel, int32_t *sums,
+                          const bf16 *next, take_sums *take, const void *what) {
+    (void)sums; /* they stay in registers */
+    /* So many cache lines of the next panel are brought to the second level with each 8 rows. */
+    const long lines = (codes->width * 32 * ROWS + codes->count - 1) / codes->count;
+    const char *ahead = (const char *)next, *last = ahead + codes->width * 2048;
+    for (long from = 0; from < codes->count; from += ROWS) {
+        __m512i found[ROWS][2];
+        for (long i = 0; i < lines && ahead < last; i++, ahead += 64)
+            _mm_prefetch(ahead, _MM_HINT_T1);
+        multiply_rows(INTEGERS, left_row(codes->left, codes->width, from), panel, codes->width,
+                      found);
+        const long left = codes->count - from;
+        for (int r = 0; r < ROWS; r++)
+            if (r < left) take(what, from + r, found[r][0], found[r][1]);
+    }
 }
 
 #define INT8_LINEAR bge_avx512_vnni_int8_linear

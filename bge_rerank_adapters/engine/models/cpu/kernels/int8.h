@@ -2,21 +2,14 @@
  *
  * A source that includes this has defined:
  *
- * - multiply_int8(), which multiplies rows of states, `width` tiles side by side, with the first
- *   `depth` pairs of tiles of a panel. Sums of two blocks lie `apart`, and `next` is the panel that
- *   comes after this one;
+ * - multiply_int8(), which multiplies coded rows with a panel and gives each row's sums to a
+ *   function. It may put them into memory, 32 of each row, up to the next multiple of 32 rows.
+ *   `next` is the panel that comes after this one;
  * - INT8_LINEAR and INT8_AFTER_ATTENTION, the names of what is exported;
  * - BEGIN() and END(), around all products of a call.
- *
- * Weights have a step per output. States have one per row, that is per token, and the last products
- * of a layer one per row and chunk: a state is about code * step + least, with 255 steps from the
- * row's least number to its largest. So what is multiplied comes to
- * weight step * (step * sum of products + least * sum of weights).
  */
 
-#include <float.h>
-
-#include "avx512.h"
+#include "int8_rows.h"
 
 struct int8_linear {
     const bf16 *packed;
@@ -25,47 +18,6 @@ struct int8_linear {
     const float *bias;
     const float *factor; /* of each input, or NULL */
 };
-
-/* How the codes of a row are read. */
-struct steps {
-    float step, least;
-};
-
-/* Makes codes of a row times a factor for each number, 64 by 64 into tiles. Where a number is not
- * finite, the step is not, and so is nothing that is read with it. */
-INLINE struct steps encode(float *row, const float *factor, long count, bf16 *tiles) {
-    __m512 least = _mm512_set1_ps(INFINITY), most = _mm512_set1_ps(-INFINITY);
-    __m512 nothing = _mm512_setzero_ps();
-    for (long j = 0; j < count; j += 16) {
-        __m512 v = _mm512_load_ps(row + j);
-        if (factor) {
-            v = _mm512_mul_ps(v, _mm512_loadu_ps(factor + j));
-            _mm512_store_ps(row + j, v);
-        }
-        least = _mm512_min_ps(least, v);
-        most = _mm512_max_ps(most, v);
-        nothing = _mm512_fmadd_ps(v, _mm512_setzero_ps(), nothing);
-    }
-    const float low = _mm512_reduce_min_ps(least), high = _mm512_reduce_max_ps(most);
-    const float span = high - low > FLT_MIN * 255 ? high - low : FLT_MIN * 255;
-    /* Neither minimum nor maximum knows what is not a number, but this sum of zeros does. */
-    const float step = span / 255 + _mm512_reduce_add_ps(nothing);
-    const __m512 inverse = _mm512_set1_ps(1 / step), shift = _mm512_set1_ps(low);
-    for (long j = 0; j < count; j += 16) {
-        const __m512 v = _mm512_mul_ps(_mm512_sub_ps(_mm512_load_ps(row + j), shift), inverse);
-        uint8_t *out = (uint8_t *)(tiles + j / 64 * TILE) + j % 64;
-        _mm_store_si128((__m128i *)out, _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(v)));
-    }
-    return (struct steps){step, low};
-}
-
-/* What 16 products of a row come to. */
-INLINE __m512 decode(const int32_t *sums, struct steps steps, __m512 step, __m512 weights,
-                     __m512 more) {
-    const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sums)), step);
-    const __m512 shifted = _mm512_fmadd_ps(weights, _mm512_set1_ps(steps.least), more);
-    return _mm512_fmadd_ps(scaled, _mm512_set1_ps(steps.step), shifted);
-}
 
 /* What goes with 32 outputs of a layer. */
 struct outputs {
@@ -82,38 +34,28 @@ INLINE struct outputs outputs_of(const struct int8_linear *layer, const float *s
     return out;
 }
 
-/* Makes codes of the rows from `begin` to `end`, of `count` states each, as a left operand; rows up
- * to the next multiple of 32 keep the codes they have. */
-INLINE void encode_rows(const bf16 *states, long stride, long begin, long end, long count,
-                        const float *factor, float *row, bf16 *tiles, struct steps *steps) {
-    for (long r = begin; r < end; r++) {
-        load_row(states + r * stride, count, row);
-        steps[r] = encode(row, factor, count, left_row(tiles, count / 64, r));
-    }
-}
-
-/* The codes of some rows, `width` tiles side by side. */
-struct codes {
-    long count, width;
-    bf16 *left;
-    struct steps *steps;
+/* Where the outputs of a panel go; those of a row lie `apart` from those of the row before. */
+struct linear_panel {
+    struct outputs outputs;
+    const struct steps *steps;
+    bf16 *out;
+    long apart;
 };
 
-/* The outputs from `n` to `n + 32` of coded rows; those of a row lie `apart` from those of the row
- * before. `sums` has room for 32 of each row, up to the next multiple of 32 rows. */
+INLINE void take_linear(const void *what, long r, __m512i low, __m512i high) {
+    const struct linear_panel *to = what;
+    const struct outputs *by = &to->outputs;
+    store(to->out + r * to->apart, decode(low, to->steps[r], by->step[0], by->sums[0], by->bias[0]),
+          decode(high, to->steps[r], by->step[1], by->sums[1], by->bias[1]));
+}
+
+/* The outputs from `n` to `n + 32` of coded rows. */
 KERNEL static void linear_panel(const struct int8_linear *linear, const struct codes *codes, long n,
                                 int32_t *sums, bf16 *out, long apart) {
+    const struct linear_panel to = {outputs_of(linear, linear->sums, n), codes->steps, out, apart};
     const long size = codes->width * 2 * TILE;
     const bf16 *panel = linear->packed + n / 32 * size;
-    multiply_int8(codes->left, codes->width, codes->count, panel, codes->width, sums, BLOCK,
-                  panel + size);
-    const struct outputs which = outputs_of(linear, linear->sums, n);
-    for (long r = 0; r < codes->count; r++) {
-        const int32_t *from = sums + r * 32;
-        const struct steps steps = codes->steps[r];
-        store(out + r * apart, decode(from, steps, which.step[0], which.sums[0], which.bias[0]),
-              decode(from + 16, steps, which.step[1], which.sums[1], which.bias[1]));
-    }
+    multiply_int8(codes, panel, sums, panel + size, take_linear, &to);
 }
 
 /* As bge_amx_linear. */
@@ -162,31 +104,51 @@ struct work {
     int32_t *sums;
 };
 
-/* Sums of the output projection, in integers in place of the total, for the panel at `n`. */
-KERNEL static void output_panel(const struct int8_layer *layer, const struct work *work, long n,
-                                const bf16 *next) {
-    const long width = work->given.width, panels = layer->hidden / 32;
-    multiply_int8(work->given.left, width, work->given.count,
-                  layer->output.packed + n * width * 2 * TILE, width,
-                  (int32_t *)work->total + n * BLOCK, panels * BLOCK, next);
+/* Where what 32 outputs come to goes, in float32. */
+struct total_panel {
+    struct outputs outputs;
+    const struct steps *steps;
+    float *total;
+    long hidden;
+    const bf16 *states; /* the layer's input, for the output projection alone */
+    int more;           /* whether it is added to what is there, and not to a bias */
+};
+
+INLINE void take_output(const void *what, long r, __m512i low, __m512i high) {
+    const struct total_panel *to = what;
+    const struct outputs *by = &to->outputs;
+    const struct steps steps = to->steps[r];
+    float *total = to->total + sums_row(to->hidden / 32, r);
+    __m512 l, h;
+    load(to->states + r * to->hidden, &l, &h);
+    l = decode(low, steps, by->step[0], by->sums[0], _mm512_add_ps(l, by->bias[0]));
+    h = decode(high, steps, by->step[1], by->sums[1], _mm512_add_ps(h, by->bias[1]));
+    _mm512_store_ps(total, l);
+    _mm512_store_ps(total + 16, h);
 }
 
-/* From these sums and the layer's input to what the feed-forward block is given, and its codes. */
-KERNEL static void norm_middle(const struct int8_layer *layer, const struct work *work,
-                               const bf16 *states, long begin, long end) {
+/* What the output projection and the layer's input come to in the panel `n`. */
+KERNEL static void output_panel(const struct int8_layer *layer, const struct work *work, long n,
+                                const bf16 *states, const bf16 *next) {
     const struct int8_linear *linear = &layer->output;
+    const struct total_panel to = {outputs_of(linear, linear->sums, n * 32),
+                                   work->given.steps,
+                                   work->total + n * BLOCK,
+                                   layer->hidden,
+                                   states + n * 32,
+                                   0};
+    multiply_int8(&work->given, linear->packed + n * work->given.width * 2 * TILE, work->sums, next,
+                  take_output, &to);
+}
+
+/* From this to what the feed-forward block is given, and its codes. */
+KERNEL static void norm_middle(const struct int8_layer *layer, const struct work *work, long begin,
+                               long end) {
     const long hidden = layer->hidden;
     for (long r = begin; r < end; r++) {
-        const int32_t *from = (int32_t *)work->total + sums_row(hidden / 32, r);
-        load_row(states + r * hidden, hidden, work->row);
-        for (long j = 0; j < hidden; j += 16) {
-            const __m512 more =
-                _mm512_add_ps(_mm512_load_ps(work->row + j), _mm512_loadu_ps(linear->bias + j));
-            const __m512 v =
-                decode(from + j / 32 * BLOCK + j % 32, work->given.steps[r],
-                       _mm512_loadu_ps(linear->step + j), _mm512_loadu_ps(linear->sums + j), more);
-            _mm512_store_ps(work->row + j, v);
-        }
+        const float *from = work->total + sums_row(hidden / 32, r);
+        for (long j = 0; j < hidden; j += 16)
+            _mm512_store_ps(work->row + j, _mm512_load_ps(from + j / 32 * BLOCK + j % 32));
         norm_row(work->row, hidden, &layer->attention_norm, layer->epsilon);
         store_row(work->row, hidden, work->middle + r * hidden, 32);
         work->given.steps[r] = encode(work->row, layer->up.factor, hidden,
@@ -194,42 +156,51 @@ KERNEL static void norm_middle(const struct int8_layer *layer, const struct work
     }
 }
 
+INLINE void take_up(const void *what, long r, __m512i low, __m512i high) {
+    const struct linear_panel *to = what;
+    const struct outputs *by = &to->outputs;
+    store(to->out + r * to->apart,
+          gelu(decode(low, to->steps[r], by->step[0], by->sums[0], by->bias[0])),
+          gelu(decode(high, to->steps[r], by->step[1], by->sums[1], by->bias[1])));
+}
+
 /* The block's inner numbers from `n` to `n + 32`, of a chunk that begins at `from`. */
 KERNEL static void up_panel(const struct int8_layer *layer, const struct work *work, long from,
                             long n, const bf16 *next) {
-    const long width = work->given.width, count = work->given.count;
-    multiply_int8(work->given.left, width, count, layer->up.packed + n / 32 * width * 2 * TILE,
-                  width, work->sums, BLOCK, next);
-    const struct outputs outputs = outputs_of(&layer->up, layer->up.sums, n);
-    for (long r = 0; r < count; r++) {
-        const int32_t *sums = work->sums + r * 32;
-        const struct steps steps = work->given.steps[r];
-        store(work->inner + r * work->stride + n - from,
-              gelu(decode(sums, steps, outputs.step[0], outputs.sums[0], outputs.bias[0])),
-              gelu(decode(sums + 16, steps, outputs.step[1], outputs.sums[1], outputs.bias[1])));
-    }
+    const struct linear_panel to = {outputs_of(&layer->up, layer->up.sums, n), work->given.steps,
+                                    work->inner + n - from, work->stride};
+    multiply_int8(&work->given, layer->up.packed + n / 32 * work->given.width * 2 * TILE,
+                  work->sums, next, take_up, &to);
 }
 
-/* What a chunk of inner numbers that begins at `from` comes to in the panel at `n`, added to what
- * the ones before do. */
+INLINE void take_down(const void *what, long r, __m512i low, __m512i high) {
+    const struct total_panel *to = what;
+    const struct outputs *by = &to->outputs;
+    const struct steps steps = to->steps[r];
+    float *total = to->total + sums_row(to->hidden / 32, r);
+    __m512 l = by->bias[0], h = by->bias[1];
+    if (to->more) {
+        l = _mm512_load_ps(total);
+        h = _mm512_load_ps(total + 16);
+    }
+    _mm512_store_ps(total, decode(low, steps, by->step[0], by->sums[0], l));
+    _mm512_store_ps(total + 16, decode(high, steps, by->step[1], by->sums[1], h));
+}
+
+/* What a chunk of inner numbers that begins at `from` comes to in the panel `n`, added to what the
+ * ones before do. */
 KERNEL static void down_panel(const struct int8_layer *layer, const struct work *work, long from,
                               long n, const bf16 *next) {
-    const long panels = layer->hidden / 32, width = work->inner_given.width;
-    const bf16 *panel =
-        layer->down.packed + (n * (layer->intermediate / 64) + from / 64) * 2 * TILE;
-    multiply_int8(work->inner_given.left, width, work->inner_given.count, panel, width, work->sums,
-                  BLOCK, next);
-    const float *chunk_sums = layer->down.sums + from / layer->chunk * layer->hidden;
-    const struct outputs outputs = outputs_of(&layer->down, chunk_sums, n * 32);
-    for (long r = 0; r < work->inner_given.count; r++) {
-        float *total = work->total + n * BLOCK + sums_row(panels, r);
-        for (int i = 0; i < 2; i++) {
-            const __m512 before = from ? _mm512_load_ps(total + 16 * i) : outputs.bias[i];
-            const __m512 after = decode(work->sums + r * 32 + 16 * i, work->inner_given.steps[r],
-                                        outputs.step[i], outputs.sums[i], before);
-            _mm512_store_ps(total + 16 * i, after);
-        }
-    }
+    const struct int8_linear *linear = &layer->down;
+    const float *chunk_sums = linear->sums + from / layer->chunk * layer->hidden;
+    const struct total_panel to = {outputs_of(linear, chunk_sums, n * 32),
+                                   work->inner_given.steps,
+                                   work->total + n * BLOCK,
+                                   layer->hidden,
+                                   NULL,
+                                   from > 0};
+    const bf16 *panel = linear->packed + (n * (layer->intermediate / 64) + from / 64) * 2 * TILE;
+    multiply_int8(&work->inner_given, panel, work->sums, next, take_down, &to);
 }
 
 /* The layer's output, from the sums of all inner numbers. */
@@ -279,9 +250,9 @@ KERNEL static void after_attention(const struct int8_layer *layer, struct work *
     encode_rows(attended, hidden, 0, count, hidden, layer->output.factor, work->row,
                 work->given.left, work->given.steps);
     for (long n = 0; n < panels; n++)
-        output_panel(layer, work, n,
+        output_panel(layer, work, n, states,
                      n + 1 < panels ? layer->output.packed + (n + 1) * size : layer->up.packed);
-    norm_middle(layer, work, states, 0, count);
+    norm_middle(layer, work, 0, count);
     for (long from = 0; from < inner; from += chunk) {
         const long to = from + chunk < inner ? from + chunk : inner;
         const bf16 *down = layer->down.packed + from * 16;

@@ -135,10 +135,12 @@ KERNEL static int code_attended(const struct pack *pack, long layer, long begin,
 
 KERNEL static int output_panels(const struct pack *pack, long layer, long begin, long end) {
     const struct int8_layer *after = int8_layer_at(pack, layer)->after;
-    const struct int8_memory memory = int8_memory_of(pack, layer);
+    struct int8_memory memory = int8_memory_of(pack, layer);
+    if (take_own(pack, &memory.work)) return -1;
     BEGIN();
     for (long n = begin; n < end; n++)
-        output_panel(after, &memory.work, n, after->output.packed + (n + 1) * pack->hidden * 16);
+        output_panel(after, &memory.work, n, is_last(pack, layer) ? pack->first : pack->states,
+                     after->output.packed + (n + 1) * pack->hidden * 16);
     END();
     return 0;
 }
@@ -146,8 +148,7 @@ KERNEL static int output_panels(const struct pack *pack, long layer, long begin,
 KERNEL static int norm_rows(const struct pack *pack, long layer, long begin, long end) {
     struct int8_memory memory = int8_memory_of(pack, layer);
     if (take_own(pack, &memory.work)) return -1;
-    norm_middle(int8_layer_at(pack, layer)->after, &memory.work,
-                is_last(pack, layer) ? pack->first : pack->states, begin, end);
+    norm_middle(int8_layer_at(pack, layer)->after, &memory.work, begin, end);
     return 0;
 }
 

@@ -21,10 +21,9 @@ INLINE __m512i add_products(enum kind kind, __m512i sums, __m512i states, __m512
     return sums;
 }
 
-/* Multiplies 8 rows of a left operand with a panel's part: sums[8][stride]. */
+/* Multiplies 8 rows of a left operand with a panel's part; the sums stay in registers. */
 INLINE void multiply_rows(enum kind kind, const bf16 *states, const bf16 *panel, long depth,
-                          void *out, long stride) {
-    __m512i sums[ROWS][2];
+                          __m512i sums[ROWS][2]) {
     for (int r = 0; r < ROWS; r++) sums[r][0] = sums[r][1] = _mm512_setzero_si512();
     for (long k = 0; k < depth; k++, states += TILE, panel += 2 * TILE)
         for (int part = 0; part < 16; part++) {
@@ -38,10 +37,6 @@ INLINE void multiply_rows(enum kind kind, const bf16 *states, const bf16 *panel,
                 sums[r][1] = add_products(kind, sums[r][1], given, high);
             }
         }
-    for (int r = 0; r < ROWS; r++) {
-        _mm512_store_si512((int32_t *)out + r * stride, sums[r][0]);
-        _mm512_store_si512((int32_t *)out + r * stride + 16, sums[r][1]);
-    }
 }
 
 #endif

@@ -1,0 +1,76 @@
+/* Rows of states in 8 bits: how they become codes, and what sums of products of codes come to.
+ *
+ * Weights have a step per output. States have one per row, that is per token, and the last products
+ * of a layer one per row and chunk: a state is about code * step + least, with 255 steps from the
+ * row's least number to its largest. So what is multiplied comes to
+ * weight step * (step * sum of products + least * sum of weights).
+ */
+
+#ifndef BGE_INT8_ROWS_H
+#define BGE_INT8_ROWS_H
+
+#include <float.h>
+
+#include "avx512.h"
+
+/* How the codes of a row are read. */
+struct steps {
+    float step, least;
+};
+
+/* Makes codes of a row times a factor for each number, 64 by 64 into tiles. Where a number is not
+ * finite, the step is not, and so is nothing that is read with it. */
+INLINE struct steps encode(float *row, const float *factor, long count, bf16 *tiles) {
+    __m512 least = _mm512_set1_ps(INFINITY), most = _mm512_set1_ps(-INFINITY);
+    __m512 nothing = _mm512_setzero_ps();
+    for (long j = 0; j < count; j += 16) {
+        __m512 v = _mm512_load_ps(row + j);
+        if (factor) {
+            v = _mm512_mul_ps(v, _mm512_loadu_ps(factor + j));
+            _mm512_store_ps(row + j, v);
+        }
+        least = _mm512_min_ps(least, v);
+        most = _mm512_max_ps(most, v);
+        nothing = _mm512_fmadd_ps(v, _mm512_setzero_ps(), nothing);
+    }
+    const float low = _mm512_reduce_min_ps(least), high = _mm512_reduce_max_ps(most);
+    const float span = high - low > FLT_MIN * 255 ? high - low : FLT_MIN * 255;
+    /* Neither minimum nor maximum knows what is not a number, but this sum of zeros does. */
+    const float step = span / 255 + _mm512_reduce_add_ps(nothing);
+    const __m512 inverse = _mm512_set1_ps(1 / step), shift = _mm512_set1_ps(low);
+    for (long j = 0; j < count; j += 16) {
+        const __m512 v = _mm512_mul_ps(_mm512_sub_ps(_mm512_load_ps(row + j), shift), inverse);
+        uint8_t *out = (uint8_t *)(tiles + j / 64 * TILE) + j % 64;
+        _mm_store_si128((__m128i *)out, _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(v)));
+    }
+    return (struct steps){step, low};
+}
+
+/* What 16 products of a row come to. */
+INLINE __m512 decode(__m512i sums, struct steps steps, __m512 step, __m512 weights, __m512 more) {
+    const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(sums), step);
+    const __m512 shifted = _mm512_fmadd_ps(weights, _mm512_set1_ps(steps.least), more);
+    return _mm512_fmadd_ps(scaled, _mm512_set1_ps(steps.step), shifted);
+}
+
+/* Makes codes of the rows from `begin` to `end`, of `count` states each, as a left operand; rows up
+ * to the next multiple of 32 keep the codes they have. */
+INLINE void encode_rows(const bf16 *states, long stride, long begin, long end, long count,
+                        const float *factor, float *row, bf16 *tiles, struct steps *steps) {
+    for (long r = begin; r < end; r++) {
+        load_row(states + r * stride, count, row);
+        steps[r] = encode(row, factor, count, left_row(tiles, count / 64, r));
+    }
+}
+
+/* The codes of some rows, `width` tiles side by side. */
+struct codes {
+    long count, width;
+    bf16 *left;
+    struct steps *steps;
+};
+
+/* Takes a row's sums of the 32 outputs of a panel. */
+typedef void take_sums(const void *what, long row, __m512i low, __m512i high);
+
+#endif
