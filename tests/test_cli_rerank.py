@@ -98,6 +98,7 @@ def test_a_bad_line_stops_the_run_and_is_told_by_number():
     done = piped(bad_input())
     assert done.returncode == 1
     assert done.stderr.decode().startswith("error: line 2: not JSON")
+    assert 'each line is an object such as {"query": "..."' in done.stderr.decode()
     assert "--on-error skip" in done.stderr.decode()
     assert len(rows(done.stdout.decode())) == 1, "what came before is written"
 
@@ -194,10 +195,11 @@ def test_a_trec_run_can_become_jsonl_and_jsonl_a_trec_run(tmp_path):
     assert first["query"] == read_queries()[first["id"]]
     assert {each["text"] for each in first["results"]} <= set(read_sentences().values())
     text = line(documents=[{"text": "a", "id": "my doc"}, "b"], id="q 1") + line(documents=["a"])
+    text += line(documents=["a"], query_id="third")
     done = piped(text, "--format", "trec")
     columns = [each.split()[:4] for each in done.stdout.decode().splitlines()]
     assert {(query, name) for query, _, name, _ in columns} == {
-        *(("q_1", "my_doc"), ("q_1", "1"), ("2", "0"))
+        *(("q_1", "my_doc"), ("q_1", "1"), ("2", "0"), ("third", "0"))
     }
 
 
@@ -220,7 +222,7 @@ def test_bad_runs_are_told_by_line(text, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("missing.jsonl",), "missing.jsonl cannot be read: No such file"),
+        (("missing.jsonl",), "missing.jsonl cannot be read: No such file or directory; give a fi"),
         (("--window-tokens", "9"), "--window-tokens had no effect"),
         (("--collection", "nowhere"), "corpus.jsonl cannot be read"),
     ],

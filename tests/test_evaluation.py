@@ -141,6 +141,10 @@ def test_titles_go_before_texts_and_qrels_may_stand_in_a_folder(tmp_path):
         ({"queries": '{"_id": "a", "text": 5}'}, r"queries\.jsonl, line 1: .*TypeError"),
         ({"qrels": "a\t1\t1.0\n"}, r"qrels\.tsv, line 1: must be query, document and a whole"),
         ({"qrels": "a\t1\t1\na 1 1"}, r"qrels\.tsv, line 2: must be query"),
+        (
+            {"qrels": "a 1 1\n"},
+            r"qrels\.tsv, line 1: must be query.* separated by tabs, got 'a 1 1'",
+        ),
         ({"corpus": '{"_id": 1, "text": ""}\n{"_id": "1", "text": ""}'}, "line 2: _id '1' came"),
         ({"queries": '{"_id": null, "text": ""}'}, r"queries\.jsonl, line 1: .*TypeError"),
         ({"corpus": '{"_id": "1\\ud800", "text": ""}'}, "line 1: _id .* half a surrogate pair"),

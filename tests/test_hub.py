@@ -71,6 +71,12 @@ def test_a_missing_path_is_not_looked_for_on_the_hub(model, hub, tmp_path, monke
     assert hub.calls == []
 
 
+def test_an_address_is_told_the_name_that_it_ends_with(hub):
+    with pytest.raises(CheckpointNotFoundError, match=r"is an address; .* did you mean 'BAAI/m'\?"):
+        find_folder(EngineSettings(model="https://hub.example/BAAI/m/"))
+    assert hub.calls == []
+
+
 def test_a_file_is_not_a_folder(tmp_path, hub):
     file = tmp_path / "model.safetensors"
     file.touch()

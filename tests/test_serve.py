@@ -849,6 +849,7 @@ def test_every_setting_has_its_variable(name):
             {"BGE_RERANK_APIKEY": "s"},
             "BGE_RERANK_APIKEY is not a setting; did you mean BGE_RERANK_API_KEY? Known are BGE_R",
         ),
+        ({"BGE_RERANK_MODLE": "tiny"}, "did you mean BGE_RERANK_MODEL?"),
         ({"BGE_RERANK_API_KEY": ""}, "api_key must be one or more characters"),
         ({"BGE_RERANK_MAX_DOCUMENTS": "many"}, "MAX_DOCUMENTS must be a whole number, got 'many'"),
         ({"BGE_RERANK_TIMEOUT_S": "1m"}, "BGE_RERANK_TIMEOUT_S must be a number, got '1m'"),

@@ -380,7 +380,8 @@ def test_the_command_serves_and_ends_when_it_has_answered(reranker):
         process.kill()
         process.wait()
     assert process.returncode == 0, told
-    assert f"Serving mine on {url}, described at /docs" in told
+    assert told.startswith("Loading tiny; nothing listens before it is loaded\n")
+    assert f"Serving mine: try it on {url}/, all routes are on {url}/docs\n" in told
     assert shown == ""
     assert "Traceback" not in told
     assert KEY not in told

@@ -12,6 +12,7 @@ from bge_rerank_adapters.calls.ranking import Ranking
 from bge_rerank_adapters.calls.trec import parse_run, run_lines
 from bge_rerank_adapters.errors import InputTypeError, ScoringError, SettingsError
 
+_IDS = ("_id", "id")
 _RESULT_FIELDS = ("index", "score", "logit", "truncated", "query_truncated", "span")
 
 
@@ -58,7 +59,7 @@ class Item:
 
     def query_name(self) -> str:
         """Return the query's id in a TREC run."""
-        return _id(self.extra, self.line)
+        return _id(self.extra, self.line, names=(*_IDS, "query_id"))
 
     def document_names(self) -> list[str]:
         """Return the documents' ids in a TREC run."""
@@ -106,7 +107,7 @@ def read_jsonl(
             yield replace(item, source=source, size=len(line))
         except (ValueError, RecursionError) as error:
             # Not JSON, not UTF-8, or nested too deep.
-            yield Bad(number, f"not JSON: {error}{_run_hint(source)}", source)
+            yield Bad(number, f"not JSON: {error}{_hint(source)}", source)
         except InputTypeError as error:
             yield Bad(number, str(error), source)
 
@@ -184,13 +185,15 @@ def _shared_name(item: Item, seen: dict[str, int]) -> str:
     return ""
 
 
-def _run_hint(line: str) -> str:
-    """Return advice if the line is of a TREC run, and an empty text otherwise."""
+def _hint(line: str) -> str:
+    """Return advice on a line that is no JSON."""
     try:
         found = list(parse_run([line], name="the run"))
     except SettingsError:
-        return ""
-    return "; a TREC run needs --collection, the BEIR folder with its texts" if found else ""
+        found = []
+    if found:
+        return "; a TREC run needs --collection, the BEIR folder with its texts"
+    return '; each line is an object such as {"query": "...", "documents": ["...", "..."]}'
 
 
 def parse_item(number: int, row: Any) -> Item:
@@ -247,8 +250,8 @@ def _kept(document: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _id(known: dict[str, Any], otherwise: int) -> str:
-    named = (str(known[name]) for name in ("_id", "id") if known.get(name) is not None)
+def _id(known: dict[str, Any], otherwise: int, *, names: Sequence[str] = _IDS) -> str:
+    named = (str(known[name]) for name in names if known.get(name) is not None)
     # A TREC run separates its columns by spaces.
     words = next(filter(None, (each.split() for each in named)), [str(otherwise)])
     return "_".join(words)

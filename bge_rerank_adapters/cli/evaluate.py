@@ -22,11 +22,12 @@ Examples:
 
     bge-rerank evaluate scifact --model tiny --depth 50
 
-    bge-rerank evaluate scifact --run dense.trec --model BAAI/bge-reranker-base
-    --model BAAI/bge-reranker-v2-m3 --dtype float32 --dtype bfloat16 -o results --plots
+    bge-rerank evaluate scifact --run dense.trec -o results --plots
 
-With --output a run that was stopped continues where it was, and the folder gets report.json,
-per-query.jsonl, TREC runs and, with --plots, pictures.
+    bge-rerank evaluate scifact --model tiny --dtype float32 --dtype bfloat16
+
+With --output a run that was stopped continues where it was. The folder gets
+report.json, per-query.jsonl, TREC runs and, with --plots, pictures.
 """
 
 

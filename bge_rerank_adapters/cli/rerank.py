@@ -33,9 +33,9 @@ PUT_ASIDE = 3
 EXAMPLES = """
 Examples:
 
-    bge-rerank rerank --query "Who wrote Faust?" "Goethe wrote Faust." "It rains in Weimar."
+    bge-rerank rerank --query "Who wrote Faust?" "It rains." "Goethe wrote it."
 
-    grep -i faust notes.txt | bge-rerank rerank --query "Who wrote Faust?" --top-k 5
+    grep -i faust notes.txt | bge-rerank rerank --query "Who wrote Faust?"
 
     bge-rerank rerank questions.jsonl -o ranked.jsonl --top-k 3
 
@@ -45,15 +45,18 @@ Examples:
 
     bge-rerank rerank questions.jsonl -o ranked.jsonl --ray head-node:6379
 
-Input lines: {"query": "...", "documents": ["...", {"text": "...", "id": 7}], ...}; with
---collection a TREC run whose texts are in a BEIR folder.
+Each input line is an object, and what else it has is kept:
+
+    {"id": "q1", "query": "...", "documents": ["...", {"text": "...", "id": 7}]}
+
+With --collection the input is a TREC run whose texts are in a BEIR folder.
 
 Bad lines that --on-error skip put aside can be corrected and given again:
 
     jq -r .input ranked.jsonl.bad.jsonl > again.jsonl
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but bad lines were put aside, 130 stopped by
-Ctrl-C.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but bad lines were put
+aside, 130 stopped by Ctrl-C.
 """
 
 
@@ -236,7 +239,10 @@ def _opened(source: Path | None, files: ExitStack) -> IO[bytes]:
     try:
         return files.enter_context(source.open("rb"))
     except OSError as error:
-        raise SettingsError(f"{source} cannot be read: {error.strerror}.") from error
+        raise SettingsError(
+            f"{source} cannot be read: {error.strerror}; give a file of JSON lines, or the "
+            "documents of one question after --query QUERY."
+        ) from error
 
 
 def _inputs(lines: IO[bytes], run: RunReader | None) -> Iterator[os.stat_result]:

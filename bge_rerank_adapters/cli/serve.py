@@ -21,11 +21,11 @@ Examples:
 
     bge-rerank serve --model tiny
 
-    BGE_RERANK_API_KEY=... bge-rerank serve --model BAAI/bge-reranker-v2-m3 --host 0.0.0.0
+    BGE_RERANK_API_KEY=... bge-rerank serve --host 0.0.0.0
 
-Settings that are not given here are taken from the environment, BGE_RERANK_MODEL for --model and
-so on; the API key only from there. On SIGINT or SIGTERM it answers the requests that it has, and
-ends.
+Settings that are not given here are taken from the environment,
+BGE_RERANK_MODEL for --model and so on; the API key only from there. On SIGINT
+or SIGTERM it answers the requests that it has, and ends.
 """
 
 
@@ -115,14 +115,21 @@ def _serve(settings: Any, listener: socket.socket, *, access_log: bool) -> None:
     with ExitStack() as stack:
         if tracing.is_requested():
             stack.callback(tracing.export())
+        _say(f"Loading {settings.engine.model}; nothing listens before it is loaded")
         engine = stack.enter_context(Reranker.from_settings(settings.engine))
         engine.warm_up()
         server = server_of(create_app(settings, engine=engine), access_log=access_log)
         _warn_if_open(settings, listener)
-        message = f"Serving {settings.model_name} on {_address(listener)}, described at /docs"
-        Console(stderr=True).print(escape(message), highlight=False, soft_wrap=True)
+        address = _address(listener)
+        _say(
+            f"Serving {settings.model_name}: try it on {address}/, all routes are on {address}/docs"
+        )
         with suppress(KeyboardInterrupt):
             server.run(sockets=[listener])
+
+
+def _say(message: str) -> None:
+    Console(stderr=True).print(escape(message), highlight=False, soft_wrap=True)
 
 
 def _keep_to_quota() -> None:

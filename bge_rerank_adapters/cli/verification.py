@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bge_rerank_adapters.calls.ranking import sigmoid
+from bge_rerank_adapters.cli.words import in_shell_words
 from bge_rerank_adapters.engine.checkpoints.published import PUBLISHED_SCORES, PublishedScores
 from bge_rerank_adapters.engine.reranker import Reranker
 from bge_rerank_adapters.errors import CheckpointNotFoundError
@@ -104,7 +105,8 @@ def run(console: Console, settings: EngineSettings) -> bool:
     try:
         reranker = Reranker.from_settings(settings)
     except CheckpointNotFoundError as error:
-        message = f"Nothing was compared, since the weights are missing: {error}"
+        told = in_shell_words(str(error))
+        message = f"Nothing was compared, since the weights are missing: {told}"
         console.print(escape(message), highlight=False)
         return False
     with reranker:

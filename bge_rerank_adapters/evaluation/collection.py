@@ -180,7 +180,7 @@ def _judgements(folder: Path) -> dict[str, dict[str, int]]:
         header, begun = not begun, True
         text = _decoded(line, path, number).rstrip("\r\n")
         cells = text.split("\t")
-        if header and not _is_number(cells[-1]):
+        if header and len(cells) == 3 and not _is_number(cells[-1]):
             continue
         try:
             query, document, grade = cells

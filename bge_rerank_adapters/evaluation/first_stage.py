@@ -33,7 +33,7 @@ def bm25(collection: Collection, *, depth: int = 100, language: str | None = "en
     depth = check_top_k(depth, name="depth") or len(collection.documents)
     if language is not None and language not in Stemmer.algorithms():
         raise SettingsError(
-            f"language {language!r} has no stemmer; use None, or one of "
+            f'language {language!r} has no stemmer; use None (in a shell "none"), or one of '
             f"{', '.join(Stemmer.algorithms())}."
         )
     stemmer = None if language is None else Stemmer.Stemmer(language)

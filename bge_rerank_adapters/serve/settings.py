@@ -272,7 +272,7 @@ def _read(environment: Mapping[str, str] | None) -> dict[str, Any]:
 def _not_known(unknown: list[str], known: list[str]) -> str:
     # Without the prefix, which would make all names similar.
     names = [name.removeprefix(PREFIX) for name in known]
-    near = [get_close_matches(name.removeprefix(PREFIX), names, 1, 0.85) for name in unknown]
+    near = [get_close_matches(name.removeprefix(PREFIX), names, 1, 0.75) for name in unknown]
     close = ", ".join(PREFIX + name for names in near for name in names)
     meant = f"did you mean {close}? Known are" if close else "known are"
     return f"{', '.join(unknown)} is not a setting; {meant} {', '.join(known)}."

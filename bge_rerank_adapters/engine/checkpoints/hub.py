@@ -73,6 +73,12 @@ def check_name(model: str) -> Path | None:
         ) from error
     if folder.is_dir():
         return folder
+    if "://" in model:
+        name = "/".join(model.rstrip("/").split("/")[-2:])
+        raise CheckpointNotFoundError(
+            f"model {model!r} is an address; give a folder, or a name on the hub: did you mean "
+            f"{name!r}?"
+        )
     if folder.exists() or _looks_like_path(model):
         problem = "is a file, not a folder" if folder.exists() else "does not exist"
         raise CheckpointNotFoundError(
