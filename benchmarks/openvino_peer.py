@@ -9,6 +9,8 @@ import openvino as ov
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from bge_rerank_adapters.engine.models.devices import resolve_dtype
+
 _CALIBRATION_TEXTS = 64
 
 
@@ -31,13 +33,18 @@ class OpenVinoReranker:
         path = folder / f"openvino-{'int8' if precision == 'int8' else 'f32'}.xml"
         if not path.is_file():
             ov.save_model(self._convert(folder, precision), path, compress_to_fp16=False)
-        settings: dict[str, Any] = {"NUM_STREAMS": streams, "PERFORMANCE_HINT": "THROUGHPUT"}
-        if precision == "f32":
-            settings["INFERENCE_PRECISION_HINT"] = "f32"
-        elif "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-            settings["INFERENCE_PRECISION_HINT"] = "bf16"
-        elif precision == "bf16":
-            raise RuntimeError("OpenVINO does not list BF16 among this processor's capabilities")
+        # Where ONEDNN_MAX_CPU_ISA leaves bfloat16 out, OpenVINO lists it still, and emulates it.
+        has_bf16 = (
+            "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+            and resolve_dtype("auto", torch.device("cpu")) == torch.bfloat16
+        )
+        if precision == "bf16" and not has_bf16:
+            raise RuntimeError("OpenVINO has no BF16 on this processor, or is not to use it")
+        settings: dict[str, Any] = {
+            "NUM_STREAMS": streams,
+            "PERFORMANCE_HINT": "THROUGHPUT",
+            "INFERENCE_PRECISION_HINT": "bf16" if has_bf16 and precision != "f32" else "f32",
+        }
         self._queue = ov.AsyncInferQueue(core.compile_model(path, "CPU", settings), streams)
 
     def score(self, query: str, documents: Sequence[str]) -> list[float]:
