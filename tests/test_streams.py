@@ -14,6 +14,7 @@ from bge_rerank_adapters.engine.models.cpu import streams
 from bge_rerank_adapters.engine.models.cpu import threads as cpu_threads
 from bge_rerank_adapters.engine.models.cpu.onednn.ranges import int8_works
 from bge_rerank_adapters.engine.models.cpu.streams import (
+    SmallPack,
     StreamedModel,
     one_thread_stream_count,
     stream_count,
@@ -91,12 +92,17 @@ def test_a_pair_alone_is_run_by_all_threads_together(model):
     assert model.threads == {THREADS}
 
 
-def test_a_small_pack_is_run_by_all_threads_together(model):
-    streamed = StreamedModel(model, 2, small_pack=18)
+def test_a_small_pack_is_run_by_the_streams_together(model):
+    streamed = StreamedModel(model, 2, small=SmallPack(even=18, uneven=20))
     assert streamed.logits([pair(9, 0), pair(9, 1)]) == [0.0, 1.0]
-    assert lengths(model) == [[9, 9]]
+    assert streamed.logits([pair(20)]) == [0.0]
+    assert lengths(model) == [[9, 9], [20]]
+    assert {name for name, _ in model.parts} == {"bge-rerank-stream"}
+    # What is larger is divided, or run by all threads together.
     assert streamed.logits([pair(9, 0), pair(10, 1)]) == [0.0, 1.0]
-    assert lengths(model) == [[9], [9, 9], [10]]
+    assert streamed.logits([pair(21)]) == [0.0]
+    assert lengths(model) == [[9], [9, 9], [10], [20], [21]]
+    assert model.parts[-1][0] == threading.current_thread().name
 
 
 def test_streams_share_the_threads_and_leave_others_theirs(model):

@@ -110,7 +110,7 @@ def _prompted(
 def _load_encoder(source: ModelSource) -> Model:
     model = EncoderModel(source)
     streams = model.kit.stream_count()
-    return with_streams(model, streams, small_pack=model.kit.small_pack(streams))
+    return with_streams(model, streams, small=model.kit.small_pack(streams))
 
 
 def _load_decoder(make: Callable[[ModelSource], NativeModel], source: ModelSource) -> Model:

@@ -20,6 +20,7 @@ class Avx512VnniInt8Kit(KernelInt8Kit):
 
     label = "Own kernels for AVX512-VNNI in int8"
     instruction_set = AVX512_VNNI
+    even_rows = 64
 
     def attention_set(self) -> InstructionSet:
         """Return the instruction set of the attention kernel."""

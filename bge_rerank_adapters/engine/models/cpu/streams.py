@@ -9,11 +9,13 @@ import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
 from bge_rerank_adapters.engine.models.base import Model, NativeModel, PendingLogits
 from bge_rerank_adapters.engine.models.cpu.threads import (
+    ALONE,
     Helpers,
     Tasks,
     end_threads,
@@ -55,24 +57,37 @@ def one_thread_stream_count() -> int:
     return min(torch.get_num_threads(), _MOST_STREAMS_OF_ONE_THREAD)
 
 
-def with_streams(model: NativeModel, streams: int, *, small_pack: int = 0) -> Model:
+class SmallPack(NamedTuple):
+    """Up to how many tokens streams run a pack together; 0 is never.
+
+    Attributes:
+        even: If its pairs could be divided evenly among the streams.
+        uneven: If not.
+    """
+
+    even: int
+    uneven: int
+
+
+NO_SMALL_PACK = SmallPack(even=0, uneven=0)
+
+
+def with_streams(model: NativeModel, streams: int, *, small: SmallPack = NO_SMALL_PACK) -> Model:
     """Return the model with its packs divided among streams; the model itself for one stream.
 
     Args:
         model: A thread-safe model.
         streams: Number of streams.
-        small_pack: Up to how many tokens a pack is run by all threads together.
+        small: Which packs the streams run together.
     """
-    if streams == 1:
-        return model
-    return StreamedModel(model, streams, small_pack=small_pack)
+    return StreamedModel(model, streams, small=small) if streams > 1 else model
 
 
 class StreamedModel:
     """A model whose packs are divided by pairs among streams.
 
-    A small pack is run by all threads together, and so is one that cannot be divided evenly, such
-    as one long pair.
+    Small packs are run by the streams together. A larger one that cannot be divided evenly, such as
+    one long pair, is run by all threads together.
 
     Attributes:
         device: The model's device.
@@ -84,17 +99,19 @@ class StreamedModel:
 
     runs_ahead = False
 
-    def __init__(self, model: NativeModel, streams: int, *, small_pack: int = 0) -> None:
+    def __init__(
+        self, model: NativeModel, streams: int, *, small: SmallPack = NO_SMALL_PACK
+    ) -> None:
         """Divide the threads that torch uses in this thread among the streams.
 
         Args:
             model: A thread-safe model.
             streams: From 2 to the number of threads.
-            small_pack: Up to how many tokens a pack is run by all threads together.
+            small: Which packs the streams run together.
         """
         self.device, self.dtype, self.streams = model.device, model.dtype, streams
         self.pack_tokens = max(model.pack_tokens, streams * _STREAM_TOKENS)
-        self._model, self._small_pack = model, small_pack
+        self._model, self._small = model, small
         threads = torch.get_num_threads()
         own = threads // streams
         # How many times as fast all threads together are as one stream.
@@ -112,7 +129,12 @@ class StreamedModel:
         tokens = sum(map(len, pairs))
         parts = _share_out([len(pair) for pair in pairs], self.streams)
         longest = max(sum(len(pairs[place]) for place in part) for part in parts)
-        if tokens <= self._small_pack or longest > tokens / self._together:
+        uneven = longest > tokens / self._together
+        if tokens <= (self._small.uneven if uneven else self._small.even):
+            # In one of the streams: in this thread torch may use several threads, which spin for a
+            # while after each of its steps, on cores that the streams need.
+            return self._score(pairs, self._helpers).result()
+        if uneven:
             return self._model.logits(pairs, helpers=self._helpers)
         futures = [self._score([pairs[place] for place in part]) for part in parts]
         # Wait for all, so that when one lacks memory no other still holds some.
@@ -123,9 +145,11 @@ class StreamedModel:
                 logits[place] = logit
         return logits
 
-    def _score(self, pairs: Sequence[TokenPair]) -> Future[list[float]]:
+    def _score(self, pairs: Sequence[TokenPair], helpers: Helpers = ALONE) -> Future[list[float]]:
         future, model = Future[list[float]](), self._model
-        self._helpers.tasks.put(lambda: fulfil(future, lambda: model.logits(pairs)))
+        self._helpers.tasks.put(
+            lambda: fulfil(future, lambda: model.logits(pairs, helpers=helpers))
+        )
         return future
 
 

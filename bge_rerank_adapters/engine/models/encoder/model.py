@@ -89,7 +89,11 @@ class EncoderModel:
         *ids, bounds = self._transfers.upload([*self._ids(pairs), bounds_of(lengths)])
         layout = Layout(lengths, self.device, helpers, bounds=bounds)
         states = self._embed(ids)
-        if self._stack and helpers.size > 1 and len(states) <= self.kit.small_pack(helpers.size):
+        if (
+            self._stack
+            and helpers.size > 1
+            and len(states) <= self.kit.small_pack(helpers.size).uneven
+        ):
             states = self._stack(states, layout)
         else:
             states = self._layer_by_layer(states, layout)

@@ -7,7 +7,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from bge_rerank_adapters.engine.models.cpu.streams import stream_count
+from bge_rerank_adapters.engine.models.cpu.streams import NO_SMALL_PACK, SmallPack, stream_count
 from bge_rerank_adapters.engine.models.encoder.config import EncoderConfig
 from bge_rerank_adapters.engine.models.encoder.layer import EncoderLayer, LayerSource, linear_layer
 from bge_rerank_adapters.engine.models.layers.activations import ACTIVATIONS
@@ -109,10 +109,10 @@ class PlainKit:
         del layers
         return None
 
-    def small_pack(self, threads: int) -> int:
-        """Return up to how many tokens threads run a pack by `stack`; 0 is never."""
+    def small_pack(self, threads: int) -> SmallPack:
+        """Return up to how many tokens so many threads run a pack by `stack`."""
         del threads
-        return 0
+        return NO_SMALL_PACK
 
     def pack_rows(self, tokens: int) -> int:
         """Return the number of tokens that a pack is padded to."""

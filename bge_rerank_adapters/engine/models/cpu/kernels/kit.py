@@ -8,11 +8,14 @@ import torch
 from bge_rerank_adapters.engine.models.cpu.kernels.int8 import kernel_int8_layer
 from bge_rerank_adapters.engine.models.cpu.kernels.layers import KernelLayer, attention_by, suits
 from bge_rerank_adapters.engine.models.cpu.kernels.library import InstructionSet, lack
-from bge_rerank_adapters.engine.models.cpu.kernels.stack import Stack, small_pack
-from bge_rerank_adapters.engine.models.cpu.streams import one_thread_stream_count
+from bge_rerank_adapters.engine.models.cpu.kernels.stack import MAX_THREADS, Stack
+from bge_rerank_adapters.engine.models.cpu.streams import SmallPack, one_thread_stream_count
 from bge_rerank_adapters.engine.models.encoder.layer import EncoderLayer, LayerSource
 from bge_rerank_adapters.engine.models.encoder.plain import KitRequest, PlainKit
 from bge_rerank_adapters.engine.models.layers.attention import Attention
+
+# Rows for each thread, up to which `stack` is faster than the same outputs shared out by rows.
+_UNEVEN_ROWS = 256
 
 
 class KernelKit(PlainKit):
@@ -20,9 +23,12 @@ class KernelKit(PlainKit):
 
     Attributes:
         instruction_set: The instruction set of the kernels.
+        even_rows: Rows for each thread, up to which `stack` is faster than threads that take pairs
+            of their own: about as many as take as long to multiply as the weights to read.
     """
 
     instruction_set: ClassVar[InstructionSet]
+    even_rows: ClassVar[int] = 128
 
     def __init__(self, request: KitRequest) -> None:
         """Make the kit for a request that `lack` has found nothing missing for."""
@@ -58,9 +64,10 @@ class KernelKit(PlainKit):
             prefix="int8_" if self.int8 else "",
         )
 
-    def small_pack(self, threads: int) -> int:
-        """Return up to how many tokens threads run a pack by `stack`."""
-        return small_pack(threads)
+    def small_pack(self, threads: int) -> SmallPack:
+        """Return up to how many tokens so many threads run a pack by `stack`."""
+        threads = min(threads, MAX_THREADS)
+        return SmallPack(even=self.even_rows * threads, uneven=_UNEVEN_ROWS * threads)
 
     def pack_rows(self, tokens: int) -> int:
         """Return the number of tokens itself: the kernels need no padding."""

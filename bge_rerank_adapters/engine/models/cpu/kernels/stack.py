@@ -15,14 +15,7 @@ from bge_rerank_adapters.engine.models.encoder.config import EncoderConfig
 from bge_rerank_adapters.engine.models.layers.attention import Layout
 
 # More threads do not find enough outputs to share: 24 panels at bge-reranker-base's width.
-_MOST_THREADS = 8
-# With fewer rows for each thread, reading the weights takes longer than multiplying with them.
-_SMALL_ROWS = 128
-
-
-def small_pack(threads: int) -> int:
-    """Return up to how many tokens a pack is run faster by threads together than apart."""
-    return _SMALL_ROWS * min(threads, _MOST_THREADS)
+MAX_THREADS = 8
 
 
 class _Progress(ctypes.Structure):
@@ -82,7 +75,7 @@ class Stack:
                 overwritten.
             layout: The pack's layout, with the threads that run it.
         """
-        config, threads = self._config, min(layout.helpers.size, _MOST_THREADS)
+        config, threads = self._config, min(layout.helpers.size, MAX_THREADS)
         first = states.new_empty(len(layout.lengths), config.hidden)
         attention = address(self._attention, "attention")
         pack = _Pack(
