@@ -447,6 +447,11 @@ async def test_other_methods_and_paths_are_refused_in_json(client, method, path,
     assert answer.status_code == status
     assert answer.headers["content-type"] == "application/json"
     assert status == 404 or answer.headers["allow"]
+    if method != "HEAD":
+        wanted = (
+            "GET /docs shows those" if status == 404 else f"takes {answer.headers['allow']}, not"
+        )
+        assert wanted in answer.json()["message"]
 
 
 # The key

@@ -182,7 +182,10 @@ def test_a_key_is_asked_for_where_one_is_needed(page, reranker):
     with listening(app) as port:
         page.get(f"http://127.0.0.1:{port}")
         assert found(page, "#key-part:not([hidden])")
-        assert "needs its API key" in found(page, "#limits")[0].text
+        assert found(page, "#limits")[0].text == "Enter the server's API key first."
+        fill(page, "key", "wrong")
+        found(page, "#go")[0].click()
+        assert found(page, "#said.bad")[0].text == "This is not the server's API key."
         fill(page, "key", ASCII_KEY)
         assert len(ranked(page, QUERY, "\n".join(DOCUMENTS))) == 4
         shown = found(page, "body")[0].text

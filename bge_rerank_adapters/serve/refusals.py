@@ -131,7 +131,8 @@ def handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(StarletteHTTPException)
     async def refuse(request: Request, error: StarletteHTTPException) -> JSONResponse:
-        return response_of(path_of(request.scope), error)
+        path = path_of(request.scope)
+        return response_of(path, _of_routing(request.method, path, error))
 
     @app.exception_handler(RequestValidationError)
     async def refuse_input(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -143,6 +144,20 @@ def handle_errors(app: FastAPI) -> None:
         if refusal.status_code >= 500:
             _log.error("A request ended in %d", refusal.status_code, exc_info=error)
         return response_of(path_of(request.scope), refusal)
+
+
+def _of_routing(method: str, path: str, error: StarletteHTTPException) -> StarletteHTTPException:
+    """Return a refusal of the framework's router with what to send instead; others as they are."""
+    if isinstance(error, Refusal):
+        return error
+    if error.status_code == 404:
+        return Refusal(
+            404, f"There is no route {path[:100]}; GET /docs shows those that there are."
+        )
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "another method")
+        return Refusal(405, f"{path} takes {allowed}, not {method}.", headers=error.headers)
+    return error
 
 
 def documented(*statuses: int, tei: bool = False) -> dict[int | str, dict[str, Any]]:

@@ -45,6 +45,7 @@ async function answer(path, options) {
     needsKey = true;
     at("key-part").hidden = false;
     show();
+    throw new Error(at("key").value ? "This is not the server's API key." : "Enter the server's API key first.");
   }
   const body = await response.json();
   if (!response.ok) throw new Error(body.message || "The server answered " + response.status + ".");
