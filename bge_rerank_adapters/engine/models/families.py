@@ -18,6 +18,7 @@ from bge_rerank_adapters.engine.models.cpu.streams import stream_count, with_str
 from bge_rerank_adapters.engine.models.encoder.config import ENCODER_TYPES, parse_config
 from bge_rerank_adapters.engine.models.encoder.model import EncoderModel
 from bge_rerank_adapters.engine.models.source import ModelSource
+from bge_rerank_adapters.engine.text.beginning import Beginning
 from bge_rerank_adapters.engine.text.pairs import PairTemplate
 from bge_rerank_adapters.engine.text.prompts import (
     CONTAINS_ANSWER,
@@ -53,8 +54,8 @@ class Family:
         asked_types: Further values that it runs if the settings name the family. Most models of
             these types are not rerankers, or need another prompt.
         read_sizes: Returns the sizes of a config, given also `folder=`; checks the config.
-        template: Returns the template around a pair, from the settings, the checkpoint's folder and
-            its tokenizer.
+        template: Returns the template around a pair, from the settings, the tokenizer's folder, the
+            model's config and the tokenizer.
         load: Loads the model.
         wide_range: Whether activations may be too large for float16.
         classifier: Whether the logit comes from a classification head.
@@ -66,7 +67,7 @@ class Family:
     name: str
     model_types: tuple[str, ...]
     read_sizes: Callable[..., Sizes]
-    template: Callable[[EngineSettings, Path, Tokenizer], PairTemplate]
+    template: Callable[[EngineSettings, Path, dict[str, Any], Tokenizer], PairTemplate]
     load: Callable[[ModelSource], Model]
     wide_range: bool = True
     classifier: bool = False
@@ -85,8 +86,10 @@ def family_of(config: dict[str, Any]) -> Family | None:
     return next((family for family in FAMILIES.values() if kind in family.model_types), None)
 
 
-def _encoder_template(settings: EngineSettings, folder: Path, tokenizer: Tokenizer) -> PairTemplate:
-    del folder
+def _encoder_template(
+    settings: EngineSettings, folder: Path, config: dict[str, Any], tokenizer: Tokenizer
+) -> PairTemplate:
+    del folder, config
     return replace(
         read_template(tokenizer),
         query_instruction=settings.query_instruction or "",
@@ -95,11 +98,15 @@ def _encoder_template(settings: EngineSettings, folder: Path, tokenizer: Tokeniz
 
 
 def _prompted(
-    style: PromptStyle, settings: EngineSettings, folder: Path, tokenizer: Tokenizer
+    style: PromptStyle,
+    settings: EngineSettings,
+    folder: Path,
+    config: dict[str, Any],
+    tokenizer: Tokenizer,
 ) -> PairTemplate:
     return decoder_template(
         tokenizer,
-        folder,
+        Beginning(folder, config),
         style=style,
         prompt=settings.prompt,
         query_instruction=settings.query_instruction,

@@ -1,12 +1,13 @@
 """Loads tokenizers and models from a checkpoint's folder."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 
 from bge_rerank_adapters.engine.checkpoints.inspection import CheckpointFiles, inspect_checkpoint
 from bge_rerank_adapters.engine.models.base import Model
@@ -19,8 +20,9 @@ from bge_rerank_adapters.engine.models.flag import FlagModel, TextPairTokenizer
 from bge_rerank_adapters.engine.models.precision import warn_of_matmul_precision
 from bge_rerank_adapters.engine.models.source import ModelSource
 from bge_rerank_adapters.engine.models.unsupported import unsupported_message
+from bge_rerank_adapters.engine.text.decoder_classes import apply_decoder_config
 from bge_rerank_adapters.engine.text.tokenizer import PairTokenizer
-from bge_rerank_adapters.engine.text.tokenizer_config import check_truncation_side
+from bge_rerank_adapters.engine.text.tokenizer_config import apply_config, check_truncation_side
 from bge_rerank_adapters.engine.text.tokenizer_files import load_tokenizer
 from bge_rerank_adapters.engine.text.windows import tokenizer_maker
 from bge_rerank_adapters.errors import CheckpointError, UnsupportedCheckpointError
@@ -104,9 +106,9 @@ def load_pair_tokenizer(checkpoint: LocalCheckpoint, settings: EngineSettings) -
         folder,
         max_length=min(settings.max_length, sizes.max_tokens),
         query_max_length=settings.query_max_length,
-        template=partial(family.template, settings, folder),
+        template=partial(family.template, settings, folder, checkpoint.files.config),
         lowercase=checkpoint.files.author.lowercase,
-        encoder_type=_encoder_type(checkpoint) if native else None,
+        apply=_apply_files(checkpoint) if native else None,
         make=tokenizer_maker(settings) if native else TextPairTokenizer,
     )
     try:
@@ -116,9 +118,12 @@ def load_pair_tokenizer(checkpoint: LocalCheckpoint, settings: EngineSettings) -
     return tokenizer
 
 
-def _encoder_type(checkpoint: LocalCheckpoint) -> str | None:
-    """Return the model type of an encoder; `None` for a decoder."""
-    return checkpoint.files.config["model_type"] if checkpoint.family.classifier else None
+def _apply_files(checkpoint: LocalCheckpoint) -> Callable[[Tokenizer, Path], None]:
+    """Return what sets a tokenizer as the files beside `tokenizer.json` say."""
+    config = checkpoint.files.config
+    if checkpoint.family.classifier:
+        return partial(apply_config, model_type=config["model_type"])
+    return partial(apply_decoder_config, model_config=config)
 
 
 def load_models(

@@ -5,14 +5,12 @@ lengths of query and document; the separator and the prompt are added beyond `ma
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from bge_rerank_adapters.engine.json_files import read_json
+from bge_rerank_adapters.engine.text.beginning import Beginning
 from bge_rerank_adapters.engine.text.pairs import PairTemplate, TokenIds
-from bge_rerank_adapters.errors import CheckpointError
 
 SEPARATOR = "\n"
 YES = "Yes"
@@ -22,9 +20,6 @@ YES_OR_NO = (
     "query by providing a prediction of either 'Yes' or 'No'."
 )
 CONTAINS_ANSWER = "Predict whether passage B contains an answer to query A."
-# The bos and padding tokens of transformers' tokenizer classes, for checkpoints whose files name
-# none.
-_CLASS_TOKENS = {"GemmaTokenizer": ("<bos>", "<pad>"), "LlamaTokenizer": ("<s>", None)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +38,7 @@ class PromptStyle:
 
 def decoder_template(
     tokenizer: Tokenizer,
-    folder: Path,
+    beginning: Beginning,
     *,
     style: PromptStyle,
     prompt: str | None = None,
@@ -54,20 +49,21 @@ def decoder_template(
 
     Args:
         tokenizer: The checkpoint's tokenizer, without truncation.
-        folder: Holds the config of the tokenizer.
+        beginning: Finds the token that every pair begins with.
         style: The family's style.
         prompt: Text after the document; `None` is the family's own.
         query_instruction: Text before the query; `None` is `"A: "`.
         passage_instruction: Text before the document; `None` is `"B: "`.
 
     Raises:
-        CheckpointError: The tokenizer lacks a `bos_token`, and the style needs one.
+        CheckpointError: The tokenizer lacks a `bos_token`, and the style needs one, or its files
+            contradict each other.
     """
     separator = _encode(tokenizer, SEPARATOR)
     prompt_ids = _encode(tokenizer, style.prompt if prompt is None else prompt)
     after = np.concatenate((separator, prompt_ids))
     return PairTemplate(
-        before=_beginning(tokenizer, folder, needs_bos=style.needs_bos),
+        before=beginning.ids(tokenizer, needed=style.needs_bos),
         between=separator,
         after=after,
         # Twice: FlagEmbedding cuts the pair to leave room for both, and then adds them on top.
@@ -81,33 +77,3 @@ def decoder_template(
 
 def _encode(tokenizer: Tokenizer, text: str) -> TokenIds:
     return np.asarray(tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
-
-
-def _beginning(tokenizer: Tokenizer, folder: Path, *, needs_bos: bool) -> TokenIds:
-    bos, pad = (_special_id(tokenizer, folder, role) for role in ("bos_token", "pad_token"))
-    if not needs_bos:
-        return np.asarray([] if bos in (None, pad) else [bos], dtype=np.int64)
-    if bos is None:
-        raise CheckpointError(
-            "the tokenizer has no bos_token, which every pair of this family begins with; "
-            "copy tokenizer_config.json into the folder as well."
-        )
-    return np.asarray([bos], dtype=np.int64)
-
-
-def _special_id(tokenizer: Tokenizer, folder: Path, role: str) -> int | None:
-    token = _special_token(folder, role)
-    return None if token is None else tokenizer.token_to_id(token)
-
-
-def _special_token(folder: Path, role: str) -> str | None:
-    """Return the token of a role such as `bos_token`, from the tokenizer's config files."""
-    config = read_json(folder / "tokenizer_config.json")
-    for found in (config, read_json(folder / "special_tokens_map.json")):
-        if role in found:
-            token = found[role]
-            text = token.get("content") if isinstance(token, dict) else token
-            return text if isinstance(text, str) else None
-    name = str(config.get("tokenizer_class")).removesuffix("Fast")
-    bos, pad = _CLASS_TOKENS.get(name, (None, None))
-    return bos if role == "bos_token" else pad

@@ -5,17 +5,15 @@
 `models/*/tokenization_*.py`; 4.44, `tokenization_*_fast.py`.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
 
 from bge_rerank_adapters.engine.json_files import read_json
+from bge_rerank_adapters.engine.text.added_tokens import CONFIG, add_tokens, content_of
 from bge_rerank_adapters.engine.text.tokenizer import read_template
 from bge_rerank_adapters.errors import CheckpointError, UnsupportedCheckpointError
-
-CONFIG = "tokenizer_config.json"
 
 
 class _SpecialTokens(NamedTuple):
@@ -99,7 +97,7 @@ def _apply(tokenizer: Tokenizer, config: dict[str, Any], path: Path, *, model_ty
             f"{path}: tokenizer_class {named!r} is not supported; supported are "
             f"{', '.join((*_CLASSES, *_GENERIC))}. {_FLAG}."
         )
-    _add_tokens(tokenizer, config)
+    add_tokens(tokenizer, path.parent)
     if _CLASSES.get(name) is _BERT:
         _replace_bert_normalizer(tokenizer, config)
     if name == "RobertaTokenizer":
@@ -108,42 +106,6 @@ def _apply(tokenizer: Tokenizer, config: dict[str, Any], path: Path, *, model_ty
         _check_special_tokens(tokenizer, _CLASSES[name], config, path)
     if model_type == "bert":
         _check_token_types(config, path, generic=name in _GENERIC)
-
-
-def _add_tokens(tokenizer: Tokenizer, config: dict[str, Any]) -> None:
-    """Add the tokens that only the config has.
-
-    A token without an embedding in the model is refused when a text has it.
-    """
-    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    for number, token in _declared(config):
-        if token.content in known:
-            continue
-        known.add(token.content)
-        tokenizer.add_tokens([token])
-        found = tokenizer.token_to_id(token.content)
-        if number is not None and found != number:
-            raise ValueError(f"the token {token.content!r} has the id {found}, not {number}")
-
-
-def _declared(config: dict[str, Any]) -> Iterator[tuple[int | None, AddedToken]]:
-    """Yield the tokens that a config names, and the ids that it gives them."""
-    decoder = config.get("added_tokens_decoder") or {}
-    for number in sorted(map(int, decoder)):
-        entries = dict(decoder[str(number)])
-        content = entries.pop("content")
-        yield number, AddedToken(content, **{k: v for k, v in entries.items() if k != "__type"})
-    for name in ("additional_special_tokens", "extra_special_tokens"):
-        found = config.get(name) or []
-        for each in found.values() if isinstance(found, dict) else found:
-            yield None, AddedToken(_content(each), special=True, normalized=False)
-
-
-def _content(token: Any) -> str:
-    found = token["content"] if isinstance(token, dict) else token
-    if not isinstance(found, str) or not found:
-        raise ValueError(f"a token must be a text that is not empty, got {token!r}")
-    return found
 
 
 def _replace_bert_normalizer(tokenizer: Tokenizer, config: dict[str, Any]) -> None:
@@ -171,8 +133,8 @@ def _check_special_tokens(
     tokenizer: Tokenizer, default: _SpecialTokens, config: dict[str, Any], path: Path
 ) -> None:
     """Refuse a tokenizer whose special tokens around a pair are not those of its class."""
-    first = _content(config.get("cls_token") or default.first)
-    separator = _content(config.get("sep_token") or default.separator)
+    first = content_of(config.get("cls_token") or default.first)
+    separator = content_of(config.get("sep_token") or default.separator)
     try:
         template = read_template(tokenizer)
     except CheckpointError:

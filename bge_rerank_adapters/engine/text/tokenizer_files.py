@@ -7,7 +7,6 @@ from tokenizers import Tokenizer, normalizers
 
 from bge_rerank_adapters.engine.text.pairs import PairTemplate
 from bge_rerank_adapters.engine.text.tokenizer import PairTokenizer, read_template
-from bge_rerank_adapters.engine.text.tokenizer_config import apply_config
 from bge_rerank_adapters.errors import CheckpointError
 
 _SLOW_VOCABULARIES = ("sentencepiece.bpe.model", "tokenizer.model", "vocab.txt", "vocab.json")
@@ -19,7 +18,7 @@ def load_tokenizer(
     max_length: int,
     query_max_length: int | None = None,
     lowercase: bool = False,
-    encoder_type: str | None = None,
+    apply: Callable[[Tokenizer, Path], None] | None = None,
     make: Callable[..., PairTokenizer] = PairTokenizer,
     template: Callable[[Tokenizer], PairTemplate] = read_template,
 ) -> PairTokenizer:
@@ -30,8 +29,7 @@ def load_tokenizer(
         max_length: Maximum tokens of a pair, special tokens included.
         query_max_length: Maximum tokens of a query; `None` is three quarters of `max_length`.
         lowercase: Whether texts are lower-cased first, as sentence-transformers does.
-        encoder_type: The `model_type` of an encoder, whose `tokenizer_config.json` is applied as
-            transformers does; `None` leaves `tokenizer.json` as it is.
+        apply: Sets the tokenizer as the other files in the folder say; `None` leaves it as it is.
         make: Makes the result from a tokenizer, the two lengths and a template.
         template: Makes the template around a pair from the tokenizer.
 
@@ -41,8 +39,8 @@ def load_tokenizer(
         SettingsError: The lengths leave no room for a document.
     """
     tokenizer = _read_tokenizer(folder)
-    if encoder_type is not None:
-        apply_config(tokenizer, folder, model_type=encoder_type)
+    if apply is not None:
+        apply(tokenizer, folder)
     if lowercase:
         _put_lowercase_first(tokenizer)
     tokenizer.no_padding()
