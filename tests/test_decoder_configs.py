@@ -324,6 +324,11 @@ def test_layers_and_heads_beyond_the_cutoff_are_no_leftovers(tmp_path):
             assert len(one.rerank("Who won?", ["They did."])) == 1
 
 
+def test_embeddings_of_another_number_are_told_by_their_rows(tmp_path):
+    folder = make(tmp_path, "llama", vocab_size=1010)
+    refusal(folder, "model.embed_tokens.weight has 1000 rows", "vocab_size in config.json is 1010")
+
+
 @pytest.mark.parametrize("base", [GEMMA, "llama"])
 def test_names_of_a_model_that_was_saved_without_its_head_are_read(tmp_path, base):
     folder = make(tmp_path, base)

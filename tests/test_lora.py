@@ -123,6 +123,7 @@ def refusal(folder: Path, *parts: str, **settings: object) -> CheckpointError:
         ("decoder", {}),
         ("decoder", {"rank_pattern": {"q_proj": 9}, "target_modules": ["q_proj", "down_proj"]}),
         ("decoder", {"modules_to_save": ["lm_head"]}),
+        ("decoder", {"modules_to_save": ["lm_head", "embed_tokens"]}),
     ],
     ids=str,
 )
@@ -196,6 +197,43 @@ def test_adapters_of_the_other_bases_of_decoders_are_merged(tmp_path, name):
     scored = logits(folder, family="decoder")
     assert scored == pytest.approx(logits(merged, family="decoder"), abs=PARITY)
     assert scored != pytest.approx(logits(base, family="decoder"), abs=0.1)
+
+
+def test_a_head_of_its_own_is_merged_as_any_linear_layer(tmp_path):
+    """Newer releases of peft store what it is added to as well."""
+    base = build_decoder_base(tmp_path / "base", "llama")
+    options = {"target_modules": ["q_proj", "lm_head"]}
+    folder, merged = train(base, tmp_path / "adapter", kind="decoder", **options)
+    scored = logits(folder, family="decoder")
+    assert scored == pytest.approx(logits(merged, family="decoder"), abs=PARITY)
+    assert "base_model.model.lm_head.base_layer.weight" in load_file(folder / ADAPTER)
+
+
+@pytest.mark.parametrize(
+    "options", [{"modules_to_save": ["embed_tokens"]}, {"target_modules": ["q_proj", "lm_head"]}]
+)
+def test_a_change_of_one_of_tied_tensors_is_refused(bases, tmp_path, options):
+    folder, _ = train(bases["decoder"], tmp_path / "adapter", kind="decoder", **options)
+    refusal(folder, "changes only one of model.embed_tokens.weight and lm_head.weight")
+
+
+def test_resized_embeddings_are_told_by_their_rows(tmp_path):
+    base = build_decoder_base(tmp_path / "base", "llama")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(1016)
+    options = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    folder = tmp_path / "adapter"
+    peft.get_peft_model(model, options).save_pretrained(folder, save_embedding_layers=True)
+    refusal(folder, "has 1016 rows, but vocab_size", "merge_and_unload()", family="decoder")
+
+
+def test_an_adapter_with_a_classification_head_is_refused(tmp_path):
+    base = build_decoder_base(tmp_path / "base", "llama")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(base)
+    options = peft.LoraConfig(target_modules=["q_proj"], task_type="SEQ_CLS")
+    folder = tmp_path / "adapter"
+    peft.get_peft_model(model, options).save_pretrained(folder)
+    refusal(folder, "score.weight", "config.json does not have", family="decoder")
 
 
 def test_a_base_that_was_saved_without_a_head_takes_the_adapters(bases, tmp_path):

@@ -67,10 +67,16 @@ class AdaptedWeights(Weights):
         """
         self._read |= {name, self._base_name(name)}
         if name in self._stored:
-            return self._changes.tensor(self._stored[name], shape)
-        weight = self._base.tensor(self._base_name(name), shape)
+            weight = self._changes.tensor(self._stored[name], shape)
+        else:
+            weight = self._base.tensor(self._base_name(name), shape)
         module = name.removesuffix(".weight")
         return weight if module not in self._modules else self._merged(module, weight)
+
+    def keeps_tied(self, words: str, head: str) -> bool:
+        """Return whether word embeddings that are the head too are changed as one, or whole."""
+        merged = head.removesuffix(".weight") in self._modules
+        return not merged and (words not in self._stored or head in self._stored)
 
     def _merged(self, module: str, weight: torch.Tensor) -> torch.Tensor:
         rank, (outputs, inputs) = self._adapter.rank_of(module), weight.shape
@@ -94,12 +100,12 @@ class AdaptedWeights(Weights):
                 raise CheckpointError(
                     f"{self.path} has only one of lora_A and lora_B of {module}; save it again."
                 )
-            if self._base_name(weight) not in self._base:
+            if weight not in self:
                 raise CheckpointError(
                     f"{self.path} changes {weight}, which its base {self._base.path} lacks; the "
                     "adapter is of another model. Merge it with peft where it was trained."
                 )
-            if len(self._base.shape(self._base_name(weight))) != 2 or "embeddings" in module:
+            if len(self.shape(weight)) != 2 or "embeddings" in module:
                 raise self._not_plain(name)
         elif "lora_" in name or not self._is_saved_whole(name):
             raise self._not_plain(name)
@@ -141,4 +147,6 @@ def _open_adapted(base: Path, adapter: Adapter) -> Iterator[Weights]:
 
 def _plain_name(name: str) -> str:
     """Return the base's name of a stored tensor, without what peft adds to it."""
-    return name.replace(".modules_to_save.", ".").replace(".default.", ".")
+    for added in (".modules_to_save.", ".default.", ".base_layer."):
+        name = name.replace(added, ".")
+    return name

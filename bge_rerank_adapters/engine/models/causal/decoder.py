@@ -5,7 +5,7 @@ It follows FlagEmbedding 1.4.2 (`inference/reranker/decoder_only/base.py`).
 
 from bge_rerank_adapters.engine.models.causal.config import parse_causal
 from bge_rerank_adapters.engine.models.causal.model import CausalModel
-from bge_rerank_adapters.engine.models.causal.tensors import HEAD, CausalReader, HeadRow
+from bge_rerank_adapters.engine.models.causal.tensors import CausalReader, HeadRow
 from bge_rerank_adapters.engine.models.lora import open_weights
 from bge_rerank_adapters.engine.models.source import ModelSource
 from bge_rerank_adapters.engine.text.prompts import YES
@@ -24,10 +24,7 @@ class DecoderModel(CausalModel):
         config = parse_causal(source.config, folder=source.folder)
         yes_id = source.tokenizer.first_id(YES)
         with open_weights(source.folder, source.adapter) as weights:
-            # A stored head is used even if the config ties it to the embeddings: transformers 5
-            # ties them only if they are equal.
             read = CausalReader(weights, config, source.device, source.dtype)
-            name = read.words_name if config.tied and HEAD not in weights else HEAD
-            head = HeadRow(name, yes_id, config.vocabulary)
+            head = HeadRow(read.head_name(), yes_id, config.vocabulary)
             super().__init__(read, depth=config.layers, head=head)
             read.check_all_read(config.layers)

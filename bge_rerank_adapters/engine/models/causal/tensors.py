@@ -10,7 +10,7 @@ from bge_rerank_adapters.engine.models.causal.config import CausalConfig
 from bge_rerank_adapters.engine.models.layers.linear import Linear, linear_maker
 from bge_rerank_adapters.engine.models.layers.norm import RmsNorm
 from bge_rerank_adapters.engine.models.weights import Weights
-from bge_rerank_adapters.errors import UnsupportedCheckpointError
+from bge_rerank_adapters.errors import CheckpointError, UnsupportedCheckpointError
 
 HEAD, _WORDS = "lm_head.weight", "embed_tokens.weight"
 # What old releases of transformers stored with each layer, computed from the config.
@@ -85,8 +85,33 @@ class CausalReader:
 
     def words(self) -> Tensor:
         """Return the word embeddings; shape (vocabulary, hidden)."""
-        shape = (self.config.vocabulary, self.config.hidden)
-        return self.tensor(self.words_name, shape)
+        name, vocabulary = self.words_name, self.config.vocabulary
+        rows = self.weights.shape(name)[0]
+        if rows != vocabulary:
+            raise CheckpointError(
+                f"{self.weights.path}: {name} has {rows} rows, but vocab_size in config.json is "
+                f"{vocabulary}. If the embeddings were resized in training, write {rows} there; "
+                "of a LoRA adapter, save what merge_and_unload() makes of it and give that folder."
+            )
+        return self.tensor(name, (vocabulary, self.config.hidden))
+
+    def head_name(self) -> str:
+        """Return the name of a language model's head, which may be the word embeddings.
+
+        Raises:
+            UnsupportedCheckpointError: An adapter changes only one of tied tensors.
+        """
+        words = self.inner + _WORDS
+        if self.config.tied and not self.weights.keeps_tied(words, HEAD):
+            raise UnsupportedCheckpointError(
+                f"{self.weights.path} changes only one of {words} and {HEAD}, which config.json "
+                "ties (tie_word_embeddings), and releases of peft differ in what becomes of the "
+                "other; save what merge_and_unload() makes of it where it was trained, and give "
+                "that folder."
+            )
+        # A stored head is used even if the config ties it to the embeddings: transformers 5 ties
+        # them only if they are equal.
+        return self.words_name if self.config.tied and HEAD not in self.weights else HEAD
 
     @property
     def words_name(self) -> str:
