@@ -224,7 +224,7 @@ class CrossEncoder(UsesEngine):
         """
         arguments.refuse_unknown("rank", unknown)
         self._check_call(batch_size=batch_size, device=device, pool=pool)
-        most, request = check_top_k(top_k), Request.checked(query, documents)
+        top_k, request = check_top_k(top_k), Request.checked(query, documents)
         logits = self._logits(
             [(request.query, text) for text in request.texts],
             prompt=self._prompt(prompt_name, prompt),
@@ -232,7 +232,7 @@ class CrossEncoder(UsesEngine):
         )
         scores = self._scores(logits, activation_fn).tolist()
         order = sorted(range(len(scores)), key=lambda place: (-scores[place], -logits[place]))
-        results = [{"corpus_id": place, "score": scores[place]} for place in order[:most]]
+        results = [{"corpus_id": place, "score": scores[place]} for place in order[:top_k]]
         if return_documents:
             for result in results:
                 result["text"] = documents[result["corpus_id"]]

@@ -49,8 +49,8 @@ def attend_in_spans(query, key, value, spans, sight, **_) -> torch.Tensor:
     for pair in range(len(spans.keys) - 1):
         asked = slice(int(spans.queries[pair]), int(spans.queries[pair + 1]))
         rows = slice(int(spans.keys[pair]), int(spans.keys[pair + 1]))
-        assert asked.stop - asked.start <= spans.most_queries
-        assert rows.stop - rows.start <= spans.most_keys
+        assert asked.stop - asked.start <= spans.max_queries
+        assert rows.stop - rows.start <= spans.max_keys
         split = [each.transpose(0, 1)[None] for each in (query[asked], key[rows], value[rows])]
         out = functional.scaled_dot_product_attention(
             *split, is_causal=sight.causal, scale=sight.scale, enable_gqa=True

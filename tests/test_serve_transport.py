@@ -314,7 +314,7 @@ def test_a_body_larger_than_all_may_be_is_read_alone(reranker):
 
 
 def test_silent_connections_make_room_for_others(reranker, clean, monkeypatch):
-    monkeypatch.setattr("bge_rerank_adapters.serve.transport.server._MOST_CONNECTIONS", 5)
+    monkeypatch.setattr("bge_rerank_adapters.serve.transport.server._MAX_CONNECTIONS", 5)
     monkeypatch.setattr(GuardedProtocol, "head_timeout_s", WAIT_S)
     app = app_of(reranker, body_timeout_s=60.0)
     with listening(app, log_config=None) as port, contextlib.ExitStack() as open_:

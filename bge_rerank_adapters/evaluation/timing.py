@@ -21,8 +21,8 @@ def steps_below(depth: int) -> list[int]:
 
 def timed_queries(candidates: Run) -> list[str]:
     """Return the queries to time: evenly spread among those with the most candidates."""
-    most = max(map(len, candidates.values()), default=0)
-    full = [query for query, found in candidates.items() if len(found) == most]
+    largest = max(map(len, candidates.values()), default=0)
+    full = [query for query, found in candidates.items() if len(found) == largest]
     step = max(len(full) / _QUERIES, 1.0)
     return [full[int(place * step)] for place in range(min(_QUERIES, len(full)))]
 

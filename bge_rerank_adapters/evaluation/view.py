@@ -9,7 +9,7 @@ from bge_rerank_adapters.evaluation.metrics import NDCG
 
 _COLUMNS = 80
 # Engines' names are wrapped, so that several fit side by side into 80 columns.
-_MOST_NAME, _LEAST_NAME = 22, 8
+_MAX_NAME, _MIN_NAME = 22, 8
 _CELL = "style='text-align:right'"
 _LABEL = "style='text-align:left'"
 
@@ -78,7 +78,7 @@ def to_text(report: Measurements) -> str:
     head, *body = rows(report)
     label = max(len(row[0]) for row in body)
     room = (_COLUMNS - label) // max(len(head) - 1, 1) - 2
-    room = min(max(room, _LEAST_NAME), _MOST_NAME)
+    room = min(max(room, _MIN_NAME), _MAX_NAME)
     folded = [textwrap.wrap(name, room, break_on_hyphens=True) or [""] for name in head]
     lines = max(map(len, folded))
     heads = [[""] * (lines - len(name)) + name for name in folded]

@@ -178,10 +178,10 @@ class RerankingRetriever(BaseRetriever):
         config = RunnableConfig(callbacks=run_manager.get_child())
         found = self.base_retriever.invoke(query, config, **kwargs)
         compressor = self.compressor
-        if (most := self._most(top_k)) is not None and found:
+        if (limit := self._limit(top_k)) is not None and found:
             # Load the engine first: a copy that loaded it would not share it with later calls.
             compressor.scorer  # noqa: B018
-            compressor = compressor.model_copy(update={"top_k": most})
+            compressor = compressor.model_copy(update={"top_k": limit})
         return compressor.compress_documents(found, query, run_manager.get_child())
 
     async def _aget_relevant_documents(
@@ -195,12 +195,12 @@ class RerankingRetriever(BaseRetriever):
         config = RunnableConfig(callbacks=run_manager.get_child())
         found = await self.base_retriever.ainvoke(query, config, **kwargs)
         compressor = self.compressor
-        if (most := self._most(top_k)) is not None and found:
+        if (limit := self._limit(top_k)) is not None and found:
             await compressor.ascorer()
-            compressor = compressor.model_copy(update={"top_k": most})
+            compressor = compressor.model_copy(update={"top_k": limit})
         return await compressor.acompress_documents(found, query, run_manager.get_child())
 
-    def _most(self, top_k: int | None) -> int | None:
+    def _limit(self, top_k: int | None) -> int | None:
         return self.top_k if top_k is None else check_top_k(top_k)
 
 

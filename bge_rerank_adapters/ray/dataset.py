@@ -85,14 +85,14 @@ def rerank_dataset(
             f"dataset must be a ray.data.Dataset, got {type(dataset).__name__}; make one with "
             "ray.data.read_parquet, read_json or from_items."
         )
-    least, most = check_concurrency(concurrency)
+    min_actors, max_actors = check_concurrency(concurrency)
     resources = Resources(num_gpus, num_cpus)
     recipe = make_recipe(
         model, settings, top_k=top_k, score_threshold=score_threshold, resources=resources
     )
     source = corpus_source(corpus)
     _check_columns(dataset, IDS if source else DOCUMENTS)
-    _warn_of_full_cluster(dataset, least * num_cpus)
+    _warn_of_full_cluster(dataset, min_actors * num_cpus)
     return dataset.map_batches(
         RowRanker,
         fn_constructor_kwargs={
@@ -103,7 +103,7 @@ def rerank_dataset(
         },
         batch_format="pyarrow",
         batch_size=checks.count("batch_size", batch_size),
-        compute=ActorPoolStrategy(min_size=least, max_size=most),
+        compute=ActorPoolStrategy(min_size=min_actors, max_size=max_actors),
         num_gpus=num_gpus or None,
         num_cpus=num_cpus,
     )

@@ -24,7 +24,7 @@ from bge_rerank_adapters.settings import EngineSettings, checks
 
 FORMATS = ("parquet", "jsonl")
 # Maximum number of Ray's blocks; with more parts a block has several.
-_MOST_BLOCKS = 4096
+_MAX_BLOCKS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,15 +207,17 @@ def _run(
     *,
     progress: bool,
 ) -> None:
-    least, most = concurrency
+    min_actors, max_actors = concurrency
     # Blocks of few parts, so that all actors share the last ones.
-    blocks = min(len(parts), _MOST_BLOCKS)
+    blocks = min(len(parts), _MAX_BLOCKS)
     dataset = ray.data.from_items([asdict(part) for part in parts], override_num_blocks=blocks)
     dataset.context.enable_progress_bars = progress
     ranked = dataset.map(
         PartRanker,  # type: ignore[arg-type]  # Ray takes classes as well
         fn_constructor_kwargs={"job": job},
-        compute=ActorPoolStrategy(min_size=least, max_size=most, max_tasks_in_flight_per_actor=1),
+        compute=ActorPoolStrategy(
+            min_size=min_actors, max_size=max_actors, max_tasks_in_flight_per_actor=1
+        ),
         num_gpus=resources.num_gpus or None,
         num_cpus=resources.num_cpus,
     )

@@ -17,6 +17,8 @@ from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.settings.token_limits import NO_TOKEN_LIMITS, TokenLimits
 
 AUTO = "auto"
+# Documents of a request, even if the server allows more: parts of a long call run in parallel.
+_MAX_DOCUMENTS = 1000
 # Hosts whose API is known.
 _HOSTS = {"api.cohere.com": "cohere", "api.cohere.ai": "cohere", "api.jina.ai": "jina"}
 _VERSION = re.compile(r"/v\d+$")
@@ -32,11 +34,9 @@ class Api:
         constants: Further fields of every request.
         raw: Fields that request logits instead of scores; `None` if there are none.
         scale: What its numbers are by default: `"score"` or `"logit"`.
-        max_documents: Maximum number of documents of a request, by default.
+        max_documents: Maximum number of documents of a request, if the server states none.
         token_limits: The names of its fields for the limits of `TokenLimits` that it supports.
         states_limit: Whether `GET /info` has `max_client_batch_size`.
-        most_documents: Maximum number of documents of a request even if the server allows more,
-            since parts of a long call run in parallel.
     """
 
     paths: tuple[str, ...]
@@ -44,10 +44,9 @@ class Api:
     constants: Mapping[str, Any] = field(default_factory=dict)
     raw: Mapping[str, Any] | None = None
     scale: str = "score"
-    max_documents: int = 1000
+    max_documents: int = _MAX_DOCUMENTS
     token_limits: Mapping[str, str] = field(default_factory=dict)
     states_limit: bool = False
-    most_documents: int = 1000
 
     def request(
         self,
@@ -176,7 +175,7 @@ def limit_of_info(info: object, api: Api) -> int:
     limit = info.get("max_client_batch_size") if isinstance(info, dict) else None
     if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
         return api.max_documents
-    return min(limit, api.most_documents)
+    return min(limit, _MAX_DOCUMENTS)
 
 
 def info_address(url: str) -> str:

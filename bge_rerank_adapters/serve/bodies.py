@@ -23,7 +23,7 @@ from bge_rerank_adapters.serve.settings import ServerSettings
 _LARGE_BODY_BYTES = 64 * 1024
 _LISTS = ("documents", "texts")
 # Names are checked one by one on the event loop, so their number is limited.
-_MOST_NAMES = 100
+_MAX_NAMES = 100
 # A string, or an unterminated one to the end of the body. Possessive, so that it takes one pass.
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 # Maximum number of lists and objects besides documents, and within each document.
@@ -210,7 +210,7 @@ def _check_parts(body: bytes, limit: int) -> None:
 def _fits(parts: int, commas: int, limit: int) -> bool:
     return (
         parts <= _OTHER_PARTS + limit * _PARTS_PER_DOCUMENT
-        and commas <= (limit + _OTHER_PARTS) * _MOST_NAMES
+        and commas <= (limit + _OTHER_PARTS) * _MAX_NAMES
     )
 
 
@@ -243,8 +243,8 @@ def _no_constant(name: str) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(pairs) > _MOST_NAMES:
-        raise _RefusedJsonError(f"an object has more than {_MOST_NAMES} names")
+    if len(pairs) > _MAX_NAMES:
+        raise _RefusedJsonError(f"an object has more than {_MAX_NAMES} names")
     made = dict(pairs)
     # A proxy might check the first of two values, and this server would use the other.
     if len(made) != len(pairs):
@@ -254,8 +254,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _check_lists(parsed: dict[str, Any], limit: int) -> None:
     fields = parsed.get("rank_fields")
-    if isinstance(fields, list) and len(fields) > _MOST_NAMES:
-        raise Refusal(422, f"rank_fields must name at most {_MOST_NAMES} fields.")
+    if isinstance(fields, list) and len(fields) > _MAX_NAMES:
+        raise Refusal(422, f"rank_fields must name at most {_MAX_NAMES} fields.")
     for name in _LISTS:
         items = parsed.get(name)
         if isinstance(items, list) and len(items) > limit:

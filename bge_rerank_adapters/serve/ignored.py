@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from prometheus_client import Counter
 
 # Clients choose the names, so their number is limited for the server and for Prometheus.
-_MOST_NAMES = 100
-_MOST_CHARACTERS = 60
+_MAX_NAMES = 100
+_MAX_CHARACTERS = 60
 
 _log = logging.getLogger(__name__)
 
@@ -27,9 +27,9 @@ class IgnoredFields:
 
     def _label(self, name: str) -> str:
         # Escapes lone surrogates and control characters, for logs and UTF-8.
-        label = ascii(name[:_MOST_CHARACTERS])[1:-1]
+        label = ascii(name[:_MAX_CHARACTERS])[1:-1]
         if label not in self._names:
-            if len(self._names) == _MOST_NAMES:
+            if len(self._names) == _MAX_NAMES:
                 return "other"
             self._names.add(label)
             _log.warning(

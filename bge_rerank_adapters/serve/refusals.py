@@ -37,7 +37,7 @@ _TYPES = {
     503: "Unhealthy",
     504: "Timeout",
 }
-_MOST_SHOWN = 3
+_MAX_SHOWN = 3
 
 _log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def overloaded(message: str) -> Refusal:
 def unknown_fields(names: Iterable[str]) -> Refusal:
     """Return the refusal of unknown fields, for `strict` servers."""
     problems = [f"{name[:100]}: is no field of this route" for name in names]
-    shown = "; ".join([*problems[:_MOST_SHOWN], *_more(problems)])
+    shown = "; ".join([*problems[:_MAX_SHOWN], *_more(problems)])
     return Refusal(422, f"{shown}; see /docs for those that are.")
 
 
@@ -184,12 +184,12 @@ _MEANINGS = {
 
 def _described(errors: Sequence[Any]) -> str:
     """Describe what is wrong with a body in one line, without the values, which may be long."""
-    problems = [_describe(error) for error in errors[:_MOST_SHOWN]]
+    problems = [_describe(error) for error in errors[:_MAX_SHOWN]]
     return "; ".join([*problems, *_more(errors)]) + "."
 
 
 def _more(problems: Sequence[Any]) -> list[str]:
-    return [f"and {len(problems) - _MOST_SHOWN} more"] if len(problems) > _MOST_SHOWN else []
+    return [f"and {len(problems) - _MAX_SHOWN} more"] if len(problems) > _MAX_SHOWN else []
 
 
 def _describe(error: Mapping[str, Any]) -> str:

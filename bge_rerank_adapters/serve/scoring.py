@@ -12,7 +12,7 @@ from bge_rerank_adapters.serve.schemas.requests import RerankRequest, TeiRerankR
 from bge_rerank_adapters.serve.service import Service
 from bge_rerank_adapters.settings import EngineSettings
 
-_MOST_SHOWN = 5
+_MAX_SHOWN = 5
 
 
 async def rank(
@@ -56,24 +56,24 @@ def shown_score(body: RerankRequest | TeiRerankRequest, result: RankedDocument) 
     return result.logit if body.wants_logits else result.score
 
 
-def _check_chunks(most: int | None, settings: EngineSettings, texts: Sequence[str]) -> None:
+def _check_chunks(max_chunks: int | None, settings: EngineSettings, texts: Sequence[str]) -> None:
     """Refuse a limit on windows that a text may exceed, since all windows are read.
 
     Raises:
         Refusal: A text may exceed it.
     """
-    if most is None or settings.long_documents != "window":
+    if max_chunks is None or settings.long_documents != "window":
         return
     # Tokens between the starts of neighbouring windows, which are at least as many characters.
     window = settings.window_tokens or settings.max_length // 8
     overlap = settings.window_overlap_tokens
     step = max(1, window - (window // 4 if overlap is None else overlap))
     longest = max(map(len, texts), default=0)
-    if longest > most * step:
+    if longest > max_chunks * step:
         raise Refusal(
             422,
-            f"max_chunks_per_doc={most} cannot be honoured: all windows of a long document are "
-            "read here; leave it out.",
+            f"max_chunks_per_doc={max_chunks} cannot be honoured: all windows of a long document "
+            "are read here; leave it out.",
         )
 
 
@@ -85,5 +85,5 @@ def _refuse_cut_query(ranking: Sequence[RankedDocument], advice: str) -> None:
 def _refuse_cuts(ranking: Sequence[RankedDocument], advice: str) -> None:
     cut = sorted(each.index for each in ranking if each.truncated)
     if cut:
-        shown = ", ".join(map(str, cut[:_MOST_SHOWN])) + (", ..." if len(cut) > _MOST_SHOWN else "")
+        shown = ", ".join(map(str, cut[:_MAX_SHOWN])) + (", ..." if len(cut) > _MAX_SHOWN else "")
         raise Refusal(413, f"These texts are longer than the model reads: {shown}; {advice}.")

@@ -134,14 +134,14 @@ class Service:
             await asyncio.gather(call, gone, return_exceptions=True)
 
     def _check_lengths(self, query: str, texts: Sequence[str]) -> None:
-        most = self.settings.max_characters
-        if len(query) > most:
-            raise Refusal(413, f"The query has {len(query)} characters, at most {most} are read.")
+        limit = self.settings.max_characters
+        if len(query) > limit:
+            raise Refusal(413, f"The query has {len(query)} characters, at most {limit} are read.")
         for index, text in enumerate(texts):
-            if len(text) > most:
+            if len(text) > limit:
                 raise Refusal(
                     413,
-                    f"Text {index} has {len(text)} characters, at most {most} are read; send it "
+                    f"Text {index} has {len(text)} characters, at most {limit} are read; send it "
                     "in parts.",
                 )
 

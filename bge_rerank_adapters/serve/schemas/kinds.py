@@ -13,7 +13,7 @@ from pydantic import PlainValidator, WithJsonSchema
 Document = str | dict[str, Any]
 
 # Deeper than any client's metadata, and shallow enough to be serialised again.
-MOST_NESTED = 32
+MAX_NESTED = 32
 _WORDS = {
     "true": True,
     "yes": True,
@@ -58,9 +58,9 @@ def _documents(value: object) -> list[Document]:
             raise ValueError(  # noqa: TRY004 - as above
                 f"[{index}] must be a string, or an object with its text"
             )
-        if not _is_sendable(item, MOST_NESTED):
+        if not _is_sendable(item, MAX_NESTED):
             raise ValueError(
-                f"[{index}] must have finite numbers, and values nested at most {MOST_NESTED} deep"
+                f"[{index}] must have finite numbers, and values nested at most {MAX_NESTED} deep"
             )
     return cast(list[Document], value)
 

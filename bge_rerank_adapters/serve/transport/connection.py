@@ -5,8 +5,8 @@ from typing import Any
 import h11
 
 # Limit of a request's head; cookies and tokens of proxies rarely exceed 8 KiB.
-MOST_HEAD_BYTES = 32 * 1024
-_MOST_HEADERS = 100
+MAX_HEAD_BYTES = 32 * 1024
+_MAX_HEADERS = 100
 _UPGRADE = (b"upgrade", b"http2-settings")
 
 
@@ -19,7 +19,7 @@ class StrictConnection(h11.Connection):
 
     def __init__(self) -> None:
         """Wait for a request."""
-        super().__init__(h11.SERVER, MOST_HEAD_BYTES)
+        super().__init__(h11.SERVER, MAX_HEAD_BYTES)
         self.refusal: tuple[int, str] | None = None
 
     def next_event(self) -> Any:
@@ -42,7 +42,7 @@ def _checked(request: h11.Request) -> h11.Request:
         # Proxies disagree about which one to use, which allows request smuggling.
         raise h11.RemoteProtocolError("Transfer-Encoding and Content-Length are both there", 400)
     size = len(request.target) + sum(len(name) + len(value) for name, value in request.headers)
-    if size > MOST_HEAD_BYTES or len(names) > _MOST_HEADERS:
+    if size > MAX_HEAD_BYTES or len(names) > _MAX_HEADERS:
         raise h11.RemoteProtocolError("The head of the request is too large", 431)
     return _without_upgrade(request) if b"upgrade" in names else request
 

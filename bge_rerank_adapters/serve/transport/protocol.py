@@ -25,7 +25,7 @@ ANSWER_TIMEOUT_S = 30.0
 class GuardedProtocol(H11Protocol):
     """A connection with a timeout for each part of a request and its answer."""
 
-    most_connections = 4096
+    max_connections = 4096
     head_timeout_s = HEAD_TIMEOUT_S
     answer_timeout_s = ANSWER_TIMEOUT_S
 
@@ -50,7 +50,7 @@ class GuardedProtocol(H11Protocol):
         """Begin; if there are too many connections, close the oldest one without a request."""
         super().connection_made(transport)  # type: ignore[arg-type]
         self._head_timer = self._in(self.head_timeout_s, self._give_up_head)
-        if len(self.connections) > self.most_connections:
+        if len(self.connections) > self.max_connections:
             others = [each for each in self.connections if each is not self and each.waiting]  # type: ignore[union-attr]
             oldest = min(others, key=lambda each: each.opened, default=self)  # type: ignore[union-attr]
             oldest.transport.abort()

@@ -13,7 +13,7 @@ from bge_rerank_adapters.serve.transport.protocol import GuardedProtocol
 # is on its way.
 _KEEP_ALIVE_S = 75
 _BACKLOG = 2048
-_MOST_CONNECTIONS = 4096
+_MAX_CONNECTIONS = 4096
 # Files that the process has open besides its connections.
 _OTHER_FILES = 128
 
@@ -42,7 +42,7 @@ def _protocol(metrics: Metrics) -> type[GuardedProtocol]:
     """Return the protocol, limited to the connections that the process may open."""
 
     class Connection(GuardedProtocol):
-        most_connections = _most_connections()
+        max_connections = _max_connections()
 
         @staticmethod
         def count_refusal(status: int) -> None:
@@ -51,10 +51,10 @@ def _protocol(metrics: Metrics) -> type[GuardedProtocol]:
     return Connection
 
 
-def _most_connections() -> int:
+def _max_connections() -> int:
     try:
         import resource
     except ImportError:  # Windows has neither the module nor the limit
-        return _MOST_CONNECTIONS
+        return _MAX_CONNECTIONS
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return min(_MOST_CONNECTIONS, max(1, files - _OTHER_FILES))
+    return min(_MAX_CONNECTIONS, max(1, files - _OTHER_FILES))

@@ -23,14 +23,14 @@ class Spans(NamedTuple):
     Attributes:
         queries: Row of the query at which each pair begins, and the end; int32, (pairs + 1,).
         keys: The same for key and value.
-        most_queries: Maximum number of query rows of a pair.
-        most_keys: The same for key and value.
+        max_queries: Maximum number of query rows of a pair.
+        max_keys: The same for key and value.
     """
 
     queries: Tensor
     keys: Tensor
-    most_queries: int
-    most_keys: int
+    max_queries: int
+    max_keys: int
 
 
 class AttentionOptions(NamedTuple):
@@ -63,8 +63,8 @@ def flash(
         value,
         spans.queries,
         spans.keys,
-        spans.most_queries,
-        spans.most_keys,
+        spans.max_queries,
+        spans.max_keys,
         0.0,  # no dropout
         options.causal,
         False,  # no debug mask
@@ -88,8 +88,8 @@ def varlen(
         value,
         spans.queries,
         spans.keys,
-        spans.most_queries,
-        spans.most_keys,
+        spans.max_queries,
+        spans.max_keys,
         scale=options.scale,
         window_size=_window(options),
         enable_gqa=query.shape[1] != key.shape[1],
@@ -112,8 +112,8 @@ def efficient(
         None,  # no bias
         spans.queries,
         spans.keys,
-        spans.most_queries,
-        spans.most_keys,
+        spans.max_queries,
+        spans.max_keys,
         0.0,  # no dropout
         # 1 is a causal mask that starts at a pair's first token.
         int(options.causal),
