@@ -116,13 +116,13 @@ class CrossEncoder(UsesEngine):
         )
         from bge_rerank_adapters.engine.models.tensors import named_activation
 
-        author = self.reranker.readings.author
+        author = self.reranker.call_tokenizers.author
         self.prompts: dict[str, str] = author.prompts | dict(prompts or {})
         self.default_prompt_name = default_prompt_name or author.default_prompt_name
         self._prompt(None, None)
         self.activation_fn = activation_fn or named_activation(author.activation)
         given = processor.get("model_max_length") if max_length is None else max_length
-        self.max_seq_length = self.reranker.readings.longest if given is None else given
+        self.max_seq_length = self.reranker.call_tokenizers.longest if given is None else given
 
     @property
     def device(self) -> str:
@@ -240,12 +240,12 @@ class CrossEncoder(UsesEngine):
 
     def _logits(self, pairs: list[tuple[str, str]], *, prompt: str, shown: bool) -> list[float]:
         engine = self.reranker
-        reading = engine.readings.of_whole_pairs(max_length=self.max_seq_length, prompt=prompt)
+        call = engine.call_tokenizers.of_whole_pairs(max_length=self.max_seq_length, prompt=prompt)
         size = _BAR_PAIRS if shown else max(1, len(pairs))
         logits: list[float] = []
         with ProgressBar(pairs, shown=shown) as bar:
             for start in range(0, len(pairs), size):
-                rows = engine.pair_logits(pairs[start : start + size], reading)
+                rows = engine.pair_logits(pairs[start : start + size], call)
                 logits.extend(row[0] for row in rows)
                 bar.advance(len(rows))
         return logits

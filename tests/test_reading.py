@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from bge_rerank_adapters import Reranker, SettingsError
-from bge_rerank_adapters.engine.models.reading import Reading
+from bge_rerank_adapters.engine.models.call_settings import CallSettings
 from tests.family_checkpoints import build_family, case_pairs
 
 CPU = {"device": "cpu", "dtype": "float32"}
@@ -31,7 +31,7 @@ def engine(folder):
 
 
 def read(engine: Reranker, *layers: int, **changes) -> list[tuple[float, ...]]:
-    return engine.pair_logits(PAIRS, Reading(replace(engine.settings, **changes), layers))
+    return engine.pair_logits(PAIRS, CallSettings(replace(engine.settings, **changes), layers))
 
 
 def own(folder: Path, **settings) -> list[float]:
@@ -66,7 +66,7 @@ def test_calls_that_read_differently_share_packs_and_an_engine(engine, folder):
     assert column(read(engine, 3, 5), 1) != pytest.approx(wanted, abs=0.1)
     model = engine._core.workers[0].model
     pairs = engine._calls.tokenize(PAIRS[:4]).distinct
-    reader = engine.readings.reader(Reading(engine.settings, (3, 6)))
+    reader = engine.call_tokenizers.tokenize(CallSettings(engine.settings, (3, 6)))
     mixed = [each for both in zip(pairs, reader(PAIRS[:4]).distinct, strict=True) for each in both]
     logits = model.logits(mixed)
     assert logits[::2] == pytest.approx(wanted[:4], abs=COMPANY)

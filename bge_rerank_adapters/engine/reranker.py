@@ -15,6 +15,7 @@ from bge_rerank_adapters.calls.requests import Request
 from bge_rerank_adapters.calls.runner import AsyncRunner, Call, Reservations
 from bge_rerank_adapters.engine.checkpoints.hub import find_folder
 from bge_rerank_adapters.engine.models.base import Model
+from bge_rerank_adapters.engine.models.call_settings import CallSettings, CallTokenizers
 from bge_rerank_adapters.engine.models.capabilities import dtype_name
 from bge_rerank_adapters.engine.models.causal.readout import LayerLogits
 from bge_rerank_adapters.engine.models.cpu.threads import settle_threads
@@ -25,7 +26,6 @@ from bge_rerank_adapters.engine.models.loading import (
     load_pair_tokenizer,
     read_checkpoint,
 )
-from bge_rerank_adapters.engine.models.reading import Reading, Readings
 from bge_rerank_adapters.engine.queue.calls import EngineCalls
 from bge_rerank_adapters.engine.queue.core import ScoringCore
 from bge_rerank_adapters.engine.stats import EngineStats
@@ -91,7 +91,7 @@ class Reranker(BaseReranker[EngineSettings]):
         folder = find_folder(settings)
         checkpoint = read_checkpoint(folder, settings)
         tokenizer = load_pair_tokenizer(checkpoint, settings)
-        self.readings = Readings(checkpoint, settings, tokenizer)
+        self.call_tokenizers = CallTokenizers(checkpoint, settings, tokenizer)
         models = _in_fresh_thread(
             lambda: load_models(checkpoint, settings, tokenizer=tokenizer, devices=devices)
         )
@@ -125,7 +125,7 @@ class Reranker(BaseReranker[EngineSettings]):
         return self._core.closed
 
     def pair_logits(
-        self, pairs: Iterable[tuple[str, str]], reading: Reading
+        self, pairs: Iterable[tuple[str, str]], call: CallSettings
     ) -> list[tuple[float, ...]]:
         """Return the logits of (query, document) pairs, with settings for this call.
 
@@ -141,9 +141,9 @@ class Reranker(BaseReranker[EngineSettings]):
                 layer.
             RerankError: As `rerank`.
         """
-        requests, read = Request.checked_pairs(pairs), self.readings.reader(reading)
+        requests, tokenize = Request.checked_pairs(pairs), self.call_tokenizers.tokenize(call)
         scores = self._run(
-            lambda reservations: self._calls.score_pairs(requests, reservations, read=read)
+            lambda reservations: self._calls.score_pairs(requests, reservations, tokenize=tokenize)
         )
         return [_layers(each.logit) for each in scores if each.logit is not None]
 

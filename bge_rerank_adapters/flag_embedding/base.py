@@ -105,14 +105,14 @@ class FlagBase(UsesEngine):
         **changes: Any,
     ) -> Any:
         """Return the scores of pairs; arguments that are `None` are taken from the attributes."""
-        from bge_rerank_adapters.engine.models.reading import Reading
+        from bge_rerank_adapters.engine.models.call_settings import CallSettings
 
         check_batch_size(self.batch_size if batch_size is None else batch_size)
         query, passage = self._instructions()
         requests, engine = Request.checked_pairs(_pairs(pairs)), self.reranker
         rows = engine.pair_logits(
             [(query.apply(each.query), passage.apply(each.texts[0])) for each in requests],
-            Reading(replace(engine.settings, **self._text_settings(**changes)), layers),
+            CallSettings(replace(engine.settings, **self._text_settings(**changes)), layers),
         )
         scores = [list(layer) for layer in zip(*rows, strict=True)]
         if self.normalize if normalize is None else normalize:

@@ -42,7 +42,7 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
+class PartContent:
     """The content of a part.
 
     Attributes:
@@ -89,15 +89,15 @@ def cut(
     return parts
 
 
-def read_part(system: fs.FileSystem, part: Part, *, prepare: Prepare | None) -> Read:
+def read_part(system: fs.FileSystem, part: Part, *, prepare: Prepare | None) -> PartContent:
     """Return the content of a part."""
     if kind_of(part.path) == "parquet":
         table = _table(system, part)
-        return Read(items_of(table, first=part.start, prepare=prepare), table, [])
+        return PartContent(items_of(table, first=part.start, prepare=prepare), table, [])
     lines, places = read_lines(system, part.path, start=part.start, stop=part.stop)
     items = [*read_jsonl(lines, prepare=prepare)]
     sources = [lines[item.line - 1].decode("utf-8", "replace").rstrip("\r\n") for item in items]
-    return Read([replace(item, line=places[item.line - 1]) for item in items], None, sources)
+    return PartContent([replace(item, line=places[item.line - 1]) for item in items], None, sources)
 
 
 def _table(system: fs.FileSystem, part: Part) -> pa.Table:

@@ -10,20 +10,20 @@ import pyarrow.parquet as pq
 from bge_rerank_adapters.calls.items import Bad, Item
 from bge_rerank_adapters.calls.ranking import Ranking
 from bge_rerank_adapters.ray.corpus import IDS
-from bge_rerank_adapters.ray.parts import Part, Read
+from bge_rerank_adapters.ray.parts import Part, PartContent
 from bge_rerank_adapters.ray.rows import DOCUMENTS, ERROR, RESULTS, ranked_table, valid_text
 
 Rankings = list[Ranking | Bad]
 
 
-def aside_jsonl(part: Part, read: Read, rankings: Rankings) -> bytes:
+def aside_jsonl(part: Part, content: PartContent, rankings: Rankings) -> bytes:
     """Return a line for each row without results: its place, the reason, and the row itself."""
     lines = [
         json.dumps(
             {
-                **part.place(read.items[place].line),
+                **part.place(content.items[place].line),
                 "error": ranking.reason,
-                "input": read.source(place),
+                "input": content.source(place),
             },
             default=str,
         )
@@ -33,24 +33,24 @@ def aside_jsonl(part: Part, read: Read, rankings: Rankings) -> bytes:
     return "".join(f"{line}\n" for line in lines).encode()
 
 
-def ranked_jsonl(read: Read, rankings: Rankings, *, with_text: bool) -> bytes:
+def ranked_jsonl(content: PartContent, rankings: Rankings, *, with_text: bool) -> bytes:
     """Return the lines of the rows with results, in the format of `bge-rerank rerank`."""
     lines: list[bytes] = []
-    for place, (item, ranking) in enumerate(zip(read.items, rankings, strict=True)):
+    for place, (item, ranking) in enumerate(zip(content.items, rankings, strict=True)):
         if isinstance(item, Item) and isinstance(ranking, Ranking):
             whole = (
                 item
-                if read.table is None
-                else replace(item, extra=_other_fields(read.source(place)))
+                if content.table is None
+                else replace(item, extra=_other_fields(content.source(place)))
             )
             lines.append(whole.to_json(ranking, with_text=with_text))
     return b"".join(lines)
 
 
-def ranked_parquet(read: Read, rankings: Rankings, *, with_text: bool) -> bytes:
+def ranked_parquet(content: PartContent, rankings: Rankings, *, with_text: bool) -> bytes:
     """Return a Parquet file of the rows with results."""
-    rows = _table_of_lines(read.items) if read.table is None else read.table
-    table = ranked_table(rows, read.items, rankings, with_text=with_text)
+    rows = _table_of_lines(content.items) if content.table is None else content.table
+    table = ranked_table(rows, content.items, rankings, with_text=with_text)
     good = table.filter(table[ERROR].is_null()).drop_columns([ERROR])
     sink = pa.BufferOutputStream()
     pq.write_table(good, sink)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from bge_rerank_adapters.calls.ranking import PairScore, ScoredRequest, Usage, sigmoid
 from bge_rerank_adapters.calls.requests import Piece, Request, pieces
 from bge_rerank_adapters.calls.runner import Call, Reservations, Step, advance
-from bge_rerank_adapters.engine.models.reading import Read
+from bge_rerank_adapters.engine.models.call_settings import Tokenize
 from bge_rerank_adapters.engine.queue.backlog import Logits
 from bge_rerank_adapters.engine.queue.core import ScoringCore
 from bge_rerank_adapters.engine.queue.packs import Job
@@ -81,17 +81,22 @@ class EngineCalls:
         return ScoredRequest(request, scores, usage=usage)
 
     def score_pairs(
-        self, requests: Sequence[Request], reservations: Reservations, *, read: Read | None = None
+        self,
+        requests: Sequence[Request],
+        reservations: Reservations,
+        *,
+        tokenize: Tokenize | None = None,
     ) -> Call[list[PairScore]]:
         """Score the only document of each request; errors call them `pairs[...]`.
 
         Args:
             requests: May be empty.
             reservations: Holds the room in the queue.
-            read: Tokenises the pairs; `None` follows the engine's settings and the call's limits.
+            tokenize: Tokenises the pairs; `None` follows the engine's settings and the call's
+                limits.
         """
         scores, _ = yield from self._score_together(
-            requests, reservations, name=lambda index: f"pairs[{index}]", read=read
+            requests, reservations, name=lambda index: f"pairs[{index}]", tokenize=tokenize
         )
         return scores
 
@@ -135,7 +140,7 @@ class EngineCalls:
         name: Callable[[int], str],
         counted: int = 1,
         bounded: bool = True,
-        read: Read | None = None,
+        tokenize: Tokenize | None = None,
     ) -> Call[_Scored]:
         """Tokenise pairs, queue them, wait, and return their scores in order, and the usage.
 
@@ -145,9 +150,9 @@ class EngineCalls:
             name: Returns the name in errors of the pair at an index.
             counted: How many requests to add to the statistics.
             bounded: Whether the call is refused while too many pairs wait.
-            read: As for `score_pairs`.
+            tokenize: As for `score_pairs`.
         """
-        read = read or self._reader(requests)
+        tokenize = tokenize or self._tokenize_by_limits(requests)
         pairs = [(request.query, text) for request in requests for text in request.texts]
         future: Logits = Future()
         if pairs:
@@ -156,7 +161,9 @@ class EngineCalls:
         if not pairs:
             return [], Usage(tokens=0)
         begin = time.perf_counter()
-        submitted = yield from self._submit(pairs, future, reservations, name=name, read=read)
+        submitted = yield from self._submit(
+            pairs, future, reservations, name=name, tokenize=tokenize
+        )
         scores = yield from _collect(submitted)
         ready_at, jobs = submitted[-1].ready_at, [each.job for each in submitted]
         waited_s = next((job.waited_s for job in jobs if job.waited_s), 0.0)
@@ -175,7 +182,7 @@ class EngineCalls:
         reservations: Reservations,
         *,
         name: Callable[[int], str],
-        read: Read,
+        tokenize: Tokenize,
     ) -> Call[list[_Submitted]]:
         """Tokenise and queue the pairs of a call, in parts of `part_pairs` pairs.
 
@@ -184,15 +191,15 @@ class EngineCalls:
             future: The reservation of all of them.
             reservations: Holds the reservations of the remaining parts.
             name: Returns the name in errors of the pair at an index.
-            read: Tokenises pairs.
+            tokenize: Tokenises pairs.
         """
         parts = parts_of(pairs, self._part_pairs)
         left = sum(len(part.pairs) for part in parts)
         submitted = []
         for part in parts:
             yield None
-            tokenized = self.tokenize(part.pairs, read)
-            if read == self._tokenizer.tokenize:
+            tokenized = self.tokenize(part.pairs, tokenize)
+            if tokenize == self._tokenizer.tokenize:
                 self._warn_of_cut_query(tokenized)
             job = Job(tokenized.distinct, future, part.name(name))
             submitted.append(_Submitted(part, tokenized, job, time.perf_counter()))
@@ -216,7 +223,7 @@ class EngineCalls:
                 self._engine,
             )
 
-    def _reader(self, requests: Sequence[Request]) -> Read:
+    def _tokenize_by_limits(self, requests: Sequence[Request]) -> Tokenize:
         """Return the function that tokenises the pairs of a call, which all have the same limits.
 
         Raises:
@@ -228,7 +235,7 @@ class EngineCalls:
         return partial(self._tokenizer.tokenize, lengths=self._tokenizer.lengths(limits))
 
     def tokenize(
-        self, pairs: Sequence[tuple[str, str]], read: Read | None = None
+        self, pairs: Sequence[tuple[str, str]], tokenize: Tokenize | None = None
     ) -> TokenizedPairs:
         """Return the token ids of pairs, and count the time.
 
@@ -237,7 +244,7 @@ class EngineCalls:
         """
         begin = time.perf_counter()
         try:
-            return (read or self._tokenizer.tokenize)(list(pairs))
+            return (tokenize or self._tokenizer.tokenize)(list(pairs))
         except (KeyboardInterrupt, SystemExit, ScoringError):
             raise
         except BaseException as error:  # a Rust panic is not an Exception

@@ -26,7 +26,7 @@ from bge_rerank_adapters.engine.text.tokenizer import PairTokenizer
 from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.settings import EngineSettings
 
-Read = Callable[[Sequence[tuple[str, str]]], TokenizedPairs]
+Tokenize = Callable[[Sequence[tuple[str, str]]], TokenizedPairs]
 """Tokenises (query, document) pairs."""
 
 # For calls that differ in their settings; each tokenizer takes some megabytes.
@@ -34,7 +34,7 @@ _TOKENIZERS_KEPT = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class CallSettings:
     """The settings of one call.
 
     Attributes:
@@ -47,7 +47,7 @@ class Reading:
     cutoff_layers: tuple[int, ...] = ()
 
 
-class Readings:
+class CallTokenizers:
     """Makes and caches the tokenizers of an engine's calls with own settings; thread-safe."""
 
     def __init__(
@@ -59,24 +59,24 @@ class Readings:
         self._own = (_of_texts(settings), tokenizer)
         self._others: OrderedDict[EngineSettings, PairTokenizer] = OrderedDict()
 
-    def reader(self, reading: Reading) -> Read:
+    def tokenize(self, call: CallSettings) -> Tokenize:
         """Return the function that tokenises a call's pairs.
 
         Raises:
             SettingsError: The lengths leave no room for a document, or the model does not have one
                 of the layers.
         """
-        readout = self._readout(reading)
-        tokenizer = self._tokenizer(_of_texts(reading.settings))
+        readout = self._readout(call)
+        tokenizer = self._tokenizer(_of_texts(call.settings))
 
-        def read(pairs: Sequence[tuple[str, str]]) -> TokenizedPairs:
+        def tokenize(pairs: Sequence[tuple[str, str]]) -> TokenizedPairs:
             tokenized = tokenizer.tokenize(pairs)
             if readout is None:
                 return tokenized
             distinct: list[TokenPair] = [ReadPair.of(each, readout) for each in tokenized.distinct]
             return replace(tokenized, distinct=distinct)
 
-        return read
+        return tokenize
 
     @property
     def author(self) -> AuthorSettings:
@@ -91,7 +91,7 @@ class Readings:
         given = next((limit for limit in limits if limit is not None), sys.maxsize)
         return min(given, max_tokens(self._checkpoint))
 
-    def of_whole_pairs(self, *, max_length: int, prompt: str) -> Reading:
+    def of_whole_pairs(self, *, max_length: int, prompt: str) -> CallSettings:
         """Return settings without a limit for queries: only pairs that are too long are cut.
 
         Args:
@@ -108,7 +108,7 @@ class Readings:
                 f"max_length {max_length} leaves no room for a query and a document; make it "
                 "larger."
             )
-        return Reading(
+        return CallSettings(
             replace(
                 self._settings,
                 max_length=max_length,
@@ -128,12 +128,12 @@ class Readings:
                 self._others.popitem(last=False)
             return made
 
-    def _readout(self, reading: Reading) -> Readout | None:
+    def _readout(self, call: CallSettings) -> Readout | None:
         files, family = self._checkpoint.files, self._checkpoint.family
         if family.heads is None:
             return None
-        heads, settings = family.heads(files.config, folder=files.folder), reading.settings
-        layers_read = reading.cutoff_layers or (heads.check(settings.cutoff_layers),)
+        heads, settings = family.heads(files.config, folder=files.folder), call.settings
+        layers_read = call.cutoff_layers or (heads.check(settings.cutoff_layers),)
         for layer in layers_read:
             heads.check(layer)
         _check_ascending(layers_read)
