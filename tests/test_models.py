@@ -163,6 +163,7 @@ def test_activations_equal_transformers(activation, tmp_path_factory):
             "'t5' model .*is not supported; supported",
         ),
         ({"hidden_size": None}, CheckpointError, "config.json: missing or unusable"),
+        ({"pad_token_id": None}, CheckpointError, "pad_token_id is null, but positions count from"),
         ({"hidden_size": 32}, CheckpointError, "has shape .* but config.json asks for"),
         ({"num_hidden_layers": 4}, CheckpointError, "the weights lack the tensor .*layer.3"),
         ({"vocab_size": 100}, CheckpointError, "embeddings for 100; tokenizer and weights are not"),
@@ -173,6 +174,14 @@ def test_configs_that_cannot_be_run_are_named(config, error, message, tmp_path_f
     folder = build_xlm_roberta(tmp_path_factory.mktemp("good"))
     with pytest.raises(error, match=message):
         own_logits(copy_of(folder, tmp_path_factory.mktemp("bad"), **config))
+
+
+def test_a_bert_needs_no_padding_token(tmp_path):
+    """Its positions do not depend on it."""
+    folder = build_bert(tmp_path / "bert")
+    (tmp_path / "null").mkdir()
+    changed = copy_of(folder, tmp_path / "null", pad_token_id=None)
+    assert_near(own_logits(changed), plain_logits(changed))
 
 
 @pytest.mark.parametrize("build", BUILD.values())

@@ -23,7 +23,7 @@ from bge_rerank_adapters.calls.ranking import Scorer
 from bge_rerank_adapters.engine.hosted.lazy import LazyEngine
 from bge_rerank_adapters.errors import SettingsError
 from bge_rerank_adapters.settings import EngineSettings, check_setting
-from bge_rerank_adapters.settings.other_names import advice_on_option
+from bge_rerank_adapters.settings.other_names import unexpected_option
 from bge_rerank_adapters.settings.table import rows, with_entries
 
 _ROWS = rows(EngineSettings)
@@ -109,12 +109,12 @@ class AdapterSettings(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_names_of_others(cls, data: Any) -> Any:
-        """Refuse options of other libraries, and name the one here."""
+    def _refuse_unknown(cls, data: Any) -> Any:
+        """Refuse options that do not exist, and name those that do."""
         for name in data if isinstance(data, Mapping) else ():
-            advice = None if name in cls.model_fields else advice_on_option(str(name))
-            if name != "top_n" and advice is not None:
-                raise SettingsError(f"{name}: {advice}.")
+            if name not in (*cls.model_fields, "top_n"):
+                error = unexpected_option(str(name), of=cls.__name__, allowed=cls.model_fields)
+                raise SettingsError(str(error))
         return data
 
     @field_validator(*_CHECKED_BY_THE_ENGINE, mode="before")

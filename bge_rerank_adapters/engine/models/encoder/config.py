@@ -81,7 +81,7 @@ def parse_config(config: dict[str, Any], *, folder: Path) -> EncoderConfig:
             types=int(config["type_vocab_size"]),
             epsilon=float(config.get("layer_norm_eps", 1e-12)),
             activation=str(config.get("hidden_act", "gelu")),
-            pad_id=int(config.get("pad_token_id", 1 if counts_from_pad else 0)),
+            pad_id=_pad_id(config, counts_from_pad=counts_from_pad),
             counts_from_pad=counts_from_pad,
         )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -89,6 +89,15 @@ def parse_config(config: dict[str, Any], *, folder: Path) -> EncoderConfig:
     _check_sizes(parsed, path)
     _check_supported(parsed, config, path)
     return parsed
+
+
+def _pad_id(config: dict[str, Any], *, counts_from_pad: bool) -> int:
+    found = config.get("pad_token_id", 1 if counts_from_pad else 0)
+    if found is not None:
+        return int(found)
+    if counts_from_pad:
+        raise ValueError("pad_token_id is null, but positions count from it; 1 is usual")
+    return 0  # BERT's positions do not depend on it
 
 
 def _check_supported(parsed: EncoderConfig, config: dict[str, Any], path: Path) -> None:
