@@ -19,10 +19,12 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 def add_tokens(tokenizer: Tokenizer, folder: Path) -> None:
-    """Add the tokens that other files alone have; those that the model lacks are refused at use.
+    """Add the tokens that only other files have.
+
+    A token without an embedding in the model is refused when a text has it.
 
     Args:
-        tokenizer: As `tokenizer.json` has it.
+        tokenizer: The content of `tokenizer.json`; changed in place.
         folder: Holds that and the other files.
 
     Raises:
@@ -45,7 +47,7 @@ def add_tokens(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def token_of(folder: Path, role: str) -> str | None:
-    """Return the token of a role such as `bos_token`, by the files beside `tokenizer.json`.
+    """Return the token of a role such as `bos_token`, from the tokenizer's config files.
 
     Raises:
         CheckpointError: They contradict each other.

@@ -1,9 +1,9 @@
-"""What transformers' tokenizer classes of decoders do beside `tokenizer.json`, or refused.
+"""Applies the tokenizer config of a decoder, or refuses it.
 
-Release 5 makes the tokenizers of some classes anew from the vocabulary alone
-(`models/{llama,gemma,qwen2}/tokenization_*.py` of 5.23), and for some model types by another class
-than is named (`models/auto/tokenization_auto.py`); older ones take `tokenizer.json` as it is. So
-only folders that are read alike are run.
+Releases of transformers differ. Release 5 builds the tokenizers of some classes from the vocabulary
+alone (`models/{llama,gemma,qwen2}/tokenization_*.py` of 5.23), and for some model types it uses
+another class than the one that is named (`models/auto/tokenization_auto.py`). Older releases use
+`tokenizer.json` as it is. So a tokenizer is accepted only if both ways divide texts alike.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,10 +17,11 @@ from bge_rerank_adapters.engine.text.added_tokens import CONFIG, add_tokens
 from bge_rerank_adapters.errors import CheckpointError, UnsupportedCheckpointError
 
 _LLAMA, _GEMMA, _QWEN = "LlamaTokenizer", "GemmaTokenizer", "Qwen2Tokenizer"
-# Those that take tokenizer.json as it is.
+# Classes that change nothing in tokenizer.json.
 GENERIC = ("PreTrainedTokenizer", "TokenizersBackend")
-_OF_MODEL = {"gemma": _GEMMA, "qwen2": _QWEN, "qwen3": _QWEN}
-# The model types whose tokenizers release 5 makes anew.
+# The class that transformers uses where the files name none, by model type.
+_CLASS_OF_MODEL = {"gemma": _GEMMA, "qwen2": _QWEN, "qwen3": _QWEN}
+# The model types whose tokenizers release 5 builds from the vocabulary.
 _REMADE = ("gemma", "llama", "qwen2", "qwen3")
 _PREFIX = "add_prefix_space"
 # None begins with a space, nor has a special token: after these, tokenizer.json is followed.
@@ -46,7 +47,7 @@ def tokenizer_class(folder: Path, model_config: Mapping[str, Any]) -> str:
         CheckpointError: The name is no text.
     """
     named = read_json(folder / CONFIG).get("tokenizer_class") or model_config.get("tokenizer_class")
-    named = named or _OF_MODEL.get(model_config["model_type"], GENERIC[0])
+    named = named or _CLASS_OF_MODEL.get(model_config["model_type"], GENERIC[0])
     if not isinstance(named, str):
         raise CheckpointError(
             f"{folder / CONFIG}: tokenizer_class must be a string, got {named!r}."
@@ -60,7 +61,7 @@ def apply_decoder_config(
     """Add tokens as transformers would, and refuse what it would read in another way.
 
     Args:
-        tokenizer: As `tokenizer.json` has it.
+        tokenizer: The content of `tokenizer.json`; changed in place.
         folder: Holds that and its config.
         model_config: The model's `config.json`.
 
@@ -96,7 +97,7 @@ def _advice() -> str:
 
 
 def _check_fixed(tokenizer: Tokenizer, folder: Path) -> None:
-    """Refuse merges that are left out at random, as in training."""
+    """Refuse BPE dropout, which divides a text in another way each time."""
     dropout = getattr(tokenizer.model, "dropout", None)
     if dropout:
         raise UnsupportedCheckpointError(
