@@ -74,7 +74,10 @@ class CausalLayout(Layout):
         last: Computed row of each pair's last token; int64, shape (n,).
         positions: Position of each computed row in its pair, counted from 0; int64,
             shape (computed rows,).
+        turns: Cosine and sine of the rotary angles, once a layer has computed them.
     """
+
+    turns: tuple[Tensor, Tensor] | None
 
     def __init__(
         self,
@@ -95,6 +98,7 @@ class CausalLayout(Layout):
             on_device = waiting_transfers(device).upload(self.indices(lengths))
         bounds, self.last, self.positions, *rows = on_device
         super().__init__(lengths, device, bounds=bounds)
+        self.turns = None
         self._computed: Tensor | None
         self._repeated: Tensor | None
         self._computed, self._repeated = rows if rows else (None, None)

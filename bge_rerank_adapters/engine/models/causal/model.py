@@ -156,12 +156,14 @@ class CausalModel:
         normed = layer.attention_norm(states)
         key, value = layer.key_value(normed).chunk(2, dim=-1)
         key = _norm_heads(key, layer.key_norm)
-        key = self._rotate(key, layout.positions, config.key_heads)
-        positions = layout.positions
+        cosine, sine = self._turns(layout)
+        key = _rotate(key, cosine, sine, heads=config.key_heads)
         if last:
-            states, normed, positions = (each[layout.last] for each in (states, normed, positions))
+            states, normed, cosine, sine = (
+                each[layout.last] for each in (states, normed, cosine, sine)
+            )
         query = _norm_heads(layer.query(normed), layer.query_norm)
-        query = self._rotate(query, positions, config.query_heads)
+        query = _rotate(query, cosine, sine, heads=config.query_heads)
         if not last:
             query = layout.repeated(query)
         key, value = layout.repeated(key), layout.repeated(value)
@@ -177,16 +179,23 @@ class CausalModel:
         change = change if norm is None else norm(change)
         return states + change * self.config.residual_scale
 
-    def _rotate(self, rows: Tensor, positions: Tensor, heads: int) -> Tensor:
-        """Apply rotary position embeddings; shape (rows, heads * width) as before."""
-        angles = positions[:, None, None].float() * self._frequencies
-        scale = self.config.rotary.scale
-        cosine, sine = angles.cos() * scale, angles.sin() * scale
-        first, second = rows.view(len(rows), heads, -1).float().chunk(2, dim=-1)
-        rotated = torch.cat(
-            (first * cosine - second * sine, second * cosine + first * sine), dim=-1
-        )
-        return rotated.to(rows.dtype).view(rows.shape)
+    def _turns(self, layout: CausalLayout) -> tuple[Tensor, Tensor]:
+        """Return cosine and sine of each row's angles, scaled; float32, shape (rows, 1, width / 2).
+
+        All layers of a layout share them.
+        """
+        if layout.turns is None:
+            angles = layout.positions[:, None, None].float() * self._frequencies
+            scale = self.config.rotary.scale
+            layout.turns = angles.cos() * scale, angles.sin() * scale
+        return layout.turns
+
+
+def _rotate(rows: Tensor, cosine: Tensor, sine: Tensor, *, heads: int) -> Tensor:
+    """Apply rotary position embeddings; shape (rows, heads * width) as before."""
+    first, second = rows.view(len(rows), heads, -1).float().chunk(2, dim=-1)
+    rotated = torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
+    return rotated.to(rows.dtype).view(rows.shape)
 
 
 def _norm_heads(rows: Tensor, norm: RmsNorm | None) -> Tensor:
