@@ -175,6 +175,16 @@ def test_ctrl_c_says_how_much_is_done_and_how_to_go_on(tmp_path):
     assert re.search(r"Reranking .* [\d.e+]+ queries/s \d:\d\d:\d\d", text), "rate and time left"
 
 
+def test_ctrl_c_of_an_evaluation_says_what_is_kept(tmp_path):
+    pytest.importorskip("bm25s")
+    output = tmp_path / "report"
+    arguments = ("evaluate", str(XQUAD), "--model", "tiny", "--depth", "50", "-o", str(output))
+    text, code = in_terminal(*arguments, *FAST, interrupt_at="Reranking")
+    assert code == 130
+    assert "Traceback" not in text
+    assert f"Stopped: {output} keeps what is scored; the same command goes on." in plain(text)
+
+
 def test_ctrl_c_before_the_model_is_loaded_leaves_an_output_as_it_was(tmp_path):
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text(line())

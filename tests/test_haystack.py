@@ -148,3 +148,10 @@ def test_a_ready_engine_is_used_and_stays_open(engine, documents):
 def test_what_is_not_allowed_is_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_mistyped_option_is_told_with_the_class_and_the_right_name():
+    with pytest.raises(
+        TypeError, match=r"^BGERanker\(\) got .*'topk'; did you mean 'top_k'\? It tak"
+    ):
+        BGERanker(model="tiny", topk=1)

@@ -76,16 +76,23 @@ def evaluate_folder(
     engines = _engines(base, model or [DEFAULT_MODEL], dtype or ["auto"])
     stems = None if language == "none" else language
     first = bm25(collection, depth=depth, language=stems) if run is None else read_run(run)
-    report = evaluate(
-        collection,
-        first,
-        engines,
-        depth=depth,
-        folder=output,
-        progress=not quiet and sys.stderr.isatty(),
-        time_depths=plots,
-        first_stage_name="BM25" if run is None else run.stem,
-    )
+    try:
+        report = evaluate(
+            collection,
+            first,
+            engines,
+            depth=depth,
+            folder=output,
+            progress=not quiet and sys.stderr.isatty(),
+            time_depths=plots,
+            first_stage_name="BM25" if run is None else run.stem,
+        )
+    except KeyboardInterrupt:
+        if output is not None:
+            typer.echo(
+                f"Stopped: {output} keeps what is scored; the same command goes on.", err=True
+            )
+        raise
     if as_json:
         typer.echo(json.dumps(report.to_records()))
     else:

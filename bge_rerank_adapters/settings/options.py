@@ -57,7 +57,10 @@ def check_options(function: Callable[..., Any], options: Mapping[str, Any]) -> N
     Raises:
         TypeError: There is one; the message lists those that are allowed.
     """
-    allowed = list(inspect.signature(function).parameters) if options else []
+    found = list(inspect.signature(function).parameters) if options else []
+    allowed = [name for name in found if name != "self"]
+    # Of a constructor users know the class.
+    of = function.__qualname__.removesuffix(".__init__").rpartition(".")[2]
     for name in options:
         if name not in allowed:
-            raise unexpected_option(name, of=function.__name__, allowed=allowed)
+            raise unexpected_option(name, of=of, allowed=allowed)
