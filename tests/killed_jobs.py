@@ -31,7 +31,11 @@ class ByLength:
 def start_job(
     source: str, output: str, *, part_bytes: int
 ) -> tuple[multiprocessing.process.BaseProcess, Connection]:
-    """Return a process that does a job alone, and what it says "begun" through."""
+    """Return a process that does a job alone, and what it says where it is through.
+
+    It says "begun" once, and "part" before each part, for which it waits to hear something back. At
+    the end it sends the report.
+    """
     ours, theirs = _processes.Pipe()
     job = _processes.Process(target=_work, args=(theirs, source, output, part_bytes), daemon=True)
     job.start()
@@ -39,15 +43,16 @@ def start_job(
     return job, ours
 
 
-def _run_here(job: files.Job, parts: Sequence[files.Part], *_: Any, progress: bool) -> None:
-    ranker = files.PartRanker(job)
-    for part in parts:
-        ranker(asdict(part))
-
-
 def _work(told: Connection, source: str, output: str, part_bytes: int) -> None:
+    def run_here(job: files.Job, parts: Sequence[files.Part], *_: Any, progress: bool) -> None:
+        ranker = files.PartRanker(job)
+        for part in parts:
+            told.send("part")
+            told.recv()
+            ranker(asdict(part))
+
     Recipe.load = lambda self: ByLength()  # type: ignore[method-assign,assignment,return-value]
-    files._run = _run_here
+    files._run = run_here
     files.Attempts = lambda: None  # type: ignore[misc,assignment]
     told.send("begun")
     report = rerank_files(source, output, settings=SETTINGS, part_bytes=part_bytes)

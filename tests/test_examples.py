@@ -80,7 +80,9 @@ def folder(tmp_path, monkeypatch) -> Iterator[Path]:
 @pytest.fixture
 def cluster() -> Iterator[None]:
     ray = pytest.importorskip("ray")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    from tests.ray_clusters import start_cluster
+
+    start_cluster(cpus=2)
     yield
     ray.shutdown()
 

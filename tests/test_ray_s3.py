@@ -5,7 +5,6 @@ environment of its own, as `make test` does.
 """
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -24,8 +23,10 @@ from pyarrow import fs  # noqa: E402
 from bge_rerank_adapters import SettingsError  # noqa: E402
 from bge_rerank_adapters.ray import rerank_files  # noqa: E402
 from tests.killed_jobs import start_job  # noqa: E402
+from tests.rerank_servers import free_port  # noqa: E402
 from tests.test_imports import PACKAGE  # noqa: E402
 from tests.test_ray import (  # noqa: E402
+    ENDLESS_JOB,
     JOB,
     TINY,
     actor_processes,
@@ -37,7 +38,7 @@ from tests.test_ray import (  # noqa: E402
 SERVER = PACKAGE.parent / ".venv-moto" / "bin" / "moto_server"
 pytestmark = [
     pytest.mark.skipif(not SERVER.is_file(), reason="run `make .venv-moto/installed` for it"),
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(600),
 ]
 __all__ = ["cluster"]
 
@@ -85,7 +86,7 @@ class Store:
 
 @pytest.fixture(scope="module")
 def store() -> Iterator[Store]:
-    port = random.Random(os.getpid()).randrange(20_000, 30_000)
+    port = free_port()
     server = subprocess.Popen(
         [str(SERVER), "-H", "127.0.0.1", "-p", str(port)],
         stdout=subprocess.DEVNULL,
@@ -132,16 +133,15 @@ def test_a_job_killed_over_s3_is_finished_by_the_next(cluster, store):
     store.write("bucket/killed.jsonl", [json.dumps(row) for row in questions(140)])
     source, output = store.uri("bucket/killed.jsonl"), store.uri("bucket/killed")
     job = subprocess.Popen(
-        [sys.executable, "-c", JOB, cluster, source, output, "4000"], cwd=PACKAGE.parent
+        [sys.executable, "-c", ENDLESS_JOB, cluster, source, output, "4000"], cwd=PACKAGE.parent
     )
     # "_unfinished" is one of the names.
     wait_until(lambda: len(store.names("bucket/killed/_done")) >= 3)
-    time.sleep(random.random())
     job.kill()
     job.wait()
     wait_until(lambda: not actor_processes())
     report = rerank_files(source, output, settings=TINY, part_bytes=4_000)
-    assert 2 <= report.parts_before < report.parts, "killed too late to tell"
+    assert 2 <= report.parts_before < report.parts
     assert (report.queries, report.put_aside) == (140, 0)
     found = [row["query_id"] for row in store.rows("bucket/killed", "part-")]
     assert found == list(range(140)), "nothing lost, nothing twice"
@@ -167,36 +167,48 @@ def assert_each_row_once(store: Store, path: str, lines: list[str]) -> None:
     assert "_unfinished" not in store.names(path)
 
 
-def run_once(source: str, output: str, *, kill_after_s: float | None) -> float | None:
-    """Let a job run until it ends or is killed; return the seconds that it took, if it ended."""
+def run_once(
+    source: str, output: str, *, kill_in: int | None = None, after_s: float = 0.0
+) -> float:
+    """Let a job run until it ends or is killed; return the seconds of a step.
+
+    Args:
+        source: The input.
+        output: The folder.
+        kill_in: The step to kill it in: 0 is before the first part, 1 within it, and so on.
+        after_s: Seconds from the step's beginning to the kill.
+    """
     job, told = start_job(source, output, part_bytes=2_000)
+    steps, begin = 0, time.monotonic()
     with told:
-        assert told.recv() == "begun"
-        begin = time.monotonic()
-        ended = told.poll(kill_after_s)
-        if ended:
-            # A job that failed breaks the pipe here.
-            told.recv()
-        else:
-            job.kill()
+        # A job that failed breaks the pipe here.
+        while told.recv() in ("begun", "part"):
+            if steps:
+                told.send("go on")
+            if steps == kill_in:
+                time.sleep(after_s)
+                job.kill()
+                break
+            steps += 1
         job.join()
-        return time.monotonic() - begin if ended else None
+    return (time.monotonic() - begin) / steps if steps else 0.0
 
 
 def test_a_job_killed_at_random_moments_loses_nothing_and_doubles_nothing(store):
     lines = with_bad_lines(24)
     store.write("bucket/random.jsonl", lines)
     source = store.uri("bucket/random.jsonl")
-    whole_s = run_once(source, store.uri("bucket/whole"), kill_after_s=None)
+    step_s = run_once(source, store.uri("bucket/whole"))
     assert_each_row_once(store, "bucket/whole", lines)
     parts = len(store.names("bucket/whole/_done"))
     half_done = 0
     for seed in range(10):
         chance, path = random.Random(seed), f"bucket/random-{seed}"
         for _ in range(3):
-            run_once(source, store.uri(path), kill_after_s=chance.uniform(0, whole_s / 2))
+            step, after_s = chance.randint(0, parts // 3), chance.uniform(0, step_s)
+            run_once(source, store.uri(path), kill_in=step, after_s=after_s)
             half_done += 0 < len(store.names(f"{path}/_done")) < parts
-        run_once(source, store.uri(path), kill_after_s=None)
+        run_once(source, store.uri(path))
         assert_each_row_once(store, path, lines)
     assert half_done > 5, "killed too early or too late to tell"
 

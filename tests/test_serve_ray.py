@@ -16,6 +16,7 @@ import ray
 from bge_rerank_adapters import Reranker
 from bge_rerank_adapters import serve as ours
 from tests.checkpoints import read_sentences
+from tests.ray_clusters import start_cluster
 from tests.rerank_servers import free_port
 from tests.texts import DOCUMENTS, QUERY
 
@@ -48,9 +49,7 @@ def url() -> Iterator[str]:
         # Processes of the cluster get the environment that it is started in.
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
-        ray.init(
-            "local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
-        )
+        start_cluster(cpus=4)
         try:
             serve.start(http_options={"host": "127.0.0.1", "port": opened})
             serve.run(ours.deployment, name="rerank", route_prefix="/")
