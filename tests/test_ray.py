@@ -813,7 +813,10 @@ def test_files_that_cannot_be_read_are_refused(tmp_path, names, message):
         rerank_files(source, tmp_path / "out", settings=TINY)
 
 
-def test_an_output_with_other_files_is_refused(tmp_path):
+def test_an_output_with_other_files_is_refused_without_a_cluster(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "bge_rerank_adapters.ray.files.Attempts", lambda: pytest.fail("needs a cluster")
+    )
     (tmp_path / "in.jsonl").write_text("{}\n")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").touch()

@@ -1,7 +1,7 @@
 """`rerank_files`: ranks files into files, by a job that can be interrupted and continued."""
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import ray.data
@@ -118,7 +118,6 @@ def rerank_files(
         folder=folder,
         output_format=_check_format(output_format) or kind_of(files[0].path),
         with_text=with_text,
-        attempts=Attempts(),
     )
     options = {
         **recipe.settings.to_dict(),
@@ -133,7 +132,8 @@ def rerank_files(
     with storage_errors("output", output):
         todo = folder.begin(options, parts)
     if todo:
-        _run(job, todo, actors, resources, progress=progress)
+        # Not before: the counts need a cluster, and Ray starts one if there is none.
+        _run(replace(job, attempts=Attempts()), todo, actors, resources, progress=progress)
     folder.finish()
     return _report(folder, parts, parts_before=len(parts) - len(todo))
 
