@@ -13,6 +13,7 @@ from bge_rerank_adapters.langchain import BGEDocumentCompressor
 from bge_rerank_adapters.llama_index import BGENodePostprocessor
 from bge_rerank_adapters.milvus import BGERerankFunction
 from bge_rerank_adapters.settings import EngineSettings
+from tests.logs import own_records
 
 HISTORY = "The weather was fine and we talked of it for long. " * 60
 QUESTION = "Who wrote Faust?"
@@ -54,10 +55,10 @@ def test_each_engine_warns_once(caplog):
         with Reranker("tiny", device="cpu") as engine, caplog.at_level(logging.WARNING):
             engine.warm_up()
             engine.rerank(QUESTION, DOCUMENTS)
-            assert not caplog.records
+            assert not own_records(caplog)
             engine.score_pairs([(QUESTION, "a"), (HISTORY, "b")])
             engine.rerank(HISTORY, DOCUMENTS)
-        (warning,) = caplog.records
+        (warning,) = own_records(caplog)
         assert "query_max_length (384 tokens)" in warning.getMessage()
         assert "weather" not in warning.getMessage()
 

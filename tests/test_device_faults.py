@@ -20,6 +20,7 @@ from bge_rerank_adapters.engine.queue import core as core_module
 from bge_rerank_adapters.engine.shared import shared_reranker
 from bge_rerank_adapters.engine.text.pairs import TokenPair
 from bge_rerank_adapters.settings import EngineSettings
+from tests.logs import own_records
 from tests.texts import DOCUMENTS, QUERY
 
 pytestmark = pytest.mark.timeout(120)
@@ -108,7 +109,7 @@ def test_an_engine_whose_device_is_lost_closes_itself_and_says_to_start_again(gp
     with pytest.raises(ScoringError, match=r"'cuda:0' failed.*device-side assert.*start the proc"):
         engine.rerank(QUERY, DOCUMENTS)
     assert engine.closed
-    assert "Search for" not in caplog.records[-1].getMessage()
+    assert "Search for" not in own_records(caplog)[-1].getMessage()
     for call in (lambda: engine.rerank(QUERY, DOCUMENTS), engine.warm_up):
         with pytest.raises(ClosedError, match=r"closed itself.*start the process again"):
             call()

@@ -39,6 +39,7 @@ from bge_rerank_adapters.engine.shared import shared_reranker
 from bge_rerank_adapters.engine.text.pairs import TokenPair
 from bge_rerank_adapters.settings import EngineSettings
 from tests.checkpoints import build_xlm_roberta, read_queries, read_sentences
+from tests.logs import own_records
 from tests.texts import DOCUMENTS, QUERY
 
 SENTENCES = list(read_sentences().values())
@@ -683,7 +684,8 @@ def test_a_handler_that_keeps_records_keeps_no_engine(caplog):
     engine.close()
     del engine
     gc.collect()
-    assert [record.msg.split()[0] for record in caplog.records] == ["Loaded", "Closed"]
+    told = own_records(caplog, level=logging.INFO)
+    assert [record.msg.split()[0] for record in told] == ["Loaded", "Closed"]
     assert gone() is None
 
 

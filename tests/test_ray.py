@@ -44,6 +44,7 @@ from bge_rerank_adapters.ray.rows import exploded_table
 from bge_rerank_adapters.ray.storage import read_lines, read_rows
 from bge_rerank_adapters.settings import EngineSettings
 from tests.checkpoints import build_xlm_roberta, read_queries, read_sentences
+from tests.logs import own_records
 from tests.ray_clusters import start_cluster
 from tests.test_cli import invoke
 from tests.test_imports import PACKAGE, loaded_after, run_python
@@ -548,7 +549,7 @@ def test_a_cluster_with_no_processor_left_for_reading_is_told(cluster, tmp_path,
     pq.write_table(pa.table({"query": ["q"], "documents": [["a"]]}), tmp_path / "a.parquet")
     rerank_dataset(ray.data.read_parquet(str(tmp_path)), settings=TINY, concurrency=2)
     rerank_dataset(ray.data.read_parquet(str(tmp_path)), settings=TINY, concurrency=1)
-    (told,) = (each for each in caplog.records if each.name.startswith("bge_rerank_adapters."))
+    (told,) = own_records(caplog)
     assert told.getMessage().startswith("The actors take 2 of the cluster's 2 CPUs")
 
 

@@ -26,6 +26,7 @@ from bge_rerank_adapters import (
     RerankTimeoutError,
 )
 from bge_rerank_adapters.remote import retrying
+from tests.logs import own_records
 from tests.rerank_servers import (
     NOT_FOUND,
     Asked,
@@ -103,7 +104,7 @@ def test_one_warning_tells_that_a_server_is_waited_for(caplog):
     replies = [Reply({}, 503)] * 4 + [common]
     with answering(*replies) as (reranker, _):
         reranker.rerank("q", TEXTS)
-    told = [each.message for each in caplog.records if each.levelname == "WARNING"]
+    told = [each.message for each in own_records(caplog)]
     assert len(told) == 1
     assert "answered 503, 3 times in a row; sending again until timeout_s=60 is over" in told[0]
 

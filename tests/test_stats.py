@@ -13,6 +13,7 @@ from bge_rerank_adapters import EngineStats, Overloaded, Reranker
 from bge_rerank_adapters.engine.queue.packs import Job
 from bge_rerank_adapters.engine.text.pairs import TokenPair
 from tests.checkpoints import build_xlm_roberta, read_sentences
+from tests.logs import own_records
 
 QUERY = "Who plays chess?"
 TEXTS = [text[:80] for text in list(read_sentences().values())[:60]]
@@ -139,12 +140,10 @@ def test_loading_and_closing_are_logged_under_the_packages_name(folder, caplog):
         engine.score(QUERY, TEXTS)
         engine.close()
         engine.close()
-    loaded, closed = caplog.records
+    loaded, closed = own_records(caplog, level=logging.INFO)
     assert loaded.getMessage().startswith(f"Loaded {engine!r}"[:40])
     assert "Closed" in closed.getMessage()
-    for record in caplog.records:
-        assert record.name.startswith("bge_rerank_adapters.")
-        assert record.levelno == logging.INFO
+    assert loaded.levelno == closed.levelno == logging.INFO
     assert SECRET not in caplog.text
     assert QUERY not in caplog.text
 
@@ -156,7 +155,7 @@ def test_a_scoring_thread_that_ends_is_logged_with_its_cause(engine, monkeypatch
     monkeypatch.setattr(engine._core.workers[0].model, "logits", ending)
     with pytest.raises(Exception, match="over"):
         engine.score(QUERY, TEXTS[:1])
-    (record,) = caplog.records
+    (record,) = own_records(caplog)
     assert record.levelno == logging.ERROR
     assert "1 calls waiting" in record.getMessage()
     assert record.exc_info[0] is SystemExit
