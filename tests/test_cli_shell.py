@@ -146,7 +146,7 @@ def test_wrong_questions_are_wrong_usage(arguments, message):
 
 
 def test_nothing_is_waited_for_that_a_person_would_have_to_type():
-    text, code = in_terminal("rerank", "--model", "tiny", timeout_s=60)
+    text, code = in_terminal("rerank", "--model", "tiny")
     assert code == 2
     assert "nothing to rerank: give a file" in plain(text.replace("│", " "))
 

@@ -22,7 +22,7 @@ from tests.test_serve import TINY
 from tests.test_serve_http import WAIT_S, listening
 from tests.texts import DOCUMENTS, QUERY
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(400)
 
 ROOT = Path(__file__).parent.parent
 KEY = "a-key-of-the-tests"

@@ -21,7 +21,7 @@ from tests.test_imports import FILES, imported, loaded_after
 from tests.test_serve import BODY, KEY, TEI_BODY, client_of
 from tests.test_serve_http import WAIT_S, is_up, start, until
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(400)
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 CALLER = {"traceparent": f"00-{TRACE}-{PARENT}-01"}

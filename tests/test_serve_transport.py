@@ -22,7 +22,7 @@ from tests.test_serve import TINY, HeldModel, numbers
 from tests.test_serve_http import BODY, CLOSE, WAIT_S, chunked, exchange, listening, post, until
 from tests.texts import DOCUMENTS, QUERY
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(400)
 
 QUICK_S = 0.3
 LOOPS = ["asyncio", *(["uvloop"] if __import__("importlib").util.find_spec("uvloop") else [])]
