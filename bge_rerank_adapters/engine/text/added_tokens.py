@@ -39,7 +39,8 @@ def add_tokens(tokenizer: Tokenizer, folder: Path) -> None:
         if found is not None and (number is None or _is_read_alike(found, token)):
             continue
         known[token.content] = token
-        tokenizer.add_tokens([token])
+        add = tokenizer.add_special_tokens if token.special else tokenizer.add_tokens
+        add([token])
         given = tokenizer.token_to_id(token.content)
         if number is not None and given != number:
             raise ValueError(f"the token {token.content!r} has the id {given}, not {number}")

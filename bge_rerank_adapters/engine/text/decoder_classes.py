@@ -158,7 +158,7 @@ def _reads_unknown_as_bytes(tokenizer: Tokenizer) -> bool:
 
 
 def _has_byte_level(tokenizer: Tokenizer) -> bool:
-    return "ByteLevel" in str(tokenizer.pre_tokenizer)
+    return "Ġ" in "".join(_parts(tokenizer, "a b"))
 
 
 def _parts(tokenizer: Tokenizer, text: str) -> list[str]:
