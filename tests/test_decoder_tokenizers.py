@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers import models as tokenizer_models
 
 from bge_rerank_adapters import CheckpointError, Reranker, ScoringError
-from bge_rerank_adapters.engine.text.decoder_classes import _QWEN_WORDS
+from bge_rerank_adapters.engine.text.decoder_classes import QWEN_WORDS
 from bge_rerank_adapters.engine.text.prompts import YES_OR_NO
 from tests.family_checkpoints import VOCABULARY, build_family, family_texts
 from tests.test_decoder_bases import build, theirs
@@ -42,7 +42,7 @@ def edit(path: Path, entries: dict[str, Any]) -> None:
     path.write_text(json.dumps(kept, ensure_ascii=False), "utf-8")
 
 
-def make_byte_level(folder: Path, base: str, *, words: str = _QWEN_WORDS, **config) -> Path:
+def make_byte_level(folder: Path, base: str, *, words: str = QWEN_WORDS, **config) -> Path:
     """Build a checkpoint with a tokenizer like Qwen's."""
     build(folder, base)
     tokenizer = Tokenizer(tokenizer_models.BPE())
@@ -168,7 +168,7 @@ def test_byte_level_tokenizers_are_read_as_in_transformers(tmp_path, base, confi
 def test_the_words_of_qwens_tokenizers_are_those_of_transformers():
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-    assert _QWEN_WORDS == PRETOKENIZE_REGEX
+    assert QWEN_WORDS == PRETOKENIZE_REGEX
 
 
 @pytest.mark.parametrize(

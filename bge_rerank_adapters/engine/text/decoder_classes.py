@@ -26,7 +26,7 @@ _REMADE = ("gemma", "llama", "qwen2", "qwen3")
 _PREFIX = "add_prefix_space"
 # None begins with a space, nor has a special token: after these, tokenizer.json is followed.
 _PROBES = ("A: a  b", "It's 1234 ñ-x\n\n y", "e\u0301te\u0301 北京, ﬁ!", "\n")
-_QWEN_WORDS = (
+QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -129,7 +129,7 @@ def _qwen_split(*, prefix: bool) -> Split:
 
 
 def _qwen_words(*, prefix: bool) -> pre_tokenizers.PreTokenizer:
-    words = pre_tokenizers.Split(Regex(_QWEN_WORDS), behavior="isolated")
+    words = pre_tokenizers.Split(Regex(QWEN_WORDS), behavior="isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=False)
     return pre_tokenizers.Sequence([words, byte_level])
 
