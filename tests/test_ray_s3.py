@@ -38,7 +38,7 @@ from tests.test_ray import (  # noqa: E402
 SERVER = PACKAGE.parent / ".venv-moto" / "bin" / "moto_server"
 pytestmark = [
     pytest.mark.skipif(not SERVER.is_file(), reason="run `make .venv-moto/installed` for it"),
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(1800),
 ]
 __all__ = ["cluster"]
 

@@ -20,7 +20,7 @@ from tests.ray_clusters import start_cluster
 from tests.rerank_servers import free_port
 from tests.texts import DOCUMENTS, QUERY
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1800)
 
 KEY = "sekret-42"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
@@ -105,7 +105,7 @@ def test_nothing_is_lost_when_a_replica_is_killed(url, reranker: Reranker):
     enough = threading.Event()
 
     def ask(texts: list[str]) -> dict[int, float]:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 400
         with httpx.Client(base_url=url, headers=HEADERS, timeout=60) as client:
             while time.monotonic() < deadline:
                 try:
@@ -120,14 +120,14 @@ def test_nothing_is_lost_when_a_replica_is_killed(url, reranker: Reranker):
                         results = answer.json()["results"]
                         return {each["index"]: each["relevance_score"] for each in results}
                 time.sleep(0.2)
-        raise AssertionError(f"no answer within two minutes: {seen}")
+        raise AssertionError(f"no answer in time: {seen}")
 
     before = replicas()
     with ThreadPoolExecutor(8) as pool:
         calls = [pool.submit(ask, texts) for texts in requests]
-        assert enough.wait(120)
+        assert enough.wait(400)
         ray.kill(ray.get_actor(before[0], namespace="serve"), no_restart=True)
-        answers = [call.result(200) for call in calls]
+        answers = [call.result(500) for call in calls]
     for scores, texts in zip(answers, requests, strict=True):
         wanted = reranker.score(QUERY, texts)
         assert [scores[index] for index in range(5)] == pytest.approx(wanted, abs=1e-5)
