@@ -8,14 +8,15 @@ import torch
 from bge_rerank_adapters.engine.models.cpu.kernels.int8 import kernel_int8_layer
 from bge_rerank_adapters.engine.models.cpu.kernels.layers import KernelLayer, attention_by, suits
 from bge_rerank_adapters.engine.models.cpu.kernels.library import InstructionSet, lack
-from bge_rerank_adapters.engine.models.cpu.kernels.stack import MAX_THREADS, Stack
+from bge_rerank_adapters.engine.models.cpu.kernels.stack import Stack
 from bge_rerank_adapters.engine.models.cpu.streams import SmallPack, one_thread_stream_count
 from bge_rerank_adapters.engine.models.encoder.layer import EncoderLayer, LayerSource
 from bge_rerank_adapters.engine.models.encoder.plain import KitRequest, PlainKit
 from bge_rerank_adapters.engine.models.layers.attention import Attention
 
-# Rows for each thread, up to which `stack` is faster than the same outputs shared out by rows.
-_UNEVEN_ROWS = 256
+# Rows up to which `stack` is faster than threads that share rows. Measured for two threads. The
+# states of more rows leave the second-level cache.
+_MOST_ROWS = 512
 
 
 class KernelKit(PlainKit):
@@ -66,8 +67,7 @@ class KernelKit(PlainKit):
 
     def small_pack(self, threads: int) -> SmallPack:
         """Return up to how many tokens so many threads run a pack by `stack`."""
-        threads = min(threads, MAX_THREADS)
-        return SmallPack(even=self.even_rows * threads, uneven=_UNEVEN_ROWS * threads)
+        return SmallPack(even=min(self.even_rows * threads, _MOST_ROWS), uneven=_MOST_ROWS)
 
     def pack_rows(self, tokens: int) -> int:
         """Return the number of tokens itself: the kernels need no padding."""

@@ -15,7 +15,7 @@ from bge_rerank_adapters.engine.models.encoder.config import EncoderConfig
 from bge_rerank_adapters.engine.models.layers.attention import Layout
 
 # More threads do not find enough outputs to share: 24 panels at bge-reranker-base's width.
-MAX_THREADS = 8
+_MAX_THREADS = 8
 
 
 class _Progress(ctypes.Structure):
@@ -75,7 +75,7 @@ class Stack:
                 overwritten.
             layout: The pack's layout, with the threads that run it.
         """
-        config, threads = self._config, min(layout.helpers.size, MAX_THREADS)
+        config, threads = self._config, min(layout.helpers.size, _MAX_THREADS)
         first = states.new_empty(len(layout.lengths), config.hidden)
         attention = address(self._attention, "attention")
         pack = _Pack(
