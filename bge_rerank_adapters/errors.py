@@ -21,7 +21,7 @@ RerankError
 A missing optional package raises the built-in `ImportError`, with the pip command to install it.
 """
 
-from typing import Self
+from typing import Any, Self
 
 
 class RerankError(Exception):
@@ -78,11 +78,19 @@ class RemoteError(ScoringError):
 
     Attributes:
         status_code: The HTTP status, if it was the reason; otherwise `None`.
+        cause: What the HTTP library raised, if that was the reason; `None` otherwise, and after
+            pickling. The message names it. It is not chained, since it has dozens of lines.
     """
 
-    def __init__(self, message: str, *, status_code: int | None = None) -> None:
+    def __init__(
+        self, message: str, *, status_code: int | None = None, cause: Exception | None = None
+    ) -> None:
         super().__init__(message)
-        self.status_code = status_code
+        self.status_code, self.cause = status_code, cause
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle all but the cause, which may hold connections."""
+        return type(self), self.args, {**self.__dict__, "cause": None}
 
 
 class WorkerDiedError(RerankError):

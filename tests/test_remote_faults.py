@@ -1,6 +1,7 @@
 """What a remote reranker does when servers, networks and processes fail, and many use it."""
 
 import asyncio
+import copy
 import gc
 import os
 import socket
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -178,6 +180,18 @@ def test_a_server_that_is_not_there_is_asked_again_and_named():
         ):
             reranker.rerank("q", TEXTS)
     assert url in str(told.value)
+
+
+def test_an_error_of_the_connection_is_told_without_the_librarys_tracebacks():
+    broken = Reply({"results": []}, breaks="before")
+    with answering(broken) as (reranker, _), pytest.raises(RemoteError) as told:
+        reranker.rerank("q", TEXTS)
+    shown = "".join(traceback.format_exception(told.value))
+    assert type(told.value.cause).__name__ in shown
+    assert "httpcore" not in shown
+    assert "retrying.py" not in shown
+    copied = copy.copy(told.value)
+    assert (str(copied), copied.status_code, copied.cause) == (str(told.value), None, None)
 
 
 @pytest.mark.parametrize("moment", ["before", "within"])

@@ -20,7 +20,7 @@ import httpx
 
 from bge_rerank_adapters.calls.counters import Counters
 from bge_rerank_adapters.calls.requests import Request
-from bge_rerank_adapters.errors import ClosedError, RerankTimeoutError
+from bge_rerank_adapters.errors import ClosedError, RerankError, RerankTimeoutError
 from bge_rerank_adapters.remote.answers import RemoteScores, read_answer
 from bge_rerank_adapters.remote.planning import Plan, find_plan
 from bge_rerank_adapters.remote.refusals import Answer, refusal
@@ -121,6 +121,9 @@ class Connections:
             result = await make()
         except asyncio.CancelledError:
             _fail(future, _closed())
+        except RerankError as error:
+            # It says all that the caller needs. Where it was raised is of no use to them.
+            _fail(future, error.with_traceback(None))
         except BaseException as error:  # noqa: BLE001 - passed on to the caller
             _fail(future, error)
         else:

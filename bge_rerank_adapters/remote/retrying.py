@@ -44,14 +44,12 @@ class _Failure:
     Attributes:
         why: The reason, for the log.
         error: The error if the request is not sent again.
-        cause: The cause of the error.
         wait_s: Seconds to wait, if the server states them.
         max_retries: Maximum number of retries after such failures; `None` is no limit of its own.
     """
 
     why: str
     error: RerankError
-    cause: Exception | None = None
     wait_s: float | None = None
     max_retries: int | None = None
 
@@ -115,7 +113,7 @@ class RetryingClient:
             limited += outcome.max_retries is not None
             wait_s = _wait_s(tries, outcome.wait_s, deadline)
             if wait_s is None or self._is_last(tries, limited, outcome.max_retries):
-                raise outcome.final_error(tries) from outcome.cause
+                raise outcome.final_error(tries)
             self._log_retry(url, outcome.why, wait_s, tries=tries)
             self._tally.add(retries=1)
             await asyncio.sleep(wait_s)
@@ -150,13 +148,14 @@ class RetryingClient:
         except _NOT_SENT as error:
             why = f"cannot be reached ({_named(error)})"
             message = f"{url} {why}; is the server running, and the address right?"
-            return _Failure(why, RemoteError(message), error)
+            return _Failure(why, RemoteError(message, cause=error))
         except _BROKEN as error:
             why = f"broke the connection off ({_named(error)})"
             message = f"{url} {why}; its log may say why."
-            return _Failure(why, RemoteError(message), error, max_retries=_MAX_BREAKS)
+            return _Failure(why, RemoteError(message, cause=error), max_retries=_MAX_BREAKS)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise RemoteError(f"The request to {url} failed ({_named(error)}).") from error
+            message = f"The request to {url} failed ({_named(error)})."
+            raise RemoteError(message, cause=error) from None
         by_proxy = answer.status == 500 and not answer.is_json
         if answer.status not in _RETRIED and not by_proxy:
             return answer

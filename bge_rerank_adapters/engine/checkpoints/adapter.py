@@ -88,7 +88,10 @@ def read_adapter(folder: Path) -> Adapter | None:
     try:
         return _parse(config, folder)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise CheckpointError(f"{path}: missing or unusable: {error!r}.") from error
+        raise CheckpointError(
+            f"{path}: missing or unusable: {error!r}; copy the adapter's whole folder again, as "
+            "peft has saved it."
+        ) from error
 
 
 def _parse(config: dict[str, Any], folder: Path) -> Adapter:

@@ -85,7 +85,10 @@ def parse_config(config: dict[str, Any], *, folder: Path) -> EncoderConfig:
             counts_from_pad=counts_from_pad,
         )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise CheckpointError(f"{path}: missing or unusable: {error}.") from error
+        raise CheckpointError(
+            f"{path}: missing or unusable: {error}; copy the config.json of the model that the "
+            "weights belong to."
+        ) from error
     _check_sizes(parsed, path)
     _check_supported(parsed, config, path)
     return parsed
