@@ -75,6 +75,10 @@ def evaluate_folder(
     )
     engines = _engines(base, model or [DEFAULT_MODEL], dtype or ["auto"])
     stems = None if language == "none" else language
+    watched = not quiet and sys.stderr.isatty()
+    if watched:
+        # Both take seconds, and the bar comes after them.
+        typer.echo("Finding candidates, then loading the model ...", err=True)
     first = bm25(collection, depth=depth, language=stems) if run is None else read_run(run)
     try:
         report = evaluate(
@@ -83,7 +87,7 @@ def evaluate_folder(
             engines,
             depth=depth,
             folder=output,
-            progress=not quiet and sys.stderr.isatty(),
+            progress=watched,
             time_depths=plots,
             first_stage_name="BM25" if run is None else run.stem,
         )
