@@ -4,6 +4,7 @@ For each instruction set that runs here, or is emulated, against torch in float3
 """
 
 import statistics
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import numpy as np
@@ -297,16 +298,26 @@ def test_a_larger_pack_is_shared_out_by_rows(model, helpers, monkeypatch):
     assert model.logits(model.pairs, helpers=helpers(2)) == model.logits(model.pairs)
 
 
-@pytest.mark.parametrize("short", ["stack_begin", "stack_run"])
-def test_a_small_pack_without_memory_says_so(model, helpers, monkeypatch, short):
+def test_a_small_pack_without_memory_says_so(model, helpers, monkeypatch):
     def kernel(instruction_set, name):
-        return (lambda *_: -1) if name.endswith(short) else library.kernel(instruction_set, name)
+        short = name.endswith("stack_run")
+        return (lambda *_: -1) if short else library.kernel(instruction_set, name)
 
     monkeypatch.setattr(stack, "kernel", kernel)
     with pytest.raises(MemoryError, match="intermediate results"):
         model.logits(model.pairs[-2:], helpers=helpers(2))
     monkeypatch.undo()
     assert model.logits(model.pairs[-2:], helpers=helpers(2)) == model.logits(model.pairs[-2:])
+
+
+def test_small_packs_at_the_same_time_keep_memory_apart(model, helpers):
+    expected = [model.logits([each]) for each in model.pairs[:8]]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(
+            pool.map(lambda each: model.logits([each], helpers=helpers(2)), model.pairs[:8] * 4)
+        )
+    assert found == expected * 4
+    assert 1 <= len(model._stack._spare) <= 4
 
 
 def test_a_pair_that_is_not_finite_spoils_no_other(model):

@@ -57,6 +57,7 @@ typedef int linear_kernel(const bf16 *, int64_t, int64_t, int64_t, int64_t, int6
 typedef int int8_linear_kernel(const struct int8_linear *, const bf16 *, int64_t, int64_t, int64_t,
                                int64_t, int64_t, bf16 *, int64_t);
 typedef int layer_kernel(const void *, const bf16 *, const bf16 *, int64_t, bf16 *);
+typedef int64_t memory_kernel(const struct pack *);
 typedef int stack_kernel(struct pack *);
 
 extern linear_kernel bge_amx_linear;
@@ -64,8 +65,9 @@ extern int8_linear_kernel bge_amx_int8_linear, bge_avx512_vnni_int8_linear;
 extern layer_kernel bge_amx_after_attention, bge_amx_int8_after_attention,
     bge_avx512_vnni_int8_after_attention;
 extern attention_kernel bge_amx_attention, bge_avx512_vnni_attention, bge_avx512_bf16_attention;
-extern stack_kernel bge_amx_stack_begin, bge_amx_stack_run, bge_amx_int8_stack_begin,
-    bge_amx_int8_stack_run, bge_avx512_vnni_int8_stack_begin, bge_avx512_vnni_int8_stack_run;
+extern memory_kernel bge_amx_stack_memory, bge_amx_int8_stack_memory,
+    bge_avx512_vnni_int8_stack_memory;
+extern stack_kernel bge_amx_stack_run, bge_amx_int8_stack_run, bge_avx512_vnni_int8_stack_run;
 extern int bge_amx_lack(void), bge_avx512_vnni_lack(void), bge_avx512_bf16_lack(void);
 extern void bge_pack(const bf16 *, int64_t, int64_t, bf16 *);
 
@@ -109,12 +111,11 @@ static void free_all(void) {
     }
 }
 
-char *take_room(enum room which, size_t size) {
+char *take_room(size_t size) {
     if (size % 64) abort();
     if (__atomic_sub_fetch(&rooms, 1, __ATOMIC_RELAXED) < 0) return NULL;
-    if (which != OWN) return guarded(size);
-    /* As in room.c, a thread's own memory is what it had before, if that is long enough. Here it
-     * has to be exactly as long, so that it ends at the page that cannot be touched. */
+    /* As in room.c it is what the thread had before, if that is long enough. Here it has to be
+     * exactly as long, so that it ends at the page that cannot be touched. */
     if (own.size != size) own.at = guarded(size);
     own.size = size;
     memset(own.at, 0xff, size);
@@ -274,7 +275,8 @@ struct kernels {
     int8_linear_kernel *int8_linear;
     layer_kernel *after_attention;
     attention_kernel *attention;
-    stack_kernel *begin, *run;
+    memory_kernel *memory;
+    stack_kernel *run;
 };
 
 static void drive_linear(linear_kernel *bf16_kernel, int8_linear_kernel *int8_kernel, long rows,
@@ -568,7 +570,6 @@ static int run_together(const struct kernels *by, struct pack *pack, long thread
     struct member members[MOST_THREADS];
     memset(&pack->progress, 0, sizeof pack->progress);
     pack->threads = threads;
-    if (by->begin(pack)) return -1;
     for (long i = 0; i < threads; i++) {
         members[i] = (struct member){by->run, pack, 1};
         if (pthread_create(ids + i, NULL, run_member, members + i)) abort();
@@ -595,6 +596,7 @@ static void drive_pack(const struct kernels *by, const long *lengths, long pairs
     const void *layer = by->int8 ? (const void *)m->int8 : m->bf16;
     struct pack pack = {rows,  pairs,  heads,         hidden, inner, layers, 0,
                         layer, bounds, by->attention, states, found, NULL,   {0}};
+    pack.memory = guarded(by->memory(&pack));
     memcpy(states, given, size);
     run_apart(by, m, &pack, states, expected);
     for (long threads = 1; threads <= MOST_THREADS; threads += 2) {
@@ -639,9 +641,9 @@ int main(int count, char **arguments) {
             drive_attentions(bge_amx_attention);
         }
         drive_packs((struct kernels){0, bge_amx_linear, NULL, bge_amx_after_attention,
-                                     bge_amx_attention, bge_amx_stack_begin, bge_amx_stack_run});
+                                     bge_amx_attention, bge_amx_stack_memory, bge_amx_stack_run});
         drive_packs((struct kernels){1, NULL, bge_amx_int8_linear, bge_amx_int8_after_attention,
-                                     bge_amx_attention, bge_amx_int8_stack_begin,
+                                     bge_amx_attention, bge_amx_int8_stack_memory,
                                      bge_amx_int8_stack_run});
     } else if (!strcmp(arguments[1], "avx512_vnni")) {
         if (bge_avx512_vnni_lack()) return LACKING;
@@ -652,7 +654,7 @@ int main(int count, char **arguments) {
         }
         drive_packs((struct kernels){1, NULL, bge_avx512_vnni_int8_linear,
                                      bge_avx512_vnni_int8_after_attention,
-                                     bge_avx512_vnni_attention, bge_avx512_vnni_int8_stack_begin,
+                                     bge_avx512_vnni_attention, bge_avx512_vnni_int8_stack_memory,
                                      bge_avx512_vnni_int8_stack_run});
     } else if (!strcmp(arguments[1], "avx512_bf16")) {
         if (bge_avx512_bf16_lack()) return LACKING;

@@ -48,7 +48,7 @@ EXPORT KERNEL int bge_amx_linear(const bf16 *states, int64_t rows, int64_t begin
                                  const float *bias, bf16 *out, int64_t slice) {
     const struct linear linear = {packed, bias};
     const long part = part_of(end - begin, PROJECTED_ROWS);
-    char *at = take_room(OWN, part * (inputs * sizeof(bf16) + 32 * sizeof(float)));
+    char *at = take_room(part * (inputs * sizeof(bf16) + 32 * sizeof(float)));
     if (!at) return -1;
     struct given given = {.width = inputs / 32, .left = cut(&at, part * inputs, sizeof(bf16))};
     float *sums = cut(&at, part * 32, sizeof(float));
@@ -181,8 +181,8 @@ EXPORT KERNEL int bge_amx_after_attention(const struct layer *layer, const bf16 
                                           const bf16 *attended, int64_t rows, bf16 *out) {
     const long hidden = layer->hidden, part = part_of(rows, LAYER_ROWS);
     const long most = layer->intermediate < INNER ? layer->intermediate : INNER;
-    char *at = take_room(OWN, sizeof(bf16) * part * (hidden + most) +
-                                  sizeof(float) * (part * (hidden + 32) + hidden));
+    char *at = take_room(sizeof(bf16) * part * (hidden + most) +
+                         sizeof(float) * (part * (hidden + 32) + hidden));
     if (!at) return -1;
     struct work work;
     work.given.width = hidden / 32;

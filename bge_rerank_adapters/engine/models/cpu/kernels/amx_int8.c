@@ -16,7 +16,7 @@ INLINE void multiply_int8(const struct codes *codes, const bf16 *panel, int32_t 
 
 #define INT8_LINEAR bge_amx_int8_linear
 #define INT8_AFTER_ATTENTION bge_amx_int8_after_attention
-#define INT8_STACK_BEGIN bge_amx_int8_stack_begin
+#define INT8_STACK_MEMORY bge_amx_int8_stack_memory
 #define INT8_STACK_RUN bge_amx_int8_stack_run
 #define BEGIN begin_tiles
 #define END end_tiles

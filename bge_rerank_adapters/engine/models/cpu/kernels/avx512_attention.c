@@ -17,7 +17,7 @@ struct work {
 static int take_work(long filled, long head, struct work *work) {
     /* A little more than the keys, so that rows do not fall on the same place of the cache. */
     work->stride = filled + 16;
-    char *at = take_room(OWN, sizeof(float) * (2 * filled * head + ASKED * (head + work->stride)));
+    char *at = take_room(sizeof(float) * (2 * filled * head + ASKED * (head + work->stride)));
     if (!at) return -1;
     work->keys = cut(&at, filled * head, sizeof(float));
     work->values = cut(&at, filled * head, sizeof(float));

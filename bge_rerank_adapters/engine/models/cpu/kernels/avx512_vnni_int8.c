@@ -25,7 +25,7 @@ INLINE void multiply_int8(const struct codes *codes, const bf16 *panel, int32_t 
 
 #define INT8_LINEAR bge_avx512_vnni_int8_linear
 #define INT8_AFTER_ATTENTION bge_avx512_vnni_int8_after_attention
-#define INT8_STACK_BEGIN bge_avx512_vnni_int8_stack_begin
+#define INT8_STACK_MEMORY bge_avx512_vnni_int8_stack_memory
 #define INT8_STACK_RUN bge_avx512_vnni_int8_stack_run
 #define BEGIN() (void)0
 #define END() (void)0

@@ -20,8 +20,8 @@ struct work {
 static int take_work(long filled, long head, struct work *work) {
     /* A little more than the keys, so that rows do not fall on the same place of the cache. */
     work->stride = filled + 16;
-    char *at = take_room(OWN, sizeof(bf16) * (2 * filled * head + ASKED * head + ASKED * filled) +
-                                  sizeof(float) * (ASKED * work->stride + BLOCK));
+    char *at = take_room(sizeof(bf16) * (2 * filled * head + ASKED * head + ASKED * filled) +
+                         sizeof(float) * (ASKED * work->stride + BLOCK));
     if (!at) return -1;
     work->keys = cut(&at, filled * head, sizeof(bf16));
     work->values = cut(&at, filled * head, sizeof(bf16));

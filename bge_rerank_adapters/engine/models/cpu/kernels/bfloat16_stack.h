@@ -55,7 +55,7 @@ static const struct stack_layer *layer_at(const struct pack *pack, long layer) {
 /* Takes the calling thread's memory for one row and the sums of a panel. */
 static int take_own(const struct pack *pack, struct work *work) {
     const long rows = filled(pack->rows);
-    char *at = take_room(OWN, (rows * 32 + pack->hidden) * sizeof(float));
+    char *at = take_room((rows * 32 + pack->hidden) * sizeof(float));
     if (!at) return -1;
     work->few = cut(&at, rows * 32, sizeof(float));
     work->row = cut(&at, pack->hidden, sizeof(float));
@@ -162,12 +162,8 @@ KERNEL static int finish_rows(const struct pack *pack, long layer, long begin, l
     return is_last(pack, layer) ? 0 : lay_out_given(pack, layer + 1, begin, end);
 }
 
-/* Takes the memory for a pack, which belongs to the calling thread. Returns 0, or -1 where it is
- * short. */
-EXPORT int bge_amx_stack_begin(struct pack *pack) {
-    pack->memory = take_room(SHARED, memory_size(pack));
-    return pack->memory ? 0 : -1;
-}
+/* How many bytes of memory the threads of a pack share. */
+EXPORT int64_t bge_amx_stack_memory(const struct pack *pack) { return memory_size(pack); }
 
 /* Runs what is left of a pack, in each thread that calls this; see run_stages(). */
 EXPORT int bge_amx_stack_run(struct pack *pack) {

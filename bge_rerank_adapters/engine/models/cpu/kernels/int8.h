@@ -63,8 +63,8 @@ EXPORT KERNEL int INT8_LINEAR(const struct int8_linear *layer, const bf16 *state
                               int64_t begin, int64_t end, int64_t inputs, int64_t outputs,
                               bf16 *out, int64_t slice) {
     const long part = part_of(end - begin, PROJECTED_ROWS);
-    char *at = take_room(OWN, part * (inputs + 32 * sizeof(int32_t) + sizeof(struct steps)) +
-                                  inputs * sizeof(float));
+    char *at = take_room(part * (inputs + 32 * sizeof(int32_t) + sizeof(struct steps)) +
+                         inputs * sizeof(float));
     if (!at) return -1;
     struct codes codes;
     codes.width = inputs / 64;
@@ -225,9 +225,9 @@ static int take_work(const struct int8_layer *layer, long part, struct work *wor
     const long longest = hidden > chunk ? hidden : chunk;
     /* A little longer than a chunk, so that rows do not fall on the same place of the cache. */
     work->stride = chunk + 32;
-    char *at = take_room(OWN, part * (hidden + chunk + (hidden + work->stride) * sizeof(bf16) +
-                                      (hidden + 32) * sizeof(float) + 2 * sizeof(struct steps)) +
-                                  longest * sizeof(float));
+    char *at = take_room(part * (hidden + chunk + (hidden + work->stride) * sizeof(bf16) +
+                                 (hidden + 32) * sizeof(float) + 2 * sizeof(struct steps)) +
+                         longest * sizeof(float));
     if (!at) return -1;
     work->given.width = hidden / 64;
     work->given.left = cut(&at, part * hidden, 1);

@@ -1,6 +1,6 @@
 /* All layers in 8 bits for one pack; stack.h says how threads share them.
  *
- * A source that includes this has included int8.h before, and defined INT8_STACK_BEGIN and
+ * A source that includes this has included int8.h before, and defined INT8_STACK_MEMORY and
  * INT8_STACK_RUN, the names of what is exported.
  */
 
@@ -66,7 +66,7 @@ static const struct int8_stack_layer *int8_layer_at(const struct pack *pack, lon
 static int take_own(const struct pack *pack, struct work *work) {
     const long rows = filled(pack->rows), hidden = pack->hidden, inner = pack->intermediate;
     const long longest = hidden > inner ? hidden : inner;
-    char *at = take_room(OWN, rows * 32 * sizeof(int32_t) + longest * sizeof(float));
+    char *at = take_room(rows * 32 * sizeof(int32_t) + longest * sizeof(float));
     if (!at) return -1;
     work->sums = cut(&at, rows * 32, sizeof(int32_t));
     work->row = cut(&at, longest, sizeof(float));
@@ -198,12 +198,8 @@ KERNEL static int finish_rows(const struct pack *pack, long layer, long begin, l
     return is_last(pack, layer) ? 0 : code_given(pack, layer + 1, begin, end);
 }
 
-/* Takes the memory for a pack, which belongs to the calling thread. Returns 0, or -1 where it is
- * short. */
-EXPORT int INT8_STACK_BEGIN(struct pack *pack) {
-    pack->memory = take_room(SHARED, int8_memory_size(pack));
-    return pack->memory ? 0 : -1;
-}
+/* How many bytes of memory the threads of a pack share. */
+EXPORT int64_t INT8_STACK_MEMORY(const struct pack *pack) { return int8_memory_size(pack); }
 
 /* Runs what is left of a pack, in each thread that calls this; see run_stages(). */
 EXPORT int INT8_STACK_RUN(struct pack *pack) {

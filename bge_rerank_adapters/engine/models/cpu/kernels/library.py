@@ -25,7 +25,7 @@ _ARGUMENTS = {
     "int8_after_attention": (_POINTER, _POINTER, _POINTER, _SIZE, _POINTER),
     "attention": (*[_POINTER] * 4, *[_SIZE] * 5, _FLAG, _POINTER),
     **dict.fromkeys(
-        ("stack_begin", "stack_run", "int8_stack_begin", "int8_stack_run"), (_POINTER,)
+        ("stack_memory", "stack_run", "int8_stack_memory", "int8_stack_run"), (_POINTER,)
     ),
 }
 
@@ -79,6 +79,8 @@ def lack(instruction_set: InstructionSet) -> str | None:
 
 def kernel(instruction_set: InstructionSet, name: str) -> Callable[..., int]:
     """Return a kernel by the end of its name, such as `"linear"`; its result is 0 for success.
+
+    The result of one whose name ends with "memory" is a number of bytes.
 
     Raises:
         RuntimeError: The set's kernels do not run here; `lack` says why.
@@ -145,7 +147,9 @@ def _found() -> _Found:
     library.bge_pack.argtypes, library.bge_pack.restype = (_POINTER, _SIZE, _SIZE, _POINTER), None
     for instruction_set, names in _KERNELS.items():
         for name in names:
-            getattr(library, f"bge_{instruction_set}_{name}").argtypes = _ARGUMENTS[name]
+            function = getattr(library, f"bge_{instruction_set}_{name}")
+            function.argtypes = _ARGUMENTS[name]
+            function.restype = _SIZE if name.endswith("memory") else ctypes.c_int
     return _Found(library)
 
 

@@ -34,12 +34,8 @@ enum {
  * signed weights. */
 enum kind { BFLOAT16, INTEGERS };
 
-/* A thread's two pieces of memory: for what it does itself, and for what threads share while they
- * run a pack that it has begun. */
-enum room { OWN, SHARED, ROOMS };
-
-/* Returns such memory, so many bytes, with whatever is in it; NULL where it is short. */
-char *take_room(enum room which, size_t size);
+/* Returns memory of this thread, so many bytes, with whatever is in it; NULL where it is short. */
+char *take_room(size_t size);
 
 /* Cuts off the next `count` items of `size` bytes, on a cache line of their own. */
 static inline void *cut(char **at, size_t count, size_t size) {

@@ -35,7 +35,7 @@ struct pack {
     attention_kernel *attention;
     bf16 *states; /* what the first layer is given, shape (rows, hidden); it is overwritten */
     bf16 *first;  /* the output, shape (pairs, hidden) */
-    char *memory; /* which all threads share */
+    char *memory; /* which all threads share, on a cache line of its own; see ..._stack_memory() */
     struct progress progress;
 };
 

@@ -4,9 +4,12 @@
 """
 
 import ctypes
+from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bge_rerank_adapters.engine.models.cpu.kernels.layers import KernelLayer, check
@@ -66,6 +69,8 @@ class Stack:
         self._config, self._instruction_set = config, instruction_set
         self._attention, self._prefix = attention, prefix
         self._layers = _structures(self._kept)
+        # As many pieces as packs have been run at the same time: usually one.
+        self._spare: deque[Tensor] = deque()
 
     def __call__(self, states: Tensor, layout: Layout) -> Tensor:
         """Return the last layer's output for the pairs' first tokens, shape (n, hidden).
@@ -85,10 +90,20 @@ class Stack:
             *(states.data_ptr(), first.data_ptr()),
         )
         place = ctypes.addressof(pack)
-        check(self._kernel("stack_begin")(place))
+        memory = self._take_memory(self._kernel("stack_memory")(place))
+        pack.memory = memory.data_ptr()
         # A thread that comes late finds nothing left to do.
         layout.helpers.split(threads, 1, lambda *_: check(self._kernel("stack_run")(place)))
+        self._spare.append(memory)
         return first
+
+    def _take_memory(self, size: int) -> Tensor:
+        """Return memory for a pack, which is kept for the next ones, since new pages are slow."""
+        with suppress(IndexError):
+            memory = self._spare.pop()
+            if len(memory) >= size:
+                return memory
+        return torch.empty(size, dtype=torch.uint8)
 
     def _kernel(self, name: str) -> Callable[..., int]:
         return kernel(self._instruction_set, self._prefix + name)
