@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import random
-import re
 import signal
 import socket
 import subprocess
@@ -552,23 +551,6 @@ def test_a_cluster_with_no_processor_left_for_reading_is_told(cluster, tmp_path,
     rerank_dataset(ray.data.read_parquet(str(tmp_path)), settings=TINY, concurrency=1)
     (told,) = own_records(caplog)
     assert told.getMessage().startswith("The actors take 2 of the cluster's 2 CPUs")
-
-
-def test_the_examples_of_the_page_on_scaling_run(cluster, tmp_path, monkeypatch, capsys):
-    page = (PACKAGE.parent / "docs" / "scaling.md").read_text("utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    assert len(blocks) == 2
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "questions").mkdir()
-    write_lines(tmp_path / "questions" / "a.jsonl", 10)
-    monkeypatch.setattr("bge_rerank_adapters.ray.files._run", run_here)
-    for block in blocks:
-        exec(block.replace("BAAI/bge-reranker-v2-m3", "tiny"), {"__name__": "example"})  # noqa: S102
-    first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith("q1 1 0.")
-    assert first.endswith("Goethe wrote Faust.")
-    assert second == ("FilesReport(parts=1, parts_before=0, queries=10, pairs=50, put_aside=1)")
-    assert (tmp_path / "ranked" / "part-000000.jsonl").exists()
 
 
 # What follows needs no cluster.
