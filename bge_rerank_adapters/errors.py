@@ -21,7 +21,7 @@ RerankError
 A missing optional package raises the built-in `ImportError`, with the pip command to install it.
 """
 
-from typing import Any, Self
+from typing import Self
 
 
 class RerankError(Exception):
@@ -88,7 +88,7 @@ class RemoteError(ScoringError):
         super().__init__(message)
         self.status_code, self.cause = status_code, cause
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[type[Self], tuple[object, ...], dict[str, object]]:
         """Pickle all but the cause, which may hold connections."""
         return type(self), self.args, {**self.__dict__, "cause": None}
 
