@@ -41,7 +41,9 @@ def kernels(request):
 
 
 @pytest.mark.parametrize("rows", [1, 31, 33, 600, 1050])
-@pytest.mark.parametrize(("inputs", "outputs", "width"), [(64, 96, 32), (320, 192, 64)])
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "width"), [(64, 96, 32), (320, 192, 64), (832, 64, 64)]
+)
 def test_a_linear_layer_gives_its_outputs_slice_by_slice(rows, inputs, outputs, width):
     states, weight, bias = random(rows, inputs), random(outputs, inputs, seed=1), random(outputs)
     found = AmxLinear(weight, bias, slice_width=width)(states)

@@ -107,7 +107,9 @@ def in_codes(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> 
 
 
 @pytest.mark.parametrize("rows", [1, 31, 600])
-@pytest.mark.parametrize(("inputs", "outputs", "width"), [(64, 96, 32), (832, 192, 64)])
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "width"), [(64, 96, 32), (832, 192, 64), (1664, 64, 64)]
+)
 @pytest.mark.parametrize("divided", [False, True])
 def test_an_8_bit_layer_rounds_each_row_to_255_steps(
     kernels, rows, inputs, outputs, width, divided

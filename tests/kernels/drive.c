@@ -416,7 +416,7 @@ static void drive_attention(attention_kernel *kernel, const long *lengths, long 
 static void drive_linears(linear_kernel *bf16_kernel, int8_linear_kernel *int8_kernel) {
     static const long ranges[][3] = {{0, 0, 0},   {1, 0, 1},   {2, 1, 2},    {7, 3, 3},
                                      {31, 0, 31}, {33, 5, 33}, {45, 13, 14}, {600, 70, 590}};
-    static const long sizes[][3] = {{64, 32, 32}, {320, 96, 32}, {128, 192, 64}};
+    static const long sizes[][3] = {{64, 32, 32}, {320, 96, 32}, {128, 192, 64}, {1664, 32, 32}};
     for (unsigned i = 0; i < sizeof ranges / sizeof *ranges; i++)
         for (unsigned j = 0; j < sizeof sizes / sizeof *sizes; j++) {
             const long *r = ranges[i], *s = sizes[j];

@@ -93,11 +93,13 @@ __attribute__((target("avx512f,avx512bw"))) static inline void emulated_integers
 }
 
 #undef _tile_loadd
+#undef _tile_stream_loadd
 #undef _tile_stored
 #undef _tile_zero
 #undef _tile_dpbf16ps
 #undef _tile_dpbusd
 #define _tile_loadd emulated_load
+#define _tile_stream_loadd emulated_load
 #define _tile_stored emulated_store
 #define _tile_zero emulated_zero
 #define _tile_dpbf16ps emulated_bfloat16

@@ -8,7 +8,15 @@
 INLINE void multiply_bf16(const bf16 *states, long rows, const bf16 *panel, long depth, float *sums,
                           long stride) {
     (void)rows; /* tiles have all of them */
-    multiply(BFLOAT16, states, states + depth * TILE, panel, depth, sums, stride, 0, NULL, 0);
+    const struct product by = {.upper = states,
+                               .lower = states + depth * TILE,
+                               .states_stay = 1,
+                               .panel = panel,
+                               .depth = depth,
+                               .near = depth,
+                               .sums = sums,
+                               .stride = stride};
+    multiply(BFLOAT16, &by, NULL, NULL);
 }
 
 #define ATTENTION bge_amx_attention

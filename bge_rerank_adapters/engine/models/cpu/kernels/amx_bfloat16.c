@@ -7,11 +7,6 @@
 
 enum { INNER = 1024 /* a feed-forward block's inner numbers that are made at a time */ };
 
-KERNEL static void multiply_bf16(const bf16 *states, long width, long blocks, const bf16 *panel,
-                                 long depth, float *sums, long apart, int more, const bf16 *next) {
-    multiply_panel(BFLOAT16, states, width, blocks, panel, depth, sums, apart, more, next);
-}
-
 /* A product: packed weights, and a bias in float32. */
 struct linear {
     const bf16 *packed;
@@ -24,21 +19,48 @@ struct given {
     bf16 *left;
 };
 
-static long blocks_of(long rows) { return (rows + 31) / 32; }
+/* Products of some rows with a panel; its sums are given to `take`. `sums` has room for 32 of each
+ * row, up to the next multiple of 32 rows. */
+INLINE void multiply_given(const struct given *given, const bf16 *panel, float *sums,
+                           const bf16 *next, struct rest *rest, take_sums *take, const void *what) {
+    multiply_panel(BFLOAT16, given->left, given->width, given->count, panel, given->width, sums,
+                   BLOCK, 0, next, rest, take, what);
+}
 
-/* The outputs from `n` to `n + 32` of rows; those of a row lie `apart` from those of the row
- * before. `sums` has room for 32 of each row, up to the next multiple of 32 rows. */
-KERNEL static void linear_panel(const struct linear *linear, const struct given *given, long n,
-                                float *sums, bf16 *out, long apart) {
+/* Where the outputs of a panel go: those of a row lie `apart` from those of the row before, or are
+ * `apart` tiles side by side. */
+struct panel_outputs {
+    __m512 bias[2];
+    bf16 *out;
+    long apart;
+};
+
+INLINE struct panel_outputs outputs_of(const float *bias, bf16 *out, long apart) {
+    return (struct panel_outputs){{_mm512_loadu_ps(bias), _mm512_loadu_ps(bias + 16)}, out, apart};
+}
+
+INLINE __m512 biased(__m512i sums, __m512 bias) {
+    return _mm512_add_ps(_mm512_castsi512_ps(sums), bias);
+}
+
+INLINE void take_linear(const void *what, long r, __m512i low, __m512i high) {
+    const struct panel_outputs *to = what;
+    store(to->out + r * to->apart, biased(low, to->bias[0]), biased(high, to->bias[1]));
+}
+
+/* The outputs from `begin` to `end` of rows. */
+KERNEL static void linear_panels(const struct linear *linear, const struct given *given, long begin,
+                                 long end, float *sums, const struct slices *to) {
     const long size = given->width * 2 * TILE;
-    const bf16 *panel = linear->packed + n / 32 * size;
-    multiply_bf16(given->left, given->width, blocks_of(given->count), panel, given->width, sums,
-                  BLOCK, 0, panel + size);
-    const __m512 low = _mm512_loadu_ps(linear->bias + n);
-    const __m512 high = _mm512_loadu_ps(linear->bias + n + 16);
-    for (long r = 0; r < given->count; r++)
-        store(out + r * apart, _mm512_add_ps(_mm512_load_ps(sums + r * 32), low),
-              _mm512_add_ps(_mm512_load_ps(sums + r * 32 + 16), high));
+    struct panel_outputs panels[2]; /* the rest is still of the one before */
+    struct rest rest = {0};
+    for (long n = begin; n < end; n += 32) {
+        const bf16 *packed = linear->packed + n / 32 * size;
+        struct panel_outputs *panel = &panels[n / 32 % 2];
+        *panel = outputs_of(linear->bias + n, slice_at(to, n), to->width);
+        multiply_given(given, packed, sums, packed + size, &rest, take_linear, panel);
+    }
+    take_rest(&rest, take_linear);
 }
 
 /* states @ weight.T + bias for the rows from `begin` to `end`, by slices of outputs: the output has
@@ -47,7 +69,7 @@ EXPORT KERNEL int bge_amx_linear(const bf16 *states, int64_t rows, int64_t begin
                                  int64_t inputs, int64_t outputs, const bf16 *packed,
                                  const float *bias, bf16 *out, int64_t slice) {
     const struct linear linear = {packed, bias};
-    const long part = part_of(end - begin, PROJECTED_ROWS);
+    const long part = part_of(end - begin, PART_ROWS);
     char *at = take_room(part * (inputs * sizeof(bf16) + 32 * sizeof(float)));
     if (!at) return -1;
     struct given given = {.width = inputs / 32, .left = cut(&at, part * inputs, sizeof(bf16))};
@@ -56,9 +78,8 @@ EXPORT KERNEL int bge_amx_linear(const bf16 *states, int64_t rows, int64_t begin
     for (long start = begin; start < end; start += part) {
         given.count = end - start < part ? end - start : part;
         to_left(states + start * inputs, inputs, given.count, given.width, given.left);
-        for (long n = 0; n < outputs; n += 32)
-            linear_panel(&linear, &given, n, sums,
-                         out + (n / slice * rows + start) * slice + n % slice, slice);
+        const struct slices to = {out + start * slice, rows, slice};
+        linear_panels(&linear, &given, 0, outputs, sums, &to);
     }
     end_tiles();
     return 0;
@@ -100,10 +121,10 @@ INLINE void add_and_norm(const struct layer *layer, const struct norm *norm, con
 /* The sums of the output projection in the panel `n`. */
 KERNEL static void output_panel(const struct layer *layer, const struct work *work, long n,
                                 const bf16 *next) {
-    const long width = work->given.width;
-    multiply_bf16(work->given.left, width, blocks_of(work->given.count),
-                  layer->output + n * width * 2 * TILE, width, work->sums + n * BLOCK,
-                  width * BLOCK, 0, next);
+    const struct given *given = &work->given;
+    const long width = given->width;
+    multiply_panel(BFLOAT16, given->left, width, given->count, layer->output + n * width * 2 * TILE,
+                   width, work->sums + n * BLOCK, width * BLOCK, 0, next, NULL, NULL, NULL);
 }
 
 /* From these sums and the layer's input to what the feed-forward block is given. */
@@ -116,29 +137,39 @@ KERNEL static void norm_middle(const struct layer *layer, const struct work *wor
                      left_row(work->given.left, width, r), TILE);
 }
 
-/* The feed-forward block's inner numbers from `n` to `n + 32`, of a chunk that begins at `from`. */
-KERNEL static void up_panel(const struct layer *layer, const struct work *work, long from, long n,
-                            const bf16 *next) {
-    const long width = work->given.width, blocks = blocks_of(work->given.count);
-    multiply_bf16(work->given.left, width, blocks, layer->up + n / 32 * width * 2 * TILE, width,
-                  work->few, BLOCK, 0, next);
-    const float *bias = layer->up_bias + n;
-    const __m512 low = _mm512_loadu_ps(bias), high = _mm512_loadu_ps(bias + 16);
-    bf16 *out = work->inner.left + (n - from) / 32 * TILE;
-    for (long r = 0; r < blocks * 32; r++)
-        store(left_row(out, work->inner.width, r),
-              gelu(_mm512_add_ps(_mm512_load_ps(work->few + r * 32), low)),
-              gelu(_mm512_add_ps(_mm512_load_ps(work->few + r * 32 + 16), high)));
+INLINE void take_up(const void *what, long r, __m512i low, __m512i high) {
+    const struct panel_outputs *to = what;
+    store(left_row(to->out, to->apart, r), gelu(biased(low, to->bias[0])),
+          gelu(biased(high, to->bias[1])));
+}
+
+/* The feed-forward block's inner numbers from `begin` to `end`, of a chunk that begins at `from`.
+ */
+KERNEL static void up_panels(const struct layer *layer, const struct work *work, long from,
+                             long begin, long end, const bf16 *after) {
+    const long size = work->given.width * 2 * TILE;
+    struct panel_outputs panels[2]; /* the rest is still of the one before */
+    struct rest rest = {0};
+    for (long n = begin; n < end; n += 32) {
+        const bf16 *packed = layer->up + n / 32 * size;
+        struct panel_outputs *panel = &panels[n / 32 % 2];
+        *panel = outputs_of(layer->up_bias + n, work->inner.left + (n - from) / 32 * TILE,
+                            work->inner.width);
+        multiply_given(&work->given, packed, work->few, n + 32 < end ? packed + size : after, &rest,
+                       take_up, panel);
+    }
+    take_rest(&rest, take_up);
 }
 
 /* The sums of a chunk of inner numbers that begins at `from` in the panel `n`, added to those of
  * the ones before. */
 KERNEL static void down_panel(const struct layer *layer, const struct work *work, long from, long n,
                               const bf16 *next) {
-    const long width = layer->hidden / 32, inner_width = work->inner.width;
+    const struct given *inner = &work->inner;
     const bf16 *panel = layer->down + (n * (layer->intermediate / 32) + from / 32) * 2 * TILE;
-    multiply_bf16(work->inner.left, inner_width, blocks_of(work->inner.count), panel, inner_width,
-                  work->sums + n * BLOCK, width * BLOCK, from > 0, next);
+    multiply_panel(BFLOAT16, inner->left, inner->width, inner->count, panel, inner->width,
+                   work->sums + n * BLOCK, layer->hidden / 32 * BLOCK, from > 0, next, NULL, NULL,
+                   NULL);
 }
 
 /* The layer's output, from the sums of all inner numbers. */
@@ -165,8 +196,7 @@ KERNEL static void after_attention(const struct layer *layer, struct work *work,
         const bf16 *down = layer->down + from / 32 * 2 * TILE;
         work->inner.count = count;
         work->inner.width = (to - from) / 32;
-        for (long n = from; n < to; n += 32)
-            up_panel(layer, work, from, n, n + 32 < to ? layer->up + (n / 32 + 1) * size : down);
+        up_panels(layer, work, from, from, to, down);
         for (long n = 0; n < width; n++)
             down_panel(layer, work, from, n,
                        n + 1 < width ? down + (n + 1) * (inner / 32) * 2 * TILE
@@ -179,7 +209,7 @@ KERNEL static void after_attention(const struct layer *layer, struct work *work,
  * Returns 0, or -1 where memory is short. */
 EXPORT KERNEL int bge_amx_after_attention(const struct layer *layer, const bf16 *states,
                                           const bf16 *attended, int64_t rows, bf16 *out) {
-    const long hidden = layer->hidden, part = part_of(rows, LAYER_ROWS);
+    const long hidden = layer->hidden, part = part_of(rows, PART_ROWS);
     const long most = layer->intermediate < INNER ? layer->intermediate : INNER;
     char *at = take_room(sizeof(bf16) * part * (hidden + most) +
                          sizeof(float) * (part * (hidden + 32) + hidden));

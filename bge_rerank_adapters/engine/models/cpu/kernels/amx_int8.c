@@ -7,11 +7,9 @@
 #include "tiles.h"
 
 INLINE void multiply_int8(const struct codes *codes, const bf16 *panel, int32_t *sums,
-                          const bf16 *next, take_sums *take, const void *what) {
-    multiply_panel(INTEGERS, codes->left, codes->width, (codes->count + 31) / 32, panel,
-                   codes->width, sums, BLOCK, 0, next);
-    for (long r = 0; r < codes->count; r++)
-        take(what, r, _mm512_load_si512(sums + r * 32), _mm512_load_si512(sums + r * 32 + 16));
+                          const bf16 *next, struct rest *rest, take_sums *take, const void *what) {
+    multiply_panel(INTEGERS, codes->left, codes->width, codes->count, panel, codes->width, sums,
+                   BLOCK, 0, next, rest, take, what);
 }
 
 #define INT8_LINEAR bge_amx_int8_linear

@@ -47,28 +47,45 @@ INLINE __m512 scale_of(long head) {
 /* What becomes of a query's weights: a row of a left operand, or numbers in place of the scores. */
 enum weights_as { LEFT_OPERAND, IN_PLACE };
 
-/* Weighs one query's keys, at least one, by softmax; returns what the weights add up to. */
-INLINE float weigh(float *scores, long keys, __m512 scale, enum weights_as as, bf16 *weights) {
-    const long depth = (keys + 31) / 32, rest = keys - (depth - 1) * 32;
-    const __mmask16 in_low = rest >= 16 ? 0xffff : (1u << rest) - 1;
-    const __mmask16 in_high = rest <= 16 ? 0 : (1u << (rest - 16)) - 1;
-    __m512 top = _mm512_set1_ps(-INFINITY);
-    for (long n = 0; n < depth - 1; n++) {
-        const float *s = scores + n * 32;
-        top = _mm512_max_ps(top, _mm512_max_ps(_mm512_load_ps(s), _mm512_load_ps(s + 16)));
+/* The keys in the last 32 of a row's scores. */
+struct tail {
+    __mmask16 low, high;
+};
+
+static inline struct tail tail_of(long keys) {
+    const long rest = (keys - 1) % 32 + 1;
+    return (struct tail){rest >= 16 ? 0xffff : (1u << rest) - 1,
+                         rest <= 16 ? 0 : (1u << (rest - 16)) - 1};
+}
+
+/* The largest score of a query's keys, at least one. */
+INLINE float largest(const float *scores, long keys) {
+    const struct tail tail = tail_of(keys);
+    __m512 low = _mm512_set1_ps(-INFINITY), high = low;
+    for (; keys > 32; keys -= 32, scores += 32) {
+        low = _mm512_max_ps(low, _mm512_load_ps(scores));
+        high = _mm512_max_ps(high, _mm512_load_ps(scores + 16));
     }
-    const float *tail = scores + (depth - 1) * 32;
-    top = _mm512_mask_max_ps(top, in_low, top, _mm512_load_ps(tail));
-    top = _mm512_mask_max_ps(top, in_high, top, _mm512_load_ps(tail + 16));
-    const __m512 most = _mm512_set1_ps(_mm512_reduce_max_ps(top));
+    low = _mm512_mask_max_ps(low, tail.low, low, _mm512_load_ps(scores));
+    high = _mm512_mask_max_ps(high, tail.high, high, _mm512_load_ps(scores + 16));
+    return _mm512_reduce_max_ps(_mm512_max_ps(low, high));
+}
+
+/* Weighs one query's keys, at least one, by softmax, given the largest score; returns what the
+ * weights add up to. */
+INLINE float weigh(float *scores, long keys, float largest, __m512 scale, enum weights_as as,
+                   bf16 *weights) {
+    const long depth = (keys + 31) / 32;
+    const struct tail tail = tail_of(keys);
+    const __m512 most = _mm512_set1_ps(largest);
     __m512 low = _mm512_setzero_ps(), high = low;
     for (long n = 0; n < depth; n++) {
         float *s = scores + n * 32;
         __m512 l = power_of_two(_mm512_mul_ps(_mm512_sub_ps(_mm512_load_ps(s), most), scale));
         __m512 h = power_of_two(_mm512_mul_ps(_mm512_sub_ps(_mm512_load_ps(s + 16), most), scale));
         if (n == depth - 1) {
-            l = _mm512_maskz_mov_ps(in_low, l);
-            h = _mm512_maskz_mov_ps(in_high, h);
+            l = _mm512_maskz_mov_ps(tail.low, l);
+            h = _mm512_maskz_mov_ps(tail.high, h);
         }
         low = _mm512_add_ps(low, l);
         high = _mm512_add_ps(high, h);

@@ -145,15 +145,19 @@ INLINE __m512 gelu(__m512 x) {
 /* 2 to the power of x <= 0, off by 3e-6 of it; fitted likewise. */
 INLINE __m512 power_of_two(__m512 x) {
     x = _mm512_max_ps(_mm512_set1_ps(-126), x);
-    const __m512 whole = _mm512_roundscale_ps(x, 8), rest = _mm512_sub_ps(x, whole);
+    /* Less the integer below, by which _mm512_scalef_ps() multiplies. */
+    const __m512 rest = _mm512_reduce_ps(x, 9);
     static const float factors[] = {
-        0.9999992847442627f,  0.6931214332580566f,  0.24024729430675507f,
-        0.05591969192028046f, 0.00957094132900238f,
+        1.0000026226043701f,   0.6930038332939148f,   0.2414427548646927f,
+        0.052011460065841675f, 0.013534167781472206f,
     };
     __m512 p = _mm512_set1_ps(factors[4]);
     for (int i = 3; i >= 0; i--) p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(factors[i]));
-    return _mm512_scalef_ps(p, whole);
+    return _mm512_scalef_ps(p, x);
 }
+
+/* Takes a row's sums of the 32 outputs of a panel, in float32 or as integers. */
+typedef void take_sums(const void *what, long row, __m512i low, __m512i high);
 
 struct norm {
     const float *weight, *bias;

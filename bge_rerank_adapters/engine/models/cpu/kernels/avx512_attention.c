@@ -110,13 +110,16 @@ KERNEL static void ask(const struct attention *all, const struct part *part,
     const long taken = left < ASKED ? left : ASKED;
     const bf16 *query = all->query + (part->head * all->asked_rows + from) * head;
     const __m512 scale = scale_of(head);
-    float total[ASKED];
+    float most[ASKED], total[ASKED];
     for (long r = 0; r < taken; r++) load_row(query + r * head, head, work->asking + r * head);
     for (long r = 0; r < taken; r += ROWS) {
         score(work, r, part->count, head);
         const long wanted = taken - r < ROWS ? taken - r : ROWS;
         for (long i = r; i < r + wanted; i++)
-            total[i] = weigh(work->scores + i * work->stride, part->count, scale, IN_PLACE, NULL);
+            most[i] = largest(work->scores + i * work->stride, part->count);
+        for (long i = r; i < r + wanted; i++)
+            total[i] =
+                weigh(work->scores + i * work->stride, part->count, most[i], scale, IN_PLACE, NULL);
         sum_values(all, work, r, part->count, wanted, total,
                    all->out + ((from + r) * all->heads + part->head) * head);
     }

@@ -5,9 +5,16 @@
 #include "int8_rows.h"
 #include "products.h"
 
+/* There is none: sums are taken from registers, at once. */
+struct rest {
+    char nothing;
+};
+
+INLINE void take_rest(const struct rest *rest, take_sums *take) { (void)rest, (void)take; }
+
 INLINE void multiply_int8(const struct codes *codes, const bf16 *panel, int32_t *sums,
-                          const bf16 *next, take_sums *take, const void *what) {
-    (void)sums; /* they stay in registers */
+                          const bf16 *next, struct rest *rest, take_sums *take, const void *what) {
+    (void)sums, (void)rest;
     /* So many cache lines of the next panel are brought to the second level with each 8 rows. */
     const long lines = (codes->width * 32 * ROWS + codes->count - 1) / codes->count;
     const char *ahead = (const char *)next, *last = ahead + codes->width * 2048;

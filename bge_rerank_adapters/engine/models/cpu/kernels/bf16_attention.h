@@ -78,15 +78,18 @@ KERNEL static void attend(const struct attention *all, const struct part *part,
     values_to_right(all->value + rows_before * head, part->count, width, work->values);
     for (long from = part->first; from < part->first + part->asked; from += ASKED) {
         const long left = part->first + part->asked - from, taken = left < ASKED ? left : ASKED;
-        float total[ASKED];
+        float most[ASKED], total[ASKED];
         to_left(all->query + (part->head * all->asked_rows + from) * head, head, taken, width,
                 work->asking);
         for (long n = 0; n < depth; n++)
             multiply_bf16(work->asking, taken, work->keys + n * width * 2 * TILE, width,
                           work->scores + n * 32, work->stride);
+        /* In a loop of its own, so that a core does not wait for one row's before the next. */
         for (long r = 0; r < taken; r++)
-            total[r] = weigh(work->scores + r * work->stride, part->count, scale, LEFT_OPERAND,
-                             left_row(work->weights, depth, r));
+            most[r] = largest(work->scores + r * work->stride, part->count);
+        for (long r = 0; r < taken; r++)
+            total[r] = weigh(work->scores + r * work->stride, part->count, most[r], scale,
+                             LEFT_OPERAND, left_row(work->weights, depth, r));
         sum_values(all, part, work, from, total);
     }
 }

@@ -93,13 +93,15 @@ KERNEL static int project(const struct pack *pack, long layer, long begin, long 
     const long head = pack->hidden / pack->heads, of_first = here->of_first.outputs;
     if (take_own(pack, &memory.work)) return -1;
     begin_tiles();
-    for (long n = begin * 32; n < end * 32; n += 32)
-        if (n < of_first)
-            linear_panel(&here->of_first.linear, &memory.first, n, memory.work.few,
-                         memory.projected + n / head * pack->pairs * head + n % head, head);
-        else
-            linear_panel(&here->of_all.linear, &memory.all, n - of_first, memory.work.few,
-                         memory.projected + n / head * pack->rows * head + n % head, head);
+    const long from = begin * 32, to = end * 32, rows = pack->rows;
+    const struct slices firsts = {memory.projected, pack->pairs, head};
+    const struct slices all = {memory.projected + of_first * rows, rows, head};
+    if (from < of_first)
+        linear_panels(&here->of_first.linear, &memory.first, from, to < of_first ? to : of_first,
+                      memory.work.few, &firsts);
+    if (to > of_first)
+        linear_panels(&here->of_all.linear, &memory.all, from > of_first ? from - of_first : 0,
+                      to - of_first, memory.work.few, &all);
     end_tiles();
     return 0;
 }
@@ -115,7 +117,7 @@ KERNEL static int lay_out_attended(const struct pack *pack, long layer, long beg
     return 0;
 }
 
-KERNEL static int output_panels(const struct pack *pack, long layer, long begin, long end) {
+KERNEL static int give_output(const struct pack *pack, long layer, long begin, long end) {
     const struct layer *after = layer_at(pack, layer)->after;
     const struct memory memory = memory_of(pack, layer);
     begin_tiles();
@@ -133,18 +135,17 @@ KERNEL static int norm_rows(const struct pack *pack, long layer, long begin, lon
     return 0;
 }
 
-KERNEL static int up_panels(const struct pack *pack, long layer, long begin, long end) {
+KERNEL static int go_up(const struct pack *pack, long layer, long begin, long end) {
     const struct layer *after = layer_at(pack, layer)->after;
     struct memory memory = memory_of(pack, layer);
     if (take_own(pack, &memory.work)) return -1;
     begin_tiles();
-    for (long n = begin; n < end; n++)
-        up_panel(after, &memory.work, 0, n * 32, after->up + (n + 1) * pack->hidden * 32);
+    up_panels(after, &memory.work, 0, begin * 32, end * 32, after->up + end * pack->hidden * 32);
     end_tiles();
     return 0;
 }
 
-KERNEL static int down_panels(const struct pack *pack, long layer, long begin, long end) {
+KERNEL static int go_down(const struct pack *pack, long layer, long begin, long end) {
     const struct layer *after = layer_at(pack, layer)->after;
     const struct memory memory = memory_of(pack, layer);
     begin_tiles();
@@ -168,10 +169,14 @@ EXPORT int64_t bge_amx_stack_memory(const struct pack *pack) { return memory_siz
 /* Runs what is left of a pack, in each thread that calls this; see run_stages(). */
 EXPORT int bge_amx_stack_run(struct pack *pack) {
     static stage_work *const stages[STAGES] = {
-        [GIVEN] = lay_out_given,  [PROJECT] = project,
-        [ATTEND] = attend,        [ATTENDED] = lay_out_attended,
-        [OUTPUT] = output_panels, [MIDDLE] = norm_rows,
-        [UP] = up_panels,         [DOWN] = down_panels,
+        [GIVEN] = lay_out_given,
+        [PROJECT] = project,
+        [ATTEND] = attend,
+        [ATTENDED] = lay_out_attended,
+        [OUTPUT] = give_output,
+        [MIDDLE] = norm_rows,
+        [UP] = go_up,
+        [DOWN] = go_down,
         [FINISH] = finish_rows,
     };
     return run_stages(pack, stages);

@@ -5,6 +5,8 @@
  * - multiply_int8(), which multiplies coded rows with a panel and gives each row's sums to a
  *   function. It may put them into memory, 32 of each row, up to the next multiple of 32 rows.
  *   `next` is the panel that comes after this one;
+ * - struct rest, of zeros at first: the rows whose sums the next panel's products give to the
+ *   function, and take_rest(), which does so after the last panel;
  * - INT8_LINEAR and INT8_AFTER_ATTENTION, the names of what is exported;
  * - BEGIN() and END(), around all products of a call.
  */
@@ -34,7 +36,7 @@ INLINE struct outputs outputs_of(const struct int8_linear *layer, const float *s
     return out;
 }
 
-/* Where the outputs of a panel go; those of a row lie `apart` from those of the row before. */
+/* Where those of a panel go; those of a row lie `apart` from those of the row before. */
 struct linear_panel {
     struct outputs outputs;
     const struct steps *steps;
@@ -49,20 +51,27 @@ INLINE void take_linear(const void *what, long r, __m512i low, __m512i high) {
           decode(high, to->steps[r], by->step[1], by->sums[1], by->bias[1]));
 }
 
-/* The outputs from `n` to `n + 32` of coded rows. */
-KERNEL static void linear_panel(const struct int8_linear *linear, const struct codes *codes, long n,
-                                int32_t *sums, bf16 *out, long apart) {
-    const struct linear_panel to = {outputs_of(linear, linear->sums, n), codes->steps, out, apart};
+/* The outputs from `begin` to `end` of coded rows. */
+KERNEL static void linear_panels(const struct int8_linear *linear, const struct codes *codes,
+                                 long begin, long end, int32_t *sums, const struct slices *to) {
     const long size = codes->width * 2 * TILE;
-    const bf16 *panel = linear->packed + n / 32 * size;
-    multiply_int8(codes, panel, sums, panel + size, take_linear, &to);
+    struct linear_panel panels[2]; /* the rest is still of the one before */
+    struct rest rest = {0};
+    for (long n = begin; n < end; n += 32) {
+        const bf16 *packed = linear->packed + n / 32 * size;
+        struct linear_panel *panel = &panels[n / 32 % 2];
+        *panel = (struct linear_panel){outputs_of(linear, linear->sums, n), codes->steps,
+                                       slice_at(to, n), to->width};
+        multiply_int8(codes, packed, sums, packed + size, &rest, take_linear, panel);
+    }
+    take_rest(&rest, take_linear);
 }
 
 /* As bge_amx_linear. */
 EXPORT KERNEL int INT8_LINEAR(const struct int8_linear *layer, const bf16 *states, int64_t rows,
                               int64_t begin, int64_t end, int64_t inputs, int64_t outputs,
                               bf16 *out, int64_t slice) {
-    const long part = part_of(end - begin, PROJECTED_ROWS);
+    const long part = part_of(end - begin, PART_ROWS);
     char *at = take_room(part * (inputs + 32 * sizeof(int32_t) + sizeof(struct steps)) +
                          inputs * sizeof(float));
     if (!at) return -1;
@@ -77,9 +86,8 @@ EXPORT KERNEL int INT8_LINEAR(const struct int8_linear *layer, const bf16 *state
         codes.count = end - start < part ? end - start : part;
         encode_rows(states + start * inputs, inputs, 0, codes.count, inputs, layer->factor, row,
                     codes.left, codes.steps);
-        for (long n = 0; n < outputs; n += 32)
-            linear_panel(layer, &codes, n, sums,
-                         out + (n / slice * rows + start) * slice + n % slice, slice);
+        const struct slices to = {out + start * slice, rows, slice};
+        linear_panels(layer, &codes, 0, outputs, sums, &to);
     }
     END();
     return 0;
@@ -127,18 +135,26 @@ INLINE void take_output(const void *what, long r, __m512i low, __m512i high) {
     _mm512_store_ps(total + 16, h);
 }
 
-/* What the output projection and the layer's input come to in the panel `n`. */
-KERNEL static void output_panel(const struct int8_layer *layer, const struct work *work, long n,
-                                const bf16 *states, const bf16 *next) {
+/* What the output projection and the layer's input come to in the panels from `begin` to `end`. */
+KERNEL static void output_panels(const struct int8_layer *layer, const struct work *work,
+                                 long begin, long end, const bf16 *states, const bf16 *after) {
     const struct int8_linear *linear = &layer->output;
-    const struct total_panel to = {outputs_of(linear, linear->sums, n * 32),
-                                   work->given.steps,
-                                   work->total + n * BLOCK,
-                                   layer->hidden,
-                                   states + n * 32,
-                                   0};
-    multiply_int8(&work->given, linear->packed + n * work->given.width * 2 * TILE, work->sums, next,
-                  take_output, &to);
+    const long size = work->given.width * 2 * TILE;
+    struct total_panel panels[2]; /* the rest is still of the one before */
+    struct rest rest = {0};
+    for (long n = begin; n < end; n++) {
+        const bf16 *packed = linear->packed + n * size;
+        struct total_panel *panel = &panels[n % 2];
+        *panel = (struct total_panel){outputs_of(linear, linear->sums, n * 32),
+                                      work->given.steps,
+                                      work->total + n * BLOCK,
+                                      layer->hidden,
+                                      states + n * 32,
+                                      0};
+        multiply_int8(&work->given, packed, work->sums, n + 1 < end ? packed + size : after, &rest,
+                      take_output, panel);
+    }
+    take_rest(&rest, take_output);
 }
 
 /* From this to what the feed-forward block is given, and its codes. */
@@ -164,13 +180,21 @@ INLINE void take_up(const void *what, long r, __m512i low, __m512i high) {
           gelu(decode(high, to->steps[r], by->step[1], by->sums[1], by->bias[1])));
 }
 
-/* The block's inner numbers from `n` to `n + 32`, of a chunk that begins at `from`. */
-KERNEL static void up_panel(const struct int8_layer *layer, const struct work *work, long from,
-                            long n, const bf16 *next) {
-    const struct linear_panel to = {outputs_of(&layer->up, layer->up.sums, n), work->given.steps,
-                                    work->inner + n - from, work->stride};
-    multiply_int8(&work->given, layer->up.packed + n / 32 * work->given.width * 2 * TILE,
-                  work->sums, next, take_up, &to);
+/* The block's inner numbers from `begin` to `end`, of a chunk that begins at `from`. */
+KERNEL static void up_panels(const struct int8_layer *layer, const struct work *work, long from,
+                             long begin, long end, const bf16 *after) {
+    const long size = work->given.width * 2 * TILE;
+    struct linear_panel panels[2]; /* the rest is still of the one before */
+    struct rest rest = {0};
+    for (long n = begin; n < end; n += 32) {
+        const bf16 *packed = layer->up.packed + n / 32 * size;
+        struct linear_panel *panel = &panels[n / 32 % 2];
+        *panel = (struct linear_panel){outputs_of(&layer->up, layer->up.sums, n), work->given.steps,
+                                       work->inner + n - from, work->stride};
+        multiply_int8(&work->given, packed, work->sums, n + 32 < end ? packed + size : after, &rest,
+                      take_up, panel);
+    }
+    take_rest(&rest, take_up);
 }
 
 INLINE void take_down(const void *what, long r, __m512i low, __m512i high) {
@@ -187,20 +211,28 @@ INLINE void take_down(const void *what, long r, __m512i low, __m512i high) {
     _mm512_store_ps(total + 16, decode(high, steps, by->step[1], by->sums[1], h));
 }
 
-/* What a chunk of inner numbers that begins at `from` comes to in the panel `n`, added to what the
- * ones before do. */
-KERNEL static void down_panel(const struct int8_layer *layer, const struct work *work, long from,
-                              long n, const bf16 *next) {
+/* What a chunk of inner numbers that begins at `from` comes to in the panels from `begin` to `end`,
+ * added to what the ones before do. */
+KERNEL static void down_panels(const struct int8_layer *layer, const struct work *work, long from,
+                               long begin, long end, const bf16 *after) {
     const struct int8_linear *linear = &layer->down;
     const float *chunk_sums = linear->sums + from / layer->chunk * layer->hidden;
-    const struct total_panel to = {outputs_of(linear, chunk_sums, n * 32),
-                                   work->inner_given.steps,
-                                   work->total + n * BLOCK,
-                                   layer->hidden,
-                                   NULL,
-                                   from > 0};
-    const bf16 *panel = linear->packed + (n * (layer->intermediate / 64) + from / 64) * 2 * TILE;
-    multiply_int8(&work->inner_given, panel, work->sums, next, take_down, &to);
+    const long size = layer->intermediate / 64 * 2 * TILE;
+    struct total_panel panels[2]; /* the rest is still of the one before */
+    struct rest rest = {0};
+    for (long n = begin; n < end; n++) {
+        const bf16 *packed = linear->packed + n * size + from / 64 * 2 * TILE;
+        struct total_panel *panel = &panels[n % 2];
+        *panel = (struct total_panel){outputs_of(linear, chunk_sums, n * 32),
+                                      work->inner_given.steps,
+                                      work->total + n * BLOCK,
+                                      layer->hidden,
+                                      NULL,
+                                      from > 0};
+        multiply_int8(&work->inner_given, packed, work->sums, n + 1 < end ? packed + size : after,
+                      &rest, take_down, panel);
+    }
+    take_rest(&rest, take_down);
 }
 
 /* The layer's output, from the sums of all inner numbers. */
@@ -246,27 +278,19 @@ static int take_work(const struct int8_layer *layer, long part, struct work *wor
 KERNEL static void after_attention(const struct int8_layer *layer, struct work *work,
                                    const bf16 *states, const bf16 *attended, bf16 *out) {
     const long hidden = layer->hidden, count = work->given.count, chunk = layer->chunk;
-    const long panels = hidden / 32, inner = layer->intermediate, size = hidden * 16;
+    const long panels = hidden / 32, inner = layer->intermediate;
     encode_rows(attended, hidden, 0, count, hidden, layer->output.factor, work->row,
                 work->given.left, work->given.steps);
-    for (long n = 0; n < panels; n++)
-        output_panel(layer, work, n, states,
-                     n + 1 < panels ? layer->output.packed + (n + 1) * size : layer->up.packed);
+    output_panels(layer, work, 0, panels, states, layer->up.packed);
     norm_middle(layer, work, 0, count);
     for (long from = 0; from < inner; from += chunk) {
         const long to = from + chunk < inner ? from + chunk : inner;
-        const bf16 *down = layer->down.packed + from * 16;
-        for (long n = from; n < to; n += 32)
-            up_panel(layer, work, from, n,
-                     n + 32 < to ? layer->up.packed + (n / 32 + 1) * size : down);
+        up_panels(layer, work, from, from, to, layer->down.packed + from * 16);
         work->inner_given.count = count;
         work->inner_given.width = (to - from) / 64;
         encode_rows(work->inner, work->stride, 0, count, to - from, NULL, work->row,
                     work->inner_given.left, work->inner_given.steps);
-        for (long n = 0; n < panels; n++)
-            down_panel(
-                layer, work, from, n,
-                n + 1 < panels ? down + (n + 1) * inner * 16 : layer->up.packed + to / 32 * size);
+        down_panels(layer, work, from, 0, panels, layer->up.packed + to * hidden / 2);
     }
     finish(layer, work, 0, count, out);
 }
@@ -274,7 +298,7 @@ KERNEL static void after_attention(const struct int8_layer *layer, struct work *
 /* As bge_amx_after_attention. */
 EXPORT KERNEL int INT8_AFTER_ATTENTION(const struct int8_layer *layer, const bf16 *states,
                                        const bf16 *attended, int64_t rows, bf16 *out) {
-    const long hidden = layer->hidden, part = part_of(rows, LAYER_ROWS);
+    const long hidden = layer->hidden, part = part_of(rows, PART_ROWS);
     struct work work;
     if (take_work(layer, part, &work)) return -1;
     BEGIN();

@@ -70,7 +70,4 @@ struct codes {
     struct steps *steps;
 };
 
-/* Takes a row's sums of the 32 outputs of a panel. */
-typedef void take_sums(const void *what, long row, __m512i low, __m512i high);
-
 #endif

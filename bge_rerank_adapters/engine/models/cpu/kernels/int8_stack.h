@@ -108,13 +108,15 @@ KERNEL static int project(const struct pack *pack, long layer, long begin, long 
     const long head = pack->hidden / pack->heads, of_first = here->of_first.outputs;
     if (take_own(pack, &memory.work)) return -1;
     BEGIN();
-    for (long n = begin * 32; n < end * 32; n += 32)
-        if (n < of_first)
-            linear_panel(&here->of_first.linear, &memory.first, n, memory.work.sums,
-                         memory.projected + n / head * pack->pairs * head + n % head, head);
-        else
-            linear_panel(&here->of_all.linear, &memory.all, n - of_first, memory.work.sums,
-                         memory.projected + n / head * pack->rows * head + n % head, head);
+    const long from = begin * 32, to = end * 32, rows = pack->rows;
+    const struct slices firsts = {memory.projected, pack->pairs, head};
+    const struct slices all = {memory.projected + of_first * rows, rows, head};
+    if (from < of_first)
+        linear_panels(&here->of_first.linear, &memory.first, from, to < of_first ? to : of_first,
+                      memory.work.sums, &firsts);
+    if (to > of_first)
+        linear_panels(&here->of_all.linear, &memory.all, from > of_first ? from - of_first : 0,
+                      to - of_first, memory.work.sums, &all);
     END();
     return 0;
 }
@@ -133,14 +135,14 @@ KERNEL static int code_attended(const struct pack *pack, long layer, long begin,
     return 0;
 }
 
-KERNEL static int output_panels(const struct pack *pack, long layer, long begin, long end) {
+KERNEL static int give_output(const struct pack *pack, long layer, long begin, long end) {
     const struct int8_layer *after = int8_layer_at(pack, layer)->after;
     struct int8_memory memory = int8_memory_of(pack, layer);
     if (take_own(pack, &memory.work)) return -1;
     BEGIN();
-    for (long n = begin; n < end; n++)
-        output_panel(after, &memory.work, n, is_last(pack, layer) ? pack->first : pack->states,
-                     after->output.packed + (n + 1) * pack->hidden * 16);
+    output_panels(after, &memory.work, begin, end,
+                  is_last(pack, layer) ? pack->first : pack->states,
+                  after->output.packed + end * pack->hidden * 16);
     END();
     return 0;
 }
@@ -152,13 +154,13 @@ KERNEL static int norm_rows(const struct pack *pack, long layer, long begin, lon
     return 0;
 }
 
-KERNEL static int up_panels(const struct pack *pack, long layer, long begin, long end) {
+KERNEL static int go_up(const struct pack *pack, long layer, long begin, long end) {
     const struct int8_layer *after = int8_layer_at(pack, layer)->after;
     struct int8_memory memory = int8_memory_of(pack, layer);
     if (take_own(pack, &memory.work)) return -1;
     BEGIN();
-    for (long n = begin; n < end; n++)
-        up_panel(after, &memory.work, 0, n * 32, after->up.packed + (n + 1) * pack->hidden * 16);
+    up_panels(after, &memory.work, 0, begin * 32, end * 32,
+              after->up.packed + end * pack->hidden * 16);
     END();
     return 0;
 }
@@ -175,7 +177,7 @@ KERNEL static int code_inner(const struct pack *pack, long layer, long begin, lo
     return 0;
 }
 
-KERNEL static int down_panels(const struct pack *pack, long layer, long begin, long end) {
+KERNEL static int go_down(const struct pack *pack, long layer, long begin, long end) {
     const struct int8_layer *after = int8_layer_at(pack, layer)->after;
     struct int8_memory memory = int8_memory_of(pack, layer);
     const long inner = pack->intermediate, chunk = after->chunk;
@@ -184,7 +186,8 @@ KERNEL static int down_panels(const struct pack *pack, long layer, long begin, l
     for (long n = begin; n < end; n++)
         for (long from = 0; from < inner; from += chunk) {
             const struct work part = chunk_at(after, &memory.work, from);
-            down_panel(after, &part, from, n, after->down.packed + (n * inner + from + chunk) * 16);
+            down_panels(after, &part, from, n, n + 1,
+                        after->down.packed + (n * inner + from + chunk) * 16);
         }
     END();
     return 0;
@@ -204,10 +207,11 @@ EXPORT int64_t INT8_STACK_MEMORY(const struct pack *pack) { return int8_memory_s
 /* Runs what is left of a pack, in each thread that calls this; see run_stages(). */
 EXPORT int INT8_STACK_RUN(struct pack *pack) {
     static stage_work *const stages[STAGES] = {
-        [GIVEN] = code_given,       [PROJECT] = project,        [ATTEND] = attend,
-        [ATTENDED] = code_attended, [OUTPUT] = output_panels,   [MIDDLE] = norm_rows,
-        [UP] = up_panels,           [INNER_GIVEN] = code_inner, [DOWN] = down_panels,
-        [FINISH] = finish_rows,
+        [GIVEN] = code_given,   [PROJECT] = project,
+        [ATTEND] = attend,      [ATTENDED] = code_attended,
+        [OUTPUT] = give_output, [MIDDLE] = norm_rows,
+        [UP] = go_up,           [INNER_GIVEN] = code_inner,
+        [DOWN] = go_down,       [FINISH] = finish_rows,
     };
     return run_stages(pack, stages);
 }

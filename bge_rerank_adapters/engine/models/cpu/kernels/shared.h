@@ -24,10 +24,9 @@
 typedef uint16_t bf16;
 
 enum {
-    TILE = 512,           /* pieces of 2 bytes in a tile */
-    BLOCK = 32 * 32,      /* sums in a block */
-    PROJECTED_ROWS = 512, /* rows whose states fit the second-level cache beside a panel */
-    LAYER_ROWS = 384,     /* ... and, nearly, beside their sums and inner numbers */
+    TILE = 512,      /* pieces of 2 bytes in a tile */
+    BLOCK = 32 * 32, /* sums in a block */
+    PART_ROWS = 384, /* rows whose states nearly fit the second-level cache beside their sums */
 };
 
 /* In what states and weights are: the sums are float32, or 32-bit integers of unsigned states and
@@ -54,6 +53,17 @@ static inline long part_of(long rows, long most) {
 /* The row `r` of a left operand of `width` tiles side by side; its next 64 bytes are a tile on. */
 static inline bf16 *left_row(bf16 *tiles, long width, long r) {
     return tiles + r / 16 * width * TILE + r % 16 * 32;
+}
+
+/* Where outputs go, by slices of `width`: to shape (outputs / width, rows, width). */
+struct slices {
+    bf16 *out;
+    long rows, width;
+};
+
+/* Where the first row's output `n` goes. */
+static inline bf16 *slice_at(const struct slices *to, long n) {
+    return to->out + n / to->width * to->rows * to->width + n % to->width;
 }
 
 /* Where the sums of row `r` begin, for `panels` panels; those of the next panel are a block on. */
