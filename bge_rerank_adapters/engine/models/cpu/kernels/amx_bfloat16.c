@@ -105,17 +105,21 @@ struct work {
 INLINE void add_and_norm(const struct layer *layer, const struct norm *norm, const float *sums,
                          const float *bias, const bf16 *residual, long apart, float *row, bf16 *out,
                          long out_apart) {
+    __m512 all_low = _mm512_setzero_ps(), all_high = all_low;
     for (long j = 0; j < layer->hidden / 32; j++) {
         __m512 low, high;
         load(residual + j * apart, &low, &high);
         low = _mm512_add_ps(low, _mm512_loadu_ps(bias + j * 32));
         high = _mm512_add_ps(high, _mm512_loadu_ps(bias + j * 32 + 16));
-        _mm512_store_ps(row + j * 32, _mm512_add_ps(low, _mm512_load_ps(sums + j * BLOCK)));
-        _mm512_store_ps(row + j * 32 + 16,
-                        _mm512_add_ps(high, _mm512_load_ps(sums + j * BLOCK + 16)));
+        low = _mm512_add_ps(low, _mm512_load_ps(sums + j * BLOCK));
+        high = _mm512_add_ps(high, _mm512_load_ps(sums + j * BLOCK + 16));
+        _mm512_store_ps(row + j * 32, low);
+        _mm512_store_ps(row + j * 32 + 16, high);
+        all_low = _mm512_add_ps(all_low, low);
+        all_high = _mm512_add_ps(all_high, high);
     }
-    norm_row(row, layer->hidden, norm, layer->epsilon);
-    store_row(row, layer->hidden, out, out_apart);
+    norm_row(row, layer->hidden, _mm512_add_ps(all_low, all_high), norm, layer->epsilon, out,
+             out_apart);
 }
 
 /* The sums of the output projection in the panel `n`. */

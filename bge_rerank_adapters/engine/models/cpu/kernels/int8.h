@@ -157,18 +157,43 @@ KERNEL static void output_panels(const struct int8_layer *layer, const struct wo
     take_rest(&rest, take_output);
 }
 
+/* Collects a row's numbers, with a residual if there is one, and returns what they add up to. */
+INLINE __m512 collect(const struct work *work, long hidden, long r, const bf16 *residual) {
+    const float *from = work->total + sums_row(hidden / 32, r);
+    __m512 all_low = _mm512_setzero_ps(), all_high = all_low;
+    for (long j = 0; j < hidden; j += 32, from += BLOCK) {
+        __m512 low = _mm512_load_ps(from), high = _mm512_load_ps(from + 16);
+        if (residual) {
+            __m512 l, h;
+            load(residual + j, &l, &h);
+            low = _mm512_add_ps(l, low);
+            high = _mm512_add_ps(h, high);
+        }
+        _mm512_store_ps(work->row + j, low);
+        _mm512_store_ps(work->row + j + 16, high);
+        all_low = _mm512_add_ps(all_low, low);
+        all_high = _mm512_add_ps(all_high, high);
+    }
+    return _mm512_add_ps(all_low, all_high);
+}
+
 /* From this to what the feed-forward block is given, and its codes. */
 KERNEL static void norm_middle(const struct int8_layer *layer, const struct work *work, long begin,
                                long end) {
     const long hidden = layer->hidden;
     for (long r = begin; r < end; r++) {
-        const float *from = work->total + sums_row(hidden / 32, r);
-        for (long j = 0; j < hidden; j += 16)
-            _mm512_store_ps(work->row + j, _mm512_load_ps(from + j / 32 * BLOCK + j % 32));
-        norm_row(work->row, hidden, &layer->attention_norm, layer->epsilon);
-        store_row(work->row, hidden, work->middle + r * hidden, 32);
-        work->given.steps[r] = encode(work->row, layer->up.factor, hidden,
-                                      left_row(work->given.left, work->given.width, r));
+        const __m512 sum = collect(work, hidden, r, NULL);
+        norm_row(work->row, hidden, sum, &layer->attention_norm, layer->epsilon,
+                 work->middle + r * hidden, 32);
+        struct range range = no_range();
+        for (long j = 0; j < hidden; j += 32)
+            for (int half = 0; half < 2; half++) {
+                float *v = work->row + j + 16 * half;
+                _mm512_store_ps(v, widen(&range, half, _mm512_load_ps(v),
+                                         layer->up.factor ? layer->up.factor + j : NULL));
+            }
+        work->given.steps[r] =
+            encode(&range, work->row, hidden, left_row(work->given.left, work->given.width, r));
     }
 }
 
@@ -240,14 +265,8 @@ KERNEL static void finish(const struct int8_layer *layer, const struct work *wor
                           long end, bf16 *out) {
     const long hidden = layer->hidden;
     for (long r = begin; r < end; r++) {
-        const float *from = work->total + sums_row(hidden / 32, r);
-        load_row(work->middle + r * hidden, hidden, work->row);
-        for (long j = 0; j < hidden; j += 16) {
-            const __m512 more = _mm512_load_ps(from + j / 32 * BLOCK + j % 32);
-            _mm512_store_ps(work->row + j, _mm512_add_ps(_mm512_load_ps(work->row + j), more));
-        }
-        norm_row(work->row, hidden, &layer->output_norm, layer->epsilon);
-        store_row(work->row, hidden, out + r * hidden, 32);
+        const __m512 sum = collect(work, hidden, r, work->middle + r * hidden);
+        norm_row(work->row, hidden, sum, &layer->output_norm, layer->epsilon, out + r * hidden, 32);
     }
 }
 
