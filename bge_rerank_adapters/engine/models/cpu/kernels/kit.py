@@ -29,7 +29,7 @@ class KernelKit(PlainKit):
     """
 
     instruction_set: ClassVar[InstructionSet]
-    even_rows: ClassVar[int] = 128
+    even_rows: ClassVar[int] = 144
 
     def __init__(self, request: KitRequest) -> None:
         """Make the kit for a request that `lack` has found nothing missing for."""
