@@ -147,8 +147,8 @@ INLINE void take_up(const void *what, long r, __m512i low, __m512i high) {
           gelu(biased(high, to->bias[1])));
 }
 
-/* The feed-forward block's inner numbers from `begin` to `end`, of a chunk that begins at `from`.
- */
+/* The feed-forward block's inner numbers from `begin` to `end`, of a chunk that begins at `from`;
+ * `after` is the panel that is needed next. */
 KERNEL static void up_panels(const struct layer *layer, const struct work *work, long from,
                              long begin, long end, const bf16 *after) {
     const long size = work->given.width * 2 * TILE;

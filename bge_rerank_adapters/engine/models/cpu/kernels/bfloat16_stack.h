@@ -117,7 +117,7 @@ KERNEL static int lay_out_attended(const struct pack *pack, long layer, long beg
     return 0;
 }
 
-KERNEL static int give_output(const struct pack *pack, long layer, long begin, long end) {
+KERNEL static int output_stage(const struct pack *pack, long layer, long begin, long end) {
     const struct layer *after = layer_at(pack, layer)->after;
     const struct memory memory = memory_of(pack, layer);
     begin_tiles();
@@ -135,7 +135,7 @@ KERNEL static int norm_rows(const struct pack *pack, long layer, long begin, lon
     return 0;
 }
 
-KERNEL static int go_up(const struct pack *pack, long layer, long begin, long end) {
+KERNEL static int up_stage(const struct pack *pack, long layer, long begin, long end) {
     const struct layer *after = layer_at(pack, layer)->after;
     struct memory memory = memory_of(pack, layer);
     if (take_own(pack, &memory.work)) return -1;
@@ -145,7 +145,7 @@ KERNEL static int go_up(const struct pack *pack, long layer, long begin, long en
     return 0;
 }
 
-KERNEL static int go_down(const struct pack *pack, long layer, long begin, long end) {
+KERNEL static int down_stage(const struct pack *pack, long layer, long begin, long end) {
     const struct layer *after = layer_at(pack, layer)->after;
     const struct memory memory = memory_of(pack, layer);
     begin_tiles();
@@ -169,14 +169,10 @@ EXPORT int64_t bge_amx_stack_memory(const struct pack *pack) { return memory_siz
 /* Runs what is left of a pack, in each thread that calls this; see run_stages(). */
 EXPORT int bge_amx_stack_run(struct pack *pack) {
     static stage_work *const stages[STAGES] = {
-        [GIVEN] = lay_out_given,
-        [PROJECT] = project,
-        [ATTEND] = attend,
-        [ATTENDED] = lay_out_attended,
-        [OUTPUT] = give_output,
-        [MIDDLE] = norm_rows,
-        [UP] = go_up,
-        [DOWN] = go_down,
+        [GIVEN] = lay_out_given, [PROJECT] = project,
+        [ATTEND] = attend,       [ATTENDED] = lay_out_attended,
+        [OUTPUT] = output_stage, [MIDDLE] = norm_rows,
+        [UP] = up_stage,         [DOWN] = down_stage,
         [FINISH] = finish_rows,
     };
     return run_stages(pack, stages);

@@ -135,7 +135,8 @@ INLINE void take_output(const void *what, long r, __m512i low, __m512i high) {
     _mm512_store_ps(total + 16, h);
 }
 
-/* What the output projection and the layer's input come to in the panels from `begin` to `end`. */
+/* What the output projection and the layer's input come to in the panels from `begin` to `end`;
+ * `after` is the panel that is needed next. */
 KERNEL static void output_panels(const struct int8_layer *layer, const struct work *work,
                                  long begin, long end, const bf16 *states, const bf16 *after) {
     const struct int8_linear *linear = &layer->output;
@@ -205,7 +206,8 @@ INLINE void take_up(const void *what, long r, __m512i low, __m512i high) {
           gelu(decode(high, to->steps[r], by->step[1], by->sums[1], by->bias[1])));
 }
 
-/* The block's inner numbers from `begin` to `end`, of a chunk that begins at `from`. */
+/* The block's inner numbers from `begin` to `end`, of a chunk that begins at `from`; `after` is the
+ * panel that is needed next. */
 KERNEL static void up_panels(const struct int8_layer *layer, const struct work *work, long from,
                              long begin, long end, const bf16 *after) {
     const long size = work->given.width * 2 * TILE;
@@ -237,7 +239,7 @@ INLINE void take_down(const void *what, long r, __m512i low, __m512i high) {
 }
 
 /* What a chunk of inner numbers that begins at `from` comes to in the panels from `begin` to `end`,
- * added to what the ones before do. */
+ * added to what the ones before do; `after` is the panel that is needed next. */
 KERNEL static void down_panels(const struct int8_layer *layer, const struct work *work, long from,
                                long begin, long end, const bf16 *after) {
     const struct int8_linear *linear = &layer->down;

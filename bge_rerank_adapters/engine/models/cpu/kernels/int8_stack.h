@@ -135,7 +135,7 @@ KERNEL static int code_attended(const struct pack *pack, long layer, long begin,
     return 0;
 }
 
-KERNEL static int give_output(const struct pack *pack, long layer, long begin, long end) {
+KERNEL static int output_stage(const struct pack *pack, long layer, long begin, long end) {
     const struct int8_layer *after = int8_layer_at(pack, layer)->after;
     struct int8_memory memory = int8_memory_of(pack, layer);
     if (take_own(pack, &memory.work)) return -1;
@@ -154,7 +154,7 @@ KERNEL static int norm_rows(const struct pack *pack, long layer, long begin, lon
     return 0;
 }
 
-KERNEL static int go_up(const struct pack *pack, long layer, long begin, long end) {
+KERNEL static int up_stage(const struct pack *pack, long layer, long begin, long end) {
     const struct int8_layer *after = int8_layer_at(pack, layer)->after;
     struct int8_memory memory = int8_memory_of(pack, layer);
     if (take_own(pack, &memory.work)) return -1;
@@ -177,7 +177,7 @@ KERNEL static int code_inner(const struct pack *pack, long layer, long begin, lo
     return 0;
 }
 
-KERNEL static int go_down(const struct pack *pack, long layer, long begin, long end) {
+KERNEL static int down_stage(const struct pack *pack, long layer, long begin, long end) {
     const struct int8_layer *after = int8_layer_at(pack, layer)->after;
     struct int8_memory memory = int8_memory_of(pack, layer);
     const long inner = pack->intermediate, chunk = after->chunk;
@@ -207,11 +207,11 @@ EXPORT int64_t INT8_STACK_MEMORY(const struct pack *pack) { return int8_memory_s
 /* Runs what is left of a pack, in each thread that calls this; see run_stages(). */
 EXPORT int INT8_STACK_RUN(struct pack *pack) {
     static stage_work *const stages[STAGES] = {
-        [GIVEN] = code_given,   [PROJECT] = project,
-        [ATTEND] = attend,      [ATTENDED] = code_attended,
-        [OUTPUT] = give_output, [MIDDLE] = norm_rows,
-        [UP] = go_up,           [INNER_GIVEN] = code_inner,
-        [DOWN] = go_down,       [FINISH] = finish_rows,
+        [GIVEN] = code_given,    [PROJECT] = project,
+        [ATTEND] = attend,       [ATTENDED] = code_attended,
+        [OUTPUT] = output_stage, [MIDDLE] = norm_rows,
+        [UP] = up_stage,         [INNER_GIVEN] = code_inner,
+        [DOWN] = down_stage,     [FINISH] = finish_rows,
     };
     return run_stages(pack, stages);
 }
